@@ -1,0 +1,31 @@
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# torch first and alone: with no torch there, a range would bring the newest build and gigabytes of CUDA;
+# on a CUDA machine install the torch you want into .venv before
+TORCH := 2.13.0
+
+.PHONY: demo test style format
+
+demo: $(VENV)/installed
+	$(VENV)/bin/accelerate launch --quiet recipes/vqa.py
+
+test: $(VENV)/installed-dev
+	$(PYTHON) -m pytest -m "not slow and not gpu"
+
+style: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -c "import torch" 2>/dev/null || $(PYTHON) -m pip install --quiet torch==$(TORCH)
+	$(PYTHON) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	touch $@

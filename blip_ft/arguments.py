@@ -1,0 +1,319 @@
+"""The dataclasses that every recipe shares, and parse(): a YAML file first, the command line over it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint, and what to change in it before training."""
+
+    _argument_group_name = "Model"
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder of a BLIP checkpoint or PEFT adapter; `demo`: a small new model."},
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Pixels a side. The position table is resized once and stored. Default: the checkpoint's."},
+    )
+    label_smoothing: float = field(
+        default=0.1, metadata={"help": "Of the language-modelling loss, 0 to 1. Paper: 0.1. Stored in text_config."}
+    )
+    dropout: float | None = field(
+        default=None,
+        metadata={"help": "Of text states and attention. Paper: 0.1. Default: the checkpoint's (0 on the Hub)."},
+    )
+    freeze: str | None = field(
+        default=None,
+        metadata={
+            "help": "Comma-separated parts that are not trained, e.g. vision_model or text_encoder.encoder.layer.0"
+        },
+    )
+
+
+@dataclass
+class PeftArguments:
+    """Train an adapter instead of the model, and hold the model in few bits. Names as in TRL's ModelConfig."""
+
+    _argument_group_name = "PEFT and quantization"
+
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter; it is multiplied by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of linear layers. Default: all of attention and feed-forward, never the tied head."},
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "8-bit weights (bitsandbytes); needs --use_peft."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 weights (bitsandbytes); needs --use_peft."})
+
+    def __post_init__(self) -> None:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("Choose one width: load_in_8bit and load_in_4bit are both on.")
+        if (self.load_in_8bit or self.load_in_4bit) and not self.use_peft:
+            bits = "load_in_8bit" if self.load_in_8bit else "load_in_4bit"
+            raise ValueError(f"{bits} needs an adapter, for weights of few bits cannot be trained. Add --use_peft.")
+
+
+@dataclass
+class DataArguments:
+    """Where rows come from and what their columns are called."""
+
+    _argument_group_name = "Data"
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "`demo`, a Hub id, an image folder with metadata.jsonl/csv/parquet, a save_to_disk folder, or a json, "
+            "jsonl, csv or parquet file with a column of picture paths."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Name of the configuration of a Hub data set."})
+    questions_file: str | None = field(default=None, metadata={"help": "Official VQA v2 questions JSON to train on."})
+    annotations_file: str | None = field(default=None, metadata={"help": "Its annotations JSON."})
+    eval_questions_file: str | None = field(
+        default=None, metadata={"help": "Official VQA v2 questions JSON to evaluate on."}
+    )
+    eval_annotations_file: str | None = field(default=None, metadata={"help": "Its annotations JSON."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Folder that picture paths start from. Default: that of the data file."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split, or value of the column `split`, to train on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on. Default: eval_fraction of the pictures of train_split."}
+    )
+    eval_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the pictures (not rows) held out where there is no eval_split."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Default: `image`, else `file_name`."})
+    image_id_column: str = field(
+        default="image_id",
+        metadata={"help": "Same id, same picture. Made from the path or the bytes where it is missing."},
+    )
+    question_column: str = field(default="question", metadata={"help": "Column of questions."})
+    answer_column: str | None = field(
+        default=None,
+        metadata={"help": "Strings, lists, VQA v2 dicts, numbers or booleans. Default: `answers`, else `answer`."},
+    )
+    caption_column: str | None = field(
+        default=None, metadata={"help": "Strings or lists of strings. Default: `captions`, else `caption`."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first rows only."})
+    check_images: Literal["full", "header"] = field(
+        default="full",
+        metadata={
+            "help": "Before training decode every picture at reduced size, or read its header only (large sets)."
+        },
+    )
+    max_bad_fraction: float = field(
+        default=0.01,
+        metadata={"help": "Stop when a larger share of all rows has a picture that cannot be read, 0 to 1."},
+    )
+    group_questions: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep a picture's questions in one batch and encode it once. Default: on in recipes, off in DataPipeline."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.dataset_name and self.questions_file:
+            raise ValueError("Give dataset_name or questions_file, not both.")
+        for questions, annotations in (
+            ("questions_file", "annotations_file"),
+            ("eval_questions_file", "eval_annotations_file"),
+        ):
+            if bool(getattr(self, questions)) != bool(getattr(self, annotations)):
+                raise ValueError(f"{questions} and {annotations} go together: the official VQA v2 files come in pairs.")
+        if self.questions_file and not self.image_folder:
+            raise ValueError("questions_file needs image_folder: the folder that holds the COCO pictures.")
+        if not 0 < self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction is a share between 0 and 1, found {self.eval_fraction}.")
+
+
+@dataclass
+class VqaArguments:
+    """What belongs to question answering alone."""
+
+    _argument_group_name = "Question answering"
+
+    question_start_token: Literal["cls", "enc"] = field(
+        default="cls",
+        metadata={
+            "help": "First token of a question. cls: what stock inference sends; enc: what the original trained with."
+        },
+    )
+    max_question_tokens: int = field(default=35, metadata={"help": "Longer questions are cut. Paper: 35."})
+    max_answer_tokens: int = field(default=30, metadata={"help": "Longer answers are cut in training."})
+    answer_mode: Literal["generate", "rank"] = field(
+        default="generate", metadata={"help": "Write the answer freely, or choose the likeliest of answer_list."}
+    )
+    answer_list: str | None = field(
+        default=None, metadata={"help": "File of answers to choose from: a JSON list, or one a line."}
+    )
+    k_test: int = field(
+        default=128, metadata={"help": "Answers scored in full for each question when ranking. Paper: 128."}
+    )
+
+    def __post_init__(self) -> None:
+        if (self.answer_mode == "rank") != (self.answer_list is not None):
+            raise ValueError(
+                "answer_mode rank and answer_list go together: give --answer_mode rank --answer_list FILE."
+            )
+
+
+@dataclass
+class BlipTrainingArguments(Seq2SeqTrainingArguments):
+    """The Trainer's arguments, with the defaults of the BLIP paper where it has one."""
+
+    _argument_group_name = "Training"
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Default: outputs/<recipe>, or the next free outputs/<recipe>-2, -3, ..."}
+    )
+    # train_vqa.py: AdamW(lr, weight_decay=0.05) on all parameters, no clipping, cosine
+    weight_decay: float = 0.05
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "0: no clipping, as the paper. The summed loss has norms over 10."}
+    )
+    lr_scheduler_type: str = "cosine"
+    logging_steps: float = 50
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 2
+    dataloader_num_workers: int = 4
+    # every column is the collator's business, and all heads are used in each step
+    remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False
+    sample_steps: int = field(
+        default=500, metadata={"help": "Log a few questions with answer and prediction every so many steps. 0: never."}
+    )
+
+    def __post_init__(self) -> None:
+        self.output_dir_was_given = self.output_dir is not None
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor smooths the wrong tokens for BLIP: the Trainer does not shift its labels. "
+                "Use --label_smoothing, which goes into the model's own loss."
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns would drop image, question and answers. Leave it off.")
+        if self.hub_token:
+            raise ValueError(
+                "hub_token is pickled into training_args.bin. Set the environment variable HF_TOKEN instead."
+            )
+        super().__post_init__()
+
+
+def parse(
+    *dataclass_types: type,
+    argv: Sequence[str] | None = None,
+    demo_config: str | Path | None = None,
+) -> tuple[Any, ...]:
+    """One object for each dataclass: defaults, then the YAML of --config, then the command line.
+
+    Args:
+        argv: flags; default the process's own.
+        demo_config: YAML read first when neither a model nor data is named anywhere.
+    Raises: ValueError for an unknown or malformed key or flag, and for what the dataclasses refuse.
+    """
+    parser = _Parser(dataclass_types, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of any of these arguments; flags override it.")
+    flags = list(sys.argv[1:] if argv is None else argv)
+    config, _ = parser.parse_known_args(flags)
+    settings = _flags_of_yaml(config.config, parser) if config.config else []
+    named = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in settings + flags if flag.startswith("--")}
+    if demo_config and not named & {"model_name_or_path", "dataset_name", "questions_file"}:
+        print(
+            "No model and no data named: training the built-in small model on built-in pictures "
+            f"({Path(demo_config).name}).\nFor a real checkpoint and your own pictures:\n"
+            f"  accelerate launch --quiet {sys.argv[0]} --model_name_or_path Salesforce/blip-vqa-base --dataset_name FOLDER",
+            file=sys.stderr,
+        )
+        settings = _flags_of_yaml(demo_config, parser) + settings
+    # look_for_args_file=False: a file recipes/vqa.args would be read without a word
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(
+        settings + flags, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(_unknown_key(unknown[0], parser, "the command line"))
+    return tuple(parsed)
+
+
+def exit_with_message(main: Callable[[], None]) -> None:
+    """Run main(); a user's mistake ends in one message and exit code 1, with a traceback only under --debug."""
+    debug = sys.argv[-1] == "--debug" or any(
+        flag == "--debug" and following.startswith("--")
+        for flag, following in zip(sys.argv, sys.argv[1:], strict=False)
+    )
+    if debug:
+        sys.argv.remove("--debug")  # with a value it is the Trainer's own flag
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            raise
+        print(f"\n{type(error).__name__}: {error}\n(--debug shows where)", file=sys.stderr)
+        sys.exit(1)
+
+
+class _Parser(HfArgumentParser):
+    def _add_dataclass_arguments(self, dataclass_type: type) -> None:
+        # a recipe that overrides a default need not repeat the help
+        for entry in dataclasses.fields(dataclass_type):
+            if not entry.metadata:
+                inherited = (base.__dataclass_fields__.get(entry.name) for base in dataclass_type.__mro__[1:-1])
+                entry.metadata = next((other.metadata for other in inherited if other and other.metadata), {})
+        super()._add_dataclass_arguments(dataclass_type)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. {self.prog} --help lists the flags.")
+
+
+def _flags_of_yaml(path: str | Path, parser: HfArgumentParser) -> list[str]:
+    """The YAML's keys as flags, so that one parser gives every value its type."""
+    try:
+        # BaseLoader leaves scalars as written: 1e-4 is no string then, and `no` no boolean
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except OSError as error:
+        raise ValueError(f"--config needs a YAML file that can be read; {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content or {}, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, found a {type(content).__name__}.")
+    flags = []
+    for key, value in (content or {}).items():
+        if f"--{key}" not in parser._option_string_actions:
+            raise ValueError(_unknown_key(key, parser, path))
+        if value in ("", "null", "~"):
+            continue
+        if isinstance(value, dict):
+            value = json.dumps(yaml.safe_load(yaml.safe_dump(value)))
+        # `=`: a value may begin with a dash
+        flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    return flags
+
+
+def _unknown_key(key: str, parser: HfArgumentParser, where: str | Path) -> str:
+    name = key.split("=")[0].lstrip("-").replace("-", "_")
+    known = {
+        option[2:] for option in parser._option_string_actions if option.startswith("--") and "-" not in option[2:]
+    }
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]}?" if nearest else f" {parser.prog} --help lists the keys there are."
+    return f"{where} has the unknown key {name!r}.{hint}"

@@ -1,0 +1,159 @@
+"""Fused attention for BLIP's vision, text and cross-attention, with the cross-attention mask honoured.
+
+`fuse_attention(model)` changes the class of the modules that transformers built, never their weights or names.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.models.blip import modeling_blip, modeling_blip_text
+
+
+def fuse_attention(model: nn.Module) -> None:
+    """Let every attention of a BLIP model run through `scaled_dot_product_attention`, in place."""
+    for module in model.modules():
+        if type(module) in _FUSED:
+            module.__class__ = _FUSED[type(module)]
+
+
+class FusedVisionAttention(modeling_blip.BlipAttention):
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if _weights_wanted(self.config, kwargs):
+            return super().forward(hidden_states, **kwargs)
+        batch, patches, width = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch, patches, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (batch, heads, patches, head_dim) each
+        dropout = self.dropout.p if self.training else 0.0
+        context = scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return self.projection(context.transpose(1, 2).reshape(batch, patches, width)), None
+
+
+class FusedTextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        image_index: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention over the text, or where encoder_hidden_states is given over those.
+
+        hidden_states: (num_texts, length, width). encoder_hidden_states: (num_images, patches, width) where text i
+        belongs to row image_index[i]; without image_index to row i // (num_texts / num_images).
+        """
+        is_cross = encoder_hidden_states is not None
+        if _weights_wanted(self.config, kwargs):
+            if is_cross and len(encoder_hidden_states) != len(hidden_states):
+                encoder_hidden_states = _row_per_text(encoder_hidden_states, image_index, len(hidden_states))
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values
+            )
+        num_texts, length, _ = hidden_states.shape
+        mask = encoder_attention_mask if is_cross else attention_mask
+        key, value = self._keys_and_values(
+            encoder_hidden_states if is_cross else hidden_states, is_cross, past_key_values
+        )
+        if image_index is not None and is_cross:
+            key, value = key[image_index], value[image_index]
+        # texts of one picture become one long row of queries: its keys and values are neither computed nor copied twice
+        query = self.query(hidden_states).view(len(key), -1, self.num_attention_heads, self.attention_head_size)
+        query = query.transpose(1, 2)  # (rows, heads, texts per row x length, head_dim)
+        if mask is not None and mask.dtype != query.dtype:
+            # under autocast; float32's lowest number would become -inf in bfloat16, and a row of those NaN
+            mask = mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+        dropout = self.dropout.p if self.training else 0.0
+        context = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return context.transpose(1, 2).reshape(num_texts, length, self.all_head_size), None
+
+    def _keys_and_values(
+        self, states: torch.Tensor, is_cross: bool, past_key_values: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, heads, length, head_dim) each, from the cache where generation has filled it."""
+        cache = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cache = past_key_values.cross_attention_cache if is_cross else past_key_values.self_attention_cache
+            if is_cross and past_key_values.is_updated.get(self.layer_idx):
+                return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        shape = (*states.shape[:-1], self.num_attention_heads, self.attention_head_size)
+        key = self.key(states).view(shape).transpose(1, 2)
+        value = self.value(states).view(shape).transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+            if is_cross and isinstance(past_key_values, EncoderDecoderCache):
+                past_key_values.is_updated[self.layer_idx] = True
+        return key, value
+
+
+class FusedTextAttention(modeling_blip_text.BlipTextAttention):
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        context, weights = self.self(hidden_states, **kwargs)
+        return self.output(context, hidden_states), weights
+
+
+class FusedTextLayer(modeling_blip_text.BlipTextLayer):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        states, _ = self.attention(
+            hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        if encoder_hidden_states is not None:
+            # transformers 4.54 to 5.23 hand this mask over as attention_mask, which cross-attention does not read
+            states, _ = self.crossattention(
+                states,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return self.feed_forward_chunk(states)
+
+
+class OutOfPlaceTextEmbeddings(modeling_blip_text.BlipTextEmbeddings):
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values_length: int = 0,
+    ) -> torch.Tensor:
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        if position_ids is None:
+            length = inputs_embeds.shape[1]
+            position_ids = self.position_ids[:, past_key_values_length : past_key_values_length + length]
+        # not `+=` as in transformers 5.23: activation checkpointing over frozen embeddings makes the sum's left side a
+        # leaf that requires grad, and adding to it in place raises
+        embeddings = inputs_embeds + self.position_embeddings(position_ids)
+        return self.dropout(self.LayerNorm(embeddings))
+
+
+_FUSED = {
+    modeling_blip.BlipAttention: FusedVisionAttention,
+    modeling_blip_text.BlipTextSelfAttention: FusedTextSelfAttention,
+    modeling_blip_text.BlipTextAttention: FusedTextAttention,
+    modeling_blip_text.BlipTextLayer: FusedTextLayer,
+    modeling_blip_text.BlipTextEmbeddings: OutOfPlaceTextEmbeddings,
+}
+
+
+def _weights_wanted(config, kwargs: dict) -> bool:
+    return bool(kwargs.get("output_attentions", config.output_attentions))
+
+
+def _row_per_text(states: torch.Tensor, image_index: torch.Tensor | None, num_texts: int) -> torch.Tensor:
+    if image_index is not None:
+        return states[image_index]
+    return states.repeat_interleave(num_texts // len(states), dim=0)

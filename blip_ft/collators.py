@@ -1,0 +1,121 @@
+"""Rows to batches, and the encoding of pictures and texts that inference uses too."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BlipImageProcessor, BlipProcessor, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # label of a position that has no target
+
+
+def open_image(image: Any) -> Image.Image:
+    """An upright RGB picture of any mode.
+
+    Args:
+        image: a path, encoded bytes, a PIL image, or datasets' {"bytes": ..., "path": ...}.
+    Raises: OSError where it cannot be read, ValueError where it is none of these.
+    """
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, bytes):
+        image = io.BytesIO(image)
+    if image is None:
+        raise ValueError("A picture is a path, bytes or a PIL image; this row has none.")
+    if not isinstance(image, Image.Image):
+        image = Image.open(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        # convert() would clip 16 bits to white
+        values = np.asarray(image)
+        image = Image.fromarray((values / 257 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # a palette may hold transparency, which convert("RGB") warns about
+    return image.convert("RGB")
+
+
+def encode_images(images: Sequence[Image.Image], image_processor: BlipImageProcessor) -> torch.Tensor:
+    """(num_images, 3, height, width) uint8: resized as the processor does, its mean and deviation left to the device."""
+    size = (image_processor.size["width"], image_processor.size["height"])
+    resized = [np.asarray(image.resize(size, image_processor.resample)) for image in images]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask, (num_texts, longest), [CLS] ... [SEP], cut at max_tokens."""
+    tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+def encode_labels(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> torch.Tensor:
+    """(num_texts, longest) ids with -100 on padding."""
+    tokens = encode_texts(texts, tokenizer, max_tokens)
+    return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
+
+
+def decode_texts(token_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Strings of generated rows: up to the first [SEP], without special ids and ids the tokenizer does not know.
+
+    The Hub's tokenizer has 30,522 entries while the model also writes [DEC] 30522 and [ENC] 30523.
+    """
+    special, end, known = set(tokenizer.all_special_ids), tokenizer.sep_token_id, len(tokenizer)
+    texts = []
+    for row in token_ids.tolist():
+        row = row[: row.index(end)] if end in row else row
+        kept = [token for token in row if 0 <= token < known and token not in special]
+        texts.append(tokenizer.decode(kept).strip())
+    return texts
+
+
+@dataclass
+class VqaCollator:
+    """Rows of image, image_id, question and answers to a batch in which each picture stands once.
+
+    Returns pixel_values (I, 3, H, W) uint8; input_ids and attention_mask (Q, Lq); image_index (Q,);
+    labels (A, La); question_index (A,); answer_weights (A,): count / number of that question's answers.
+    A picture that cannot be read is a grey one whose answers weigh 0.
+    """
+
+    processor: BlipProcessor
+    max_question_tokens: int = 35
+    max_answer_tokens: int = 30
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        first_row: dict[str, dict] = {}
+        for row in rows:
+            first_row.setdefault(row["image_id"], row)
+        position = {image_id: index for index, image_id in enumerate(first_row)}
+        images, unreadable = [], set()
+        for image_id, row in first_row.items():
+            try:
+                images.append(open_image(row["image"]))
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                logger.warning("picture %s cannot be read and counts for nothing: %s", image_id, error)
+                images.append(Image.new("RGB", (1, 1), (128, 128, 128)))
+                unreadable.add(image_id)
+
+        answers, question_index, weights = [], [], []
+        for index, row in enumerate(rows):
+            for answer, count in Counter(row["answers"]).items():
+                answers.append(answer)
+                question_index.append(index)
+                weights.append(0.0 if row["image_id"] in unreadable else count / len(row["answers"]))
+        tokenizer = self.processor.tokenizer
+        return {
+            "pixel_values": encode_images(images, self.processor.image_processor),
+            **encode_texts([row["question"] for row in rows], tokenizer, self.max_question_tokens),
+            "image_index": torch.tensor([position[row["image_id"]] for row in rows]),
+            "labels": encode_labels(answers, tokenizer, self.max_answer_tokens),
+            "question_index": torch.tensor(question_index),
+            "answer_weights": torch.tensor(weights),
+        }

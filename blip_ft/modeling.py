@@ -1,0 +1,404 @@
+"""BLIP with the original's losses and masks: the names, weights and configs of transformers' own classes.
+
+A checkpoint saved here loads in stock transformers, and the other way round.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import Parameter
+from torch.nn import functional as F
+from transformers import BlipConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.blip import modeling_blip
+from transformers.utils import can_return_tuple
+
+from blip_ft.attention import fuse_attention
+
+IGNORED = -100  # label of a position that has no target
+
+
+class _Blip:
+    """What the three classes below share, put before transformers' class in their bases."""
+
+    # forward divides its loss by num_items_in_batch, so the Trainer must not divide by the accumulation steps
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: BlipConfig) -> None:
+        vision = config.vision_config
+        # lists in the config, not buffers: a buffer beyond stock's would be an unexpected key there
+        vision.image_mean = list(getattr(vision, "image_mean", OPENAI_CLIP_MEAN))
+        vision.image_std = list(getattr(vision, "image_std", OPENAI_CLIP_STD))
+        super().__init__(config)
+        fuse_attention(self)
+
+    def encode_images(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs
+    ) -> modeling_blip.BaseModelOutputWithPooling:
+        """last_hidden_state (num_images, patches + 1, width) of pixel_values (num_images, 3, height, width).
+
+        uint8 pixels are normalised here with the processor's mean and deviation; floats are taken as normalised.
+        """
+        vision = self.config.vision_config
+        if pixel_values.shape[-2:] != (vision.image_size, vision.image_size) and not interpolate_pos_encoding:
+            # transformers 5.23 reads the first rows of the position table for a smaller picture, without a word
+            raise ValueError(
+                f"The model takes pictures of {vision.image_size} x {vision.image_size} pixels, found "
+                f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}. Resize them, load the model with "
+                "image_size=..., or pass interpolate_pos_encoding=True."
+            )
+        if pixel_values.dtype == torch.uint8:
+            mean = torch.tensor(vision.image_mean, device=pixel_values.device).view(3, 1, 1)
+            std = torch.tensor(vision.image_std, device=pixel_values.device).view(3, 1, 1)
+            pixel_values = (pixel_values / 255 - mean) / std
+        return self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+
+    def resize_images(self, image_size: int) -> None:
+        """Take pictures of image_size x image_size from now on: the position table is interpolated once and stored."""
+        embeddings = self.vision_model.embeddings
+        patch = embeddings.patch_size
+        if image_size < patch or image_size % patch:
+            raise ValueError(f"image_size must be a multiple of the patch size {patch}, found {image_size}.")
+        num_patches = (image_size // patch) ** 2
+        with torch.no_grad():
+            # the first argument only tells how many patches there will be
+            wanted = embeddings.position_embedding.new_empty(1, num_patches + 1, embeddings.embed_dim)
+            table = embeddings.interpolate_pos_encoding(wanted, image_size, image_size)
+        embeddings.position_embedding = Parameter(table.clone())
+        embeddings.image_size, embeddings.num_patches, embeddings.num_positions = (
+            image_size,
+            num_patches,
+            num_patches + 1,
+        )
+        self.config.vision_config.image_size = image_size
+
+    def _match_texts(self, image_index: torch.Tensor | None, num_images: int, num_texts: int) -> torch.Tensor | None:
+        """image_index, or None where the texts of each picture stand side by side, equally many for each."""
+        if image_index is None:
+            if num_texts != num_images:
+                raise ValueError(
+                    f"{num_images} pictures and {num_texts} texts: pass image_index, the picture of each text."
+                )
+            return None
+        if len(image_index) != num_texts:
+            raise ValueError(f"image_index names the picture of each of {num_texts} texts, found {len(image_index)}.")
+        if num_texts % num_images == 0:
+            in_turn = torch.arange(num_images, device=image_index.device).repeat_interleave(num_texts // num_images)
+            if torch.equal(image_index, in_turn):
+                return None
+        return image_index
+
+
+def _smoothed_token_losses(decoder, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(rows, length) cross-entropy of each target under the decoder's states; 0 where the target is -100.
+
+    Source: BLIP models/med.py BertLMHeadModel.forward, label smoothing 0.1.
+    """
+    counted = targets != IGNORED
+    # the head is applied to counted positions only: its vocabulary is the widest matrix of the model
+    losses = F.cross_entropy(
+        decoder.cls(states[counted]), targets[counted], label_smoothing=decoder.label_smoothing, reduction="none"
+    )
+    return losses.new_zeros(targets.shape).masked_scatter(counted, losses)
+
+
+class BlipForQuestionAnswering(_Blip, modeling_blip.BlipForQuestionAnswering):
+    """Question answering as the original trains it."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        question_index: torch.Tensor | None = None,
+        answer_weights: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> modeling_blip.BlipTextVisionModelOutput:
+        """Loss: sum over answers of weight x summed smoothed cross-entropy of its tokens, over the number of questions.
+
+        Args:
+            pixel_values: (num_images, 3, height, width), float as the processor gives it or uint8.
+            input_ids, attention_mask: (num_questions, question_length).
+            image_index: (num_questions,), the picture of each question; None: one each.
+            labels: (num_answers, answer_length), padding -100 or the pad id. Position 0 is read as [DEC], whatever it holds.
+            question_index: (num_answers,), the question of each answer; None: one each.
+            answer_weights: (num_answers,); None: 1 each.
+            decoder_input_ids, decoder_attention_mask: (num_answers, answer_length) instead of those made from labels.
+            num_items_in_batch: questions of the whole step, over accumulation and processes; default those of this batch.
+        Source: BLIP models/blip_vqa.py and train_vqa.py.
+        """
+        if labels is None and decoder_input_ids is None:
+            raise ValueError("forward needs labels to compute a loss; to answer questions call generate.")
+        vision = self.encode_images(pixel_values, interpolate_pos_encoding, **kwargs)
+        question_states = self.encode_questions(
+            vision.last_hidden_state, input_ids, attention_mask, image_index, **kwargs
+        )
+        loss = None
+        if labels is not None:
+            losses = self.answer_losses(
+                question_states,
+                attention_mask,
+                labels,
+                question_index,
+                decoder_input_ids,
+                decoder_attention_mask,
+                **kwargs,
+            )
+            if answer_weights is not None:
+                losses = losses * answer_weights
+            loss = losses.sum() / (len(input_ids) if num_items_in_batch is None else num_items_in_batch)
+        return modeling_blip.BlipTextVisionModelOutput(
+            loss=loss,
+            image_embeds=vision.last_hidden_state,
+            last_hidden_state=vision.last_hidden_state,
+            hidden_states=vision.hidden_states,
+            attentions=vision.attentions,
+        )
+
+    @staticmethod
+    def count_loss_items(batch: dict[str, torch.Tensor]) -> int:
+        """What the loss of a batch is divided by: its questions."""
+        return len(batch["input_ids"])
+
+    def encode_questions(
+        self,
+        image_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """(num_questions, question_length, width): what the decoder reads of question and picture."""
+        if getattr(self.config, "question_start_token", "cls") == "enc":
+            input_ids = input_ids.clone()
+            input_ids[:, 0] = self.config.text_config.bos_token_id + 1  # the original adds [ENC] right after [DEC]
+        return self.text_encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=image_states,
+            image_index=self._match_texts(image_index, len(image_states), len(input_ids)),
+            **kwargs,
+        ).last_hidden_state
+
+    def answer_losses(
+        self,
+        question_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor,
+        question_index: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """(num_answers,): the smoothed cross-entropy of each answer, summed over its tokens. Arguments as in forward."""
+        text = self.config.text_config
+        if question_index is not None:
+            question_states = question_states[question_index]
+            attention_mask = None if attention_mask is None else attention_mask[question_index]
+        elif len(labels) != len(question_states):
+            raise ValueError(
+                f"{len(question_states)} questions and {len(labels)} answers: pass question_index, the question of each."
+            )
+        targets = labels.masked_fill(labels == text.pad_token_id, IGNORED)[:, 1:]
+        if decoder_input_ids is None:
+            decoder_input_ids = labels.masked_fill(labels == IGNORED, text.pad_token_id)
+            decoder_input_ids[:, 0] = text.bos_token_id
+        # the last token predicts nothing; padding stands on the right, where the causal mask hides it
+        states = self.text_decoder.bert(
+            input_ids=decoder_input_ids[:, :-1],
+            attention_mask=None if decoder_attention_mask is None else decoder_attention_mask[:, :-1],
+            encoder_hidden_states=question_states,
+            encoder_attention_mask=attention_mask,
+            is_decoder=True,
+            **kwargs,
+        ).last_hidden_state
+        return _smoothed_token_losses(self.text_decoder, states, targets).sum(1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        image_index: torch.Tensor | None = None,
+        **generate_kwargs,
+    ) -> torch.Tensor:
+        """(num_questions, answer_length) ids, [DEC] first. The question's padding is masked, unlike in stock."""
+        image_states = self.encode_images(pixel_values, interpolate_pos_encoding).last_hidden_state
+        question_states = self.encode_questions(image_states, input_ids, attention_mask, image_index)
+        return self.generate_answers(question_states, attention_mask, **generate_kwargs)
+
+    @torch.no_grad()
+    def generate_answers(
+        self, question_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **generate_kwargs
+    ) -> torch.Tensor:
+        """generate, from the states that encode_questions gave."""
+        text = self.config.text_config
+        if attention_mask is None:
+            attention_mask = question_states.new_ones(question_states.shape[:2], dtype=torch.long)
+        start = torch.full((len(question_states), 1), text.bos_token_id, device=question_states.device)
+        return self.text_decoder.generate(
+            input_ids=start,
+            eos_token_id=text.sep_token_id,
+            pad_token_id=text.pad_token_id,
+            encoder_hidden_states=question_states,
+            encoder_attention_mask=attention_mask,
+            **generate_kwargs,
+        )
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        question_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        candidates: torch.Tensor,
+        k: int = 128,
+        rows_per_chunk: int = 2048,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k candidates whose first token is likeliest, best first, and minus their loss as a score.
+
+        Args:
+            candidates: (num_candidates, answer_length) ids, padding -100.
+            rows_per_chunk: answers that are scored at once; bounds the memory.
+        Returns: scores (num_questions, k) and positions in candidates (num_questions, k), by score, best first.
+        Source: BLIP models/blip_vqa.py rank_answer; the loss includes label smoothing and is not divided by length.
+        """
+        num_questions, k = len(question_states), min(k, len(candidates))
+        start = torch.full((num_questions, 1), self.config.text_config.bos_token_id, device=question_states.device)
+        logits = self.text_decoder(
+            input_ids=start, encoder_hidden_states=question_states, encoder_attention_mask=attention_mask
+        ).logits[:, 0]
+        kept = logits.softmax(-1)[:, candidates[:, 1]].topk(k, dim=1).indices  # (num_questions, k)
+        questions = torch.arange(num_questions, device=kept.device).repeat_interleave(k)
+        scores = torch.cat(
+            [
+                -self.answer_losses(question_states, attention_mask, candidates[chosen], question_index=asked)
+                for chosen, asked in zip(
+                    kept.flatten().split(rows_per_chunk), questions.split(rows_per_chunk), strict=True
+                )
+            ]
+        ).view(num_questions, k)
+        scores, order = scores.sort(dim=1, descending=True)
+        return scores, kept.gather(1, order)
+
+
+class BlipForConditionalGeneration(_Blip, modeling_blip.BlipForConditionalGeneration):
+    """Captioning as the original trains it."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> modeling_blip.BlipForConditionalGenerationModelOutput:
+        """Loss: mean smoothed cross-entropy over the target tokens of all captions.
+
+        Args:
+            pixel_values: (num_images, 3, height, width), float as the processor gives it or uint8.
+            input_ids, attention_mask: (num_captions, length). Position 0 is read as [DEC], whatever it holds.
+            image_index: (num_captions,), the picture of each caption; None: one each.
+            labels: (num_captions, length), -100 on prompt and padding; what attention_mask hides is not counted.
+            num_items_in_batch: targets of the whole step, over accumulation and processes; default those of this batch.
+        Returns: loss, and logits (num_captions, length, vocabulary) where there are no labels.
+        Source: BLIP models/blip.py BLIP_Decoder.forward.
+        """
+        text = self.config.text_config
+        vision = self.encode_images(pixel_values, interpolate_pos_encoding, **kwargs)
+        input_ids = input_ids.clone()
+        input_ids[:, 0] = text.bos_token_id
+        states = self.text_decoder.bert(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=vision.last_hidden_state,
+            image_index=self._match_texts(image_index, len(pixel_values), len(input_ids)),
+            is_decoder=True,
+            **kwargs,
+        ).last_hidden_state
+        loss = logits = None
+        if labels is None:
+            logits = self.text_decoder.cls(states)
+        else:
+            labels = labels.masked_fill(labels == text.pad_token_id, IGNORED)
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask == 0, IGNORED)
+            targets = labels[:, 1:]
+            num_items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = _smoothed_token_losses(self.text_decoder, states[:, :-1], targets).sum() / num_items
+        return modeling_blip.BlipForConditionalGenerationModelOutput(
+            loss=loss,
+            logits=logits,
+            image_embeds=vision.last_hidden_state,
+            last_hidden_state=vision.last_hidden_state,
+            hidden_states=vision.hidden_states,
+            attentions=vision.attentions,
+        )
+
+    @staticmethod
+    def count_loss_items(batch: dict[str, torch.Tensor]) -> int:
+        """What the loss of a batch is divided by: its target tokens, which are shifted by one."""
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **generate_kwargs,
+    ) -> torch.Tensor:
+        """(num_images, length) ids that go on from a prompt.
+
+        input_ids, attention_mask: (num_images, prompt_length), [CLS] or [DEC] first, with or without [SEP] at the end;
+        prompts of different length may be padded on the right. None: no prompt.
+        """
+        text = self.config.text_config
+        image_states = self.encode_images(pixel_values, interpolate_pos_encoding).last_hidden_state
+        if input_ids is None:
+            input_ids = torch.full((len(pixel_values), 1), text.bos_token_id, device=pixel_values.device)
+        prompts, prompt_mask = self._left_padded(input_ids, attention_mask)
+        return self.text_decoder.generate(
+            input_ids=prompts,
+            attention_mask=prompt_mask,
+            eos_token_id=text.sep_token_id,
+            pad_token_id=text.pad_token_id,
+            encoder_hidden_states=image_states,
+            encoder_attention_mask=image_states.new_ones(image_states.shape[:2], dtype=torch.long),
+            **generate_kwargs,
+        )
+
+    def _left_padded(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts without [SEP] and padding, ending in the same column, and their mask."""
+        text = self.config.text_config
+        visible = input_ids != text.sep_token_id
+        if attention_mask is not None:
+            visible &= attention_mask.bool()
+        rows = [row[keep] for row, keep in zip(input_ids, visible, strict=True)]
+        longest = max(len(row) for row in rows)
+        prompts = input_ids.new_full((len(rows), longest), text.pad_token_id)
+        mask = torch.zeros_like(prompts)
+        for row, prompt in enumerate(rows):
+            prompts[row, longest - len(prompt) :] = prompt
+            prompts[row, longest - len(prompt)] = text.bos_token_id
+            mask[row, longest - len(prompt) :] = 1
+        return prompts, mask
+
+
+class BlipForImageTextRetrieval(_Blip, modeling_blip.BlipForImageTextRetrieval):
+    """Image-text matching and similarity, as stock computes them."""
