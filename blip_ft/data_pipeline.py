@@ -1,0 +1,598 @@
+"""Where rows come from: any source, checked and renamed to one schema, and the order in which they are trained on."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import yaml
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets.config import HF_CACHE_HOME
+from PIL import Image as PillowImage
+from torch.utils.data import DataLoader, Sampler
+from tqdm.auto import tqdm
+from transformers import BlipProcessor
+
+from blip_ft import demo
+from blip_ft.arguments import (
+    BlipTrainingArguments,
+    DataArguments,
+    ModelArguments,
+    PeftArguments,
+    VqaArguments,
+    parse,
+)
+from blip_ft.collators import VqaCollator, encode_labels, encode_texts, open_image
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+Table = Dataset | list[Row]
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TEXT_FEATURES = {
+    **{name: Value("string") for name in ("image_id", "question", "question_id", "answer_type")},
+    "answers": List(Value("string")),
+}
+
+
+def load_vqa(args: DataArguments, bad_rows_file: Path | None = None, seed: int = 42) -> tuple[Dataset, Dataset]:
+    """The rows to train on and those to evaluate on, one question each.
+
+    Columns: image ({"bytes", "path"}, not decoded), image_id, question, question_id, answers (one string or more) and,
+    where the source has it, answer_type. Rows that cannot be used are left out and listed in bad_rows_file (JSON lines);
+    in evaluation those whose picture cannot be read stay, to be counted as wrong.
+
+    Raises: ValueError for a source, column or split that is not there, and where more than max_bad_fraction is bad.
+    """
+    tables, folder = _read(args)
+    if list(tables) == [""]:
+        train, evaluation = _split_by_column(tables[""], args)
+    else:
+        train, evaluation = _named_splits(tables, args)
+    parts = {"train": _VqaRows(train, args, folder, "train")}
+    if evaluation is not None:
+        parts["eval"] = _VqaRows(evaluation, args, folder, "eval")
+    unreadable = _unreadable_pictures(parts.values(), args.check_images)
+
+    bad = [row for part in parts.values() for row in part.bad_rows(unreadable)]
+    total = sum(len(part) for part in parts.values())
+    if bad:
+        _report_bad_rows(bad, total, args.max_bad_fraction, bad_rows_file)
+
+    rows = {name: part.good(() if name == "eval" else unreadable) for name, part in parts.items()}
+    if evaluation is None:
+        # a picture is either trained on or evaluated on; its unreadable rows were left out above
+        rows["train"], rows["eval"] = _hold_out_pictures(rows["train"], args.eval_fraction, seed)
+    for name, limit in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
+        if limit is not None:
+            rows[name] = rows[name].select(range(min(limit, len(rows[name]))))
+        if not len(rows[name]):
+            raise ValueError(f"No row is left to {name} on. {total} rows were read, {len(bad)} of them were bad.")
+    return rows["train"], rows["eval"]
+
+
+class GroupedSampler(Sampler[int]):
+    """Row positions of one epoch in random order, the rows of a picture side by side, cut to whole global batches.
+
+    Args:
+        image_ids: the picture of each row.
+        global_batch_size: rows of one optimiser step: per device x processes x accumulation.
+        group: False shuffles rows, whatever their picture.
+    Source: the original drops the last batch (utils.py create_loader, drop_last); what is cut differs per epoch.
+    """
+
+    def __init__(self, image_ids: Sequence[str], global_batch_size: int, seed: int, group: bool = True) -> None:
+        if len(image_ids) < global_batch_size:
+            raise ValueError(
+                f"One step takes {global_batch_size} rows (per_device_train_batch_size x processes x "
+                f"gradient_accumulation_steps) and there are {len(image_ids)}. Choose at most {len(image_ids)}, e.g. "
+                f"--per_device_train_batch_size {len(image_ids)} --gradient_accumulation_steps 1 on one process."
+            )
+        codes = pa.array(image_ids, pa.string()).dictionary_encode().indices.to_numpy() if group else None
+        self.picture = codes if group else np.arange(len(image_ids))
+        self.length = len(image_ids) // global_batch_size * global_batch_size
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        place = generator.permutation(int(self.picture.max()) + 1)[self.picture]
+        order = np.lexsort((generator.random(len(place)), place))
+        yield from order[: self.length].tolist()
+
+
+class DataPipeline:
+    """Loaders for a hand-written training loop, from the YAML that a recipe's --config takes.
+
+    Batches hold pixel_values (rows, 3, height, width), input_ids and attention_mask (rows, question_length) and labels
+    (rows, answer_length) of the most frequent answer, -100 on padding. With `group_questions: true` they are those of
+    VqaCollator, each picture once.
+
+    Args:
+        config: path of the YAML, or its content.
+    """
+
+    def __init__(self, config: str | Path | dict[str, Any]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            if isinstance(config, dict):
+                content, config = config, Path(folder) / "DataPipeline.yaml"
+                config.write_text(yaml.safe_dump(content), encoding="utf-8")
+            self.model_args, _, self.data_args, self.task_args, self.training_args = parse(
+                *(ModelArguments, PeftArguments, DataArguments, VqaArguments, BlipTrainingArguments),
+                argv=["--config", str(config)],
+            )
+        self.processor: BlipProcessor | None = None
+
+    def setup(self) -> None:
+        """Read the rows and the processor of model_name_or_path."""
+        name = self.model_args.model_name_or_path
+        if name is None:
+            raise ValueError("DataPipeline needs model_name_or_path, whose processor sizes pictures and splits text.")
+        self.train_rows, self.eval_rows = load_vqa(self.data_args, seed=self.training_args.seed)
+        self.processor = demo.build_demo_processor() if name == "demo" else BlipProcessor.from_pretrained(name)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Shuffled anew in each epoch; with grouping, cut to whole batches."""
+        self._require_setup()
+        args = self.training_args
+        if not self.data_args.group_questions:
+            shuffle = torch.Generator().manual_seed(args.seed)
+            return self._loader(self.train_rows, args.per_device_train_batch_size, shuffle=True, generator=shuffle)
+        sampler = GroupedSampler(self.train_rows["image_id"], args.per_device_train_batch_size, args.seed)
+        return self._loader(self.train_rows, args.per_device_train_batch_size, sampler=sampler)
+
+    def get_eval_dataloader(self) -> DataLoader:
+        """Every row once, in the data's order."""
+        self._require_setup()
+        return self._loader(self.eval_rows, self.training_args.per_device_eval_batch_size)
+
+    def _require_setup(self) -> None:
+        if self.processor is None:
+            raise ValueError("Call setup() first: it reads the rows and the processor.")
+
+    def _loader(self, rows: Dataset, batch_size: int, **kwargs: Any) -> DataLoader:
+        limits = (self.task_args.max_question_tokens, self.task_args.max_answer_tokens)
+        grouped = VqaCollator(self.processor, *limits)
+        return DataLoader(
+            rows,
+            batch_size,
+            collate_fn=grouped if self.data_args.group_questions else self._collate_pairs,
+            num_workers=self.training_args.dataloader_num_workers,
+            **kwargs,
+        )
+
+    def _collate_pairs(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+        images = [open_image(row["image"]) for row in rows]
+        answers = [max(row["answers"], key=row["answers"].count) for row in rows]  # max gives the first on ties
+        task, tokenizer = self.task_args, self.processor.tokenizer
+        return {
+            "pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"],
+            **encode_texts([row["question"] for row in rows], tokenizer, task.max_question_tokens),
+            "labels": encode_labels(answers, tokenizer, task.max_answer_tokens),
+        }
+
+
+# ---- from a source to raw tables ----
+
+
+def _read(args: DataArguments) -> tuple[dict[str, Table], Path | None]:
+    """Raw tables by split ({"": table} where the source names none), and the folder that picture paths start from."""
+    folder = Path(args.image_folder) if args.image_folder else None
+    if folder and not folder.is_dir():
+        raise ValueError(f"image_folder must be a folder, {folder} is none.")
+    if args.questions_file:
+        tables = {"train": _read_vqa_v2(args.questions_file, args.annotations_file, folder)}
+        if args.eval_questions_file:
+            tables["eval"] = _read_vqa_v2(args.eval_questions_file, args.eval_annotations_file, folder)
+        return tables, folder
+    name = args.dataset_name
+    if name is None:
+        raise ValueError("No data is named. Give --dataset_name FOLDER_OR_FILE_OR_HUB_ID, or --dataset_name demo.")
+    if name == "demo":
+        return dict(demo.load_demo()), folder
+    path = Path(name).expanduser()
+    if path.is_file():
+        return {"": _read_file(path)}, folder or path.parent
+    if not path.is_dir():
+        return _read_hub(name, args.dataset_config), folder
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = load_from_disk(str(path))
+        return dict(saved) if isinstance(saved, DatasetDict) else {"": saved}, folder or path
+    for file in METADATA_FILES:
+        if (path / file).is_file():
+            return {"": _read_file(path / file)}, folder or path
+    raise ValueError(
+        f"{path} is a folder without {', '.join(METADATA_FILES[:-1])} or {METADATA_FILES[-1]} and was not written by "
+        "save_to_disk. Add a metadata.jsonl with a line "
+        '{"file_name": "cat.jpg", "question": "what is it?", "answer": "a cat"} for each question.'
+    )
+
+
+def _read_file(path: Path) -> Table:
+    if path.suffix == ".parquet":
+        return Dataset.from_parquet(str(path))
+    readers: dict[str, Callable[[Path], Iterable[Row]]] = {
+        ".json": _read_json,
+        ".jsonl": _read_json_lines,
+        ".csv": _read_csv,
+    }
+    if path.suffix not in readers:
+        raise ValueError(f"{path} must end in .json, .jsonl, .csv or .parquet.")
+    try:
+        rows = list(readers[path.suffix](path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8: {error}") from error
+    if not rows:
+        raise ValueError(f"{path} holds no row.")
+    return rows
+
+
+def _read_json(path: Path) -> Iterable[Row]:
+    content = _load_json(path)
+    rows = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f'{path} must hold a list of objects, or {{"data": [...]}} with one.')
+    return rows
+
+
+def _load_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _read_json_lines(path: Path) -> Iterable[Row]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: needs an object in braces, found {line.strip()[:40]}")
+            yield row
+
+
+def _read_csv(path: Path) -> Iterable[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: needs {len(reader.fieldnames)} values, one for each column."
+                )
+            yield {name: _list_in_csv(value) for name, value in row.items()}
+
+
+def _list_in_csv(value: str) -> Any:
+    """A cell like ["a dog", "dog"] is a list; csv has no other way to hold one."""
+    if value.startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            pass
+    return value
+
+
+def _read_hub(name: str, config: str | None) -> dict[str, Table]:
+    try:
+        return dict(load_dataset(name, config))
+    # datasets and huggingface_hub raise a dozen unrelated classes here: offline, missing, gated, script, wrong config
+    except Exception as error:
+        raise ValueError(
+            f"{name} is no file and no folder here, and as a data set of the Hub it could not be loaded: "
+            f"{type(error).__name__}: {error}\nCheck the path, the spelling (owner/name), the network and, for a "
+            "private one, HF_TOKEN. Data set scripts have ended with datasets 4: the Hub must hold parquet, json or csv."
+        ) from error
+
+
+def _read_vqa_v2(questions_file: str, annotations_file: str, folder: Path) -> list[Row]:
+    questions, annotations = _load_json(questions_file), _load_json(annotations_file)
+    try:
+        subtype = questions["data_subtype"]
+        annotation = {entry["question_id"]: entry for entry in annotations["annotations"]}
+        rows = []
+        for entry in questions["questions"]:
+            # pictures lie in the folder itself or, as COCO's archives unpack, in one named after their subset
+            file = f"COCO_{subtype}_{entry['image_id']:012d}.jpg"
+            inside = os.path.join(subtype, file)
+            known = annotation.get(entry["question_id"], {})
+            rows.append(
+                {
+                    "image": inside if (folder / inside).exists() else file,
+                    "image_id": str(entry["image_id"]),
+                    "question": entry["question"],
+                    "question_id": str(entry["question_id"]),
+                    "answers": known.get("answers"),
+                    "answer_type": known.get("answer_type"),
+                }
+            )
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{questions_file} and {annotations_file} must be official VQA v2 files (data_subtype, questions, "
+            f"annotations); missing: {error}."
+        ) from error
+    return rows
+
+
+# ---- splits ----
+
+
+def _columns(table: Table) -> list[str]:
+    return table.column_names if isinstance(table, Dataset) else list(dict.fromkeys(name for row in table for name in row))
+
+
+def _split_by_column(table: Table, args: DataArguments) -> tuple[Table, Table | None]:
+    if "split" not in _columns(table):
+        if args.eval_split or args.train_split != "train":
+            raise ValueError(
+                "train_split and eval_split need a column `split` or a source with named splits; this one has neither. "
+                "Leave them out: a part of the pictures is then held out."
+            )
+        return table, None
+    values = table["split"] if isinstance(table, Dataset) else [row.get("split") for row in table]
+    positions: dict[str, list[int]] = {}
+    for position, value in enumerate(values):
+        positions.setdefault(str(value), []).append(position)
+
+    def rows_of(split: str) -> Table:
+        _require_split(split, positions)
+        if isinstance(table, Dataset):
+            return table.select(positions[split])
+        return [table[position] for position in positions[split]]
+
+    return rows_of(args.train_split), rows_of(args.eval_split) if args.eval_split else None
+
+
+def _named_splits(tables: dict[str, Table], args: DataArguments) -> tuple[Table, Table | None]:
+    _require_split(args.train_split, tables)
+    eval_split = args.eval_split
+    if eval_split is None and (args.eval_questions_file or args.dataset_name == "demo"):
+        eval_split = "validation" if args.dataset_name == "demo" else "eval"
+    if eval_split is not None:
+        _require_split(eval_split, tables)
+    return tables[args.train_split], tables[eval_split] if eval_split else None
+
+
+def _require_split(split: str, there: Iterable[str]) -> None:
+    if split not in there:
+        raise ValueError(f"There is no split {split!r}; the data has {', '.join(there)}. Set train_split and eval_split.")
+
+
+def _hold_out_pictures(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    image_ids = np.asarray(rows["image_id"])
+    pictures = np.unique(image_ids)
+    if len(pictures) < 2:
+        raise ValueError(f"Holding out pictures needs two or more, found {len(pictures)}. Give an eval_split.")
+    number = min(max(1, round(fraction * len(pictures))), len(pictures) - 1)
+    held_out = np.isin(image_ids, np.random.default_rng(seed).choice(pictures, number, replace=False))
+    logger.info(
+        "No eval_split: %d of %d pictures with %d of %d rows are held out to evaluate on.",
+        *(number, len(pictures), held_out.sum(), len(rows)),
+    )
+    return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
+
+
+# ---- raw tables to the schema ----
+
+
+class _VqaRows:
+    """One split in the schema, with the reason for which each row cannot be used, if any."""
+
+    def __init__(self, table: Table, args: DataArguments, folder: Path | None, name: str) -> None:
+        self.name = name
+        columns = _columns(table)
+        image_column = args.image_column or ("image" if "image" in columns else "file_name")
+        answer_column = args.answer_column or ("answers" if "answers" in columns else "answer")
+        needed = {"image_column": image_column, "question_column": args.question_column, "answer_column": answer_column}
+        _require_columns(needed, columns)
+        texts = table.remove_columns(image_column) if isinstance(table, Dataset) else table
+        self.reasons: list[str | None] = [None] * len(table)
+        self.rows = concatenate_datasets(
+            [
+                self._images(table, image_column, folder),
+                self._texts(texts, args.question_column, answer_column, args.image_id_column),
+            ],
+            axis=1,
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def bad_rows(self, unreadable: dict[str, str]) -> Iterator[Row]:
+        for position, (image_id, reason) in enumerate(zip(self.rows["image_id"], self.reasons, strict=True)):
+            if reason or image_id in unreadable:
+                yield {
+                    "split": self.name,
+                    "row": position,
+                    "image_id": image_id,
+                    "reason": reason or unreadable[image_id],
+                }
+
+    def good(self, unreadable: Iterable[str]) -> Dataset:
+        pairs = zip(self.rows["image_id"], self.reasons, strict=True)
+        kept = [i for i, (image_id, reason) in enumerate(pairs) if not reason and image_id not in unreadable]
+        return self.rows.select(kept) if len(kept) < len(self) else self.rows
+
+    def _images(self, table: Table, column: str, folder: Path | None) -> Dataset:
+        """One column `image`; the keys that stand for an image_id are left in self.made_ids."""
+        values = table.select_columns(column) if isinstance(table, Dataset) else None
+        if values is not None and (isinstance(values.features[column], Image) or _is_image_struct(values.features[column])):
+            values = values.cast_column(column, Image(decode=False)).rename_column(column, "image")
+            self.made_ids = []
+            for batch in values.iter(1000):
+                for image in batch["image"]:
+                    if image and image["bytes"] is not None:
+                        self.made_ids.append(hashlib.sha1(image["bytes"]).hexdigest())
+                    else:
+                        self.made_ids.append(image["path"] if image else "")
+            return values
+        paths = values[column] if values is not None else [row.get(column) for row in table]
+        images, self.made_ids = [], []
+        for position, path in enumerate(paths):
+            located, reason = _locate(path, folder) if isinstance(path, str) else (None, "picture is no path")
+            self.reasons[position] = reason
+            images.append({"bytes": None, "path": located})
+            self.made_ids.append(str(path))
+        return Dataset.from_dict({"image": images}, Features({"image": Image(decode=False)}))
+
+    def _texts(self, table: Table, question_column: str, answer_column: str, image_id_column: str) -> Dataset:
+        has_type = "answer_type" in _columns(table)
+        columns: dict[str, list] = {name: [] for name in TEXT_FEATURES if name != "answer_type" or has_type}
+        for position, row in enumerate(table):
+            question, answers = row.get(question_column), _as_answers(row.get(answer_column))
+            if not isinstance(question, str) or not question.strip():
+                self.reasons[position] = self.reasons[position] or "question is empty or no text"
+                question = ""
+            if not answers:
+                self.reasons[position] = self.reasons[position] or "answer is empty or no text"
+            image_id = row.get(image_id_column)
+            question_id = row.get("question_id")
+            columns["question"].append(question.strip())
+            columns["answers"].append(answers)
+            columns["image_id"].append(self.made_ids[position] if image_id is None else str(image_id))
+            columns["question_id"].append(f"{self.name}-{position}" if question_id is None else str(question_id))
+            if has_type:
+                columns["answer_type"].append(str(row.get("answer_type") or "unknown"))
+        return Dataset.from_dict(columns, Features({name: TEXT_FEATURES[name] for name in columns}))
+
+
+def _is_image_struct(feature: Any) -> bool:
+    """Parquet written from pictures without their feature: {"bytes": binary, "path": string}."""
+    return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+
+
+def _require_columns(needed: dict[str, str], found: list[str]) -> None:
+    for argument, column in needed.items():
+        if column not in found:
+            nearest = difflib.get_close_matches(column, found, n=1, cutoff=0.3)
+            raise ValueError(
+                f"VQA rows need the columns {', '.join(sorted(needed.values()))}; this data set has {', '.join(found)}. "
+                f"Set {argument}, e.g. --{argument} {nearest[0] if nearest else found[0]}"
+            )
+
+
+def _as_answers(value: Any) -> list[str]:
+    """Strings of an answer column's value: a string, number or boolean, a VQA v2 dict, or a list of these."""
+    if isinstance(value, dict):
+        return _as_answers(value.get("answer"))
+    if isinstance(value, (list, tuple)):
+        return [answer for entry in value for answer in _as_answers(entry)]
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return []
+        value = int(value) if value.is_integer() else value
+    text = str(value).strip() if isinstance(value, (str, int, float)) else ""
+    return [text] if text else []
+
+
+@cache
+def _locate(path: str, folder: Path | None) -> tuple[str | None, str | None]:
+    """The absolute path of a picture, or None and the reason why it is refused."""
+    if "://" in path or path.startswith("data:"):
+        return None, "picture is a URL; nothing is fetched from a row"
+    if not path.strip() or "\0" in path:
+        return None, "picture has no path"
+    root = (folder or Path.cwd()).resolve()
+    resolved = (root / path).resolve()  # follows links, so that none leads out of the folder
+    if not resolved.is_relative_to(root):
+        return None, f"picture lies outside {root}"
+    return str(resolved), None
+
+
+# ---- pictures that cannot be read ----
+
+
+def _unreadable_pictures(parts: Iterable[_VqaRows], mode: str) -> dict[str, str]:
+    """image_id -> reason, of the pictures whose header, or in mode `full` whose pixels, cannot be read."""
+    remembered = Path(HF_CACHE_HOME) / "blip_ft" / "readable_images.txt"
+    known = set(remembered.read_text().split("\n")) if remembered.is_file() else set()
+    found, fresh = {}, []
+    for part in parts:
+        first = {}
+        for position, (image_id, reason) in enumerate(zip(part.rows["image_id"], part.reasons, strict=True)):
+            if not reason:
+                first.setdefault(image_id, position)
+        progress = tqdm(total=len(first), desc=f"Checking pictures ({part.name})", delay=3)
+        with ThreadPoolExecutor() as pool:
+            # in portions, for map() takes all of its input at once
+            for ids in batched(first, 256):
+                images = [part.rows[first[image_id]]["image"] for image_id in ids]
+                results = pool.map(_picture_problem, images, [mode] * len(ids), [known] * len(ids))
+                for image_id, (problem, key) in zip(ids, results, strict=True):
+                    if problem:
+                        found[image_id] = problem
+                    elif key and key not in known:
+                        fresh.append(key)
+                progress.update(len(ids))
+        progress.close()
+    if fresh:
+        try:
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            with remembered.open("a") as file:
+                file.write("".join(f"{key}\n" for key in fresh))
+        except OSError as error:
+            logger.info("The checked pictures cannot be remembered: %s", error)
+    return found
+
+
+def _picture_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None, str | None]:
+    """Why a picture cannot be read, if so, and under which name a good file is remembered."""
+    key = None
+    try:
+        if image["bytes"] is None:
+            status = os.stat(image["path"])
+            key = hashlib.sha1(f"{image['path']} {status.st_size} {status.st_mtime_ns} {mode}".encode()).hexdigest()
+            if key in known:
+                return None, key
+        source = image["path"] if image["bytes"] is None else pa.BufferReader(image["bytes"])
+        with PillowImage.open(source) as picture:
+            if mode == "full":
+                picture.draft("RGB", (64, 64))  # a JPEG is then decoded at an eighth of its size
+                picture.load()
+    # decoders raise what they like on broken input: OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+    except Exception as error:
+        return f"picture cannot be read: {type(error).__name__}: {error}", None
+    return None, key
+
+
+def _report_bad_rows(bad: list[Row], total: int, max_fraction: float, file: Path | None) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in bad), encoding="utf-8")
+    first = "\n".join(f"  {row['split']} row {row['row']} ({row['image_id']}): {row['reason']}" for row in bad[:5])
+    summary = f"{len(bad)} of {total} rows cannot be used" + (f", all listed in {file}" if file else "") + f":\n{first}"
+    if len(bad) > max_fraction * total:
+        raise ValueError(
+            f"{summary}\nThat is more than max_bad_fraction = {max_fraction:.2%}. Mend or remove them, or set "
+            f"--max_bad_fraction {math.ceil(1000 * len(bad) / total) / 1000}"
+        )
+    logger.warning("%s\nThey are left out of training; in evaluation an unreadable picture counts as wrong.", summary)

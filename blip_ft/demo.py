@@ -1,0 +1,187 @@
+"""The built-in data set, coloured shapes drawn from a seed, and the small BLIP that learns it in minutes on a CPU."""
+
+from __future__ import annotations
+
+import io
+import random
+import string
+import tempfile
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as PillowImage
+from PIL import ImageDraw
+from transformers import BertTokenizer, BlipConfig, BlipImageProcessor, BlipProcessor
+
+IMAGE_SIZE = 64  # pixels a side
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 220),
+    "yellow": (235, 205, 50),
+    "purple": (150, 60, 180),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+NUMBERS = ("zero", "one", "two", "three")
+
+# cell -> (color, shape)
+Scene = dict[int, tuple[str, str]]
+
+
+def load_demo(num_train: int = 3000, num_eval: int = 300, seed: int = 0) -> DatasetDict:
+    """Splits train and validation of pictures with six questions and a caption each; no scene is in both.
+
+    Columns: image (encoded PNG), image_id, question, question_id, answers, answer_type, captions.
+    """
+    generator = random.Random(seed)
+    scenes: dict[tuple, Scene] = {}
+    while len(scenes) < num_train + num_eval:
+        scene = _draw_scene(generator)
+        scenes.setdefault(tuple(sorted(scene.items())), scene)
+    rows = [_rows_of(scene, f"demo-{seed}-{number}", generator) for number, scene in enumerate(scenes.values())]
+    features = Features(
+        {
+            "image": Image(decode=False),
+            **{name: Value("string") for name in ("image_id", "question", "question_id", "answer_type")},
+            "answers": List(Value("string")),
+            "captions": List(Value("string")),
+        }
+    )
+    splits = {"train": rows[:num_train], "validation": rows[num_train:]}
+    return DatasetDict(
+        {name: Dataset.from_list([row for rows in part for row in rows], features) for name, part in splits.items()}
+    )
+
+
+def build_demo_processor() -> BlipProcessor:
+    """Pictures of 64 x 64; the demo's words, and single letters and digits for any other text in English."""
+    words = {word for sentence in (*QUESTIONS, "a and") for word in sentence.split() if word.isalpha()}
+    words |= {*COLORS, *SHAPES, *NUMBERS, *(word for place in PLACES for word in place.split()), "yes", "no"}
+    characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    pieces = [*characters, *(f"##{character}" for character in characters)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words - set(characters)), *pieces]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocab.txt"
+        path.write_text("\n".join(vocabulary), encoding="utf-8")
+        tokenizer = BertTokenizer(vocab=str(path))
+    return BlipProcessor(BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}), tokenizer)
+
+
+def build_demo_config() -> BlipConfig:
+    """A BLIP of 1.6 M parameters; [DEC] and [ENC] come after the tokenizer's words, as on the Hub."""
+    tokenizer = build_demo_processor().tokenizer
+    width, heads = 128, 4
+    return BlipConfig(
+        vision_config={
+            "image_size": IMAGE_SIZE,
+            "patch_size": IMAGE_SIZE // 2,
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": 3,
+            "num_attention_heads": heads,
+            "initializer_range": 0.08,
+            "layer_norm_eps": 1e-6,
+        },
+        text_config={
+            "vocab_size": len(tokenizer) + 2,
+            "bos_token_id": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "sep_token_id": tokenizer.sep_token_id,
+            "eos_token_id": tokenizer.sep_token_id,
+            "hidden_size": width,
+            "encoder_hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "initializer_range": 0.08,
+            "max_position_embeddings": 64,
+        },
+        image_text_hidden_size=width,
+    )
+
+
+# each in every picture once; the placeholders are filled from the scene
+QUESTIONS = (
+    "what color is the {shape} ?",
+    "what shape is {color} ?",
+    "how many shapes are there ?",
+    "is there a {color} {shape} ?",
+    "what is in the {place} ?",
+    "what color is the shape in the {place} ?",
+)
+
+
+def _draw_scene(generator: random.Random) -> Scene:
+    """One to three shapes in different cells of a 2 x 2 grid, no two of one color or one form."""
+    number = generator.choices((1, 2, 3), weights=(1, 8, 16))[0]
+    cells = generator.sample(range(4), number)
+    return dict(
+        zip(
+            cells,
+            zip(generator.sample(list(COLORS), number), generator.sample(SHAPES, number), strict=True),
+            strict=True,
+        )
+    )
+
+
+def _rows_of(scene: Scene, image_id: str, generator: random.Random) -> list[dict]:
+    cell = generator.choice(list(scene))
+    color, shape = scene[cell]
+    asked_color, asked_shape = color, shape
+    if generator.random() < 0.5:  # a shape and color that are not together in the picture
+        while (asked_color, asked_shape) in scene.values():
+            asked_color, asked_shape = generator.choice(list(COLORS)), generator.choice(SHAPES)
+    filled = {"shape": shape, "color": color, "place": PLACES[cell]}
+    asked = [
+        (QUESTIONS[0].format(**filled), color, "other"),
+        (QUESTIONS[1].format(**filled), shape, "other"),
+        (QUESTIONS[2], NUMBERS[len(scene)], "number"),
+        (
+            QUESTIONS[3].format(color=asked_color, shape=asked_shape),
+            "yes" if (asked_color, asked_shape) in scene.values() else "no",
+            "yes/no",
+        ),
+        (QUESTIONS[4].format(**filled), f"a {color} {shape}", "other"),
+        (QUESTIONS[5].format(**filled), color, "other"),
+    ]
+    things = [f"a {color} {shape}" for _, (color, shape) in sorted(scene.items())]
+    caption = " and ".join([", ".join(things[:-1]), things[-1]] if things[1:] else things)
+    image = {"bytes": _paint(scene, generator), "path": None}
+    return [
+        {
+            "image": image,
+            "image_id": image_id,
+            "question": question,
+            "question_id": f"{image_id}-{number}",
+            "answers": [answer],
+            "answer_type": answer_type,
+            "captions": [caption],
+        }
+        for number, (question, answer, answer_type) in enumerate(asked)
+    ]
+
+
+def _paint(scene: Scene, generator: random.Random) -> bytes:
+    """PNG bytes; position and size of each shape vary by a few pixels."""
+    picture = PillowImage.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (20, 20, 30))
+    pen = ImageDraw.Draw(picture)
+    half = IMAGE_SIZE // 4
+    for cell, (color, shape) in scene.items():
+        x = (cell % 2) * 2 * half + half + generator.randint(-3, 3)
+        y = (cell // 2) * 2 * half + half + generator.randint(-3, 3)
+        r = generator.randint(9, 12)
+        fill = COLORS[color]
+        if shape == "circle":
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        elif shape == "square":
+            pen.rectangle((x - r + 1, y - r + 1, x + r - 1, y + r - 1), fill=fill)
+        elif shape == "triangle":
+            pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=fill)
+        else:
+            pen.rectangle((x - r, y - 3, x + r, y + 3), fill=fill)
+            pen.rectangle((x - 3, y - r, x + 3, y + r), fill=fill)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
