@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import hashlib
+import io
 import json
 import logging
 import math
@@ -12,8 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import batched
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,10 @@ def load_vqa(args: DataArguments, bad_rows_file: Path | None = None, seed: int =
     if bad:
         _report_bad_rows(bad, total, args.max_bad_fraction, bad_rows_file)
 
-    rows = {name: part.good(() if name == "eval" else unreadable) for name, part in parts.items()}
+    rows = {name: part.good() for name, part in parts.items()}
     if evaluation is None:
-        # a picture is either trained on or evaluated on; its unreadable rows were left out above
         rows["train"], rows["eval"] = _hold_out_pictures(rows["train"], args.eval_fraction, seed)
+    rows["train"] = _without_pictures(rows["train"], unreadable)
     for name, limit in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
         if limit is not None:
             rows[name] = rows[name].select(range(min(limit, len(rows[name]))))
@@ -435,16 +435,18 @@ class _VqaRows:
                     "reason": reason or unreadable[image_id],
                 }
 
-    def good(self, unreadable: Iterable[str]) -> Dataset:
-        pairs = zip(self.rows["image_id"], self.reasons, strict=True)
-        kept = [i for i, (image_id, reason) in enumerate(pairs) if not reason and image_id not in unreadable]
-        return self.rows.select(kept) if len(kept) < len(self) else self.rows
+    def good(self) -> Dataset:
+        """The rows with a picture's path or bytes, a question and an answer."""
+        if not any(self.reasons):
+            return self.rows
+        return self.rows.select([position for position, reason in enumerate(self.reasons) if not reason])
 
     def _images(self, table: Table, column: str, folder: Path | None) -> Dataset:
         """One column `image`; the keys that stand for an image_id are left in self.made_ids."""
         values = table.select_columns(column) if isinstance(table, Dataset) else None
         if values is not None and (isinstance(values.features[column], Image) or _is_image_struct(values.features[column])):
-            values = values.cast_column(column, Image(decode=False)).rename_column(column, "image")
+            values = values.cast_column(column, Image(decode=False))
+            values = values if column == "image" else values.rename_column(column, "image")
             self.made_ids = []
             for batch in values.iter(1000):
                 for image in batch["image"]:
@@ -514,7 +516,7 @@ def _as_answers(value: Any) -> list[str]:
     return [text] if text else []
 
 
-@cache
+@lru_cache(maxsize=1 << 16)  # the rows of a picture repeat its path
 def _locate(path: str, folder: Path | None) -> tuple[str | None, str | None]:
     """The absolute path of a picture, or None and the reason why it is refused."""
     if "://" in path or path.startswith("data:"):
@@ -541,10 +543,12 @@ def _unreadable_pictures(parts: Iterable[_VqaRows], mode: str) -> dict[str, str]
         for position, (image_id, reason) in enumerate(zip(part.rows["image_id"], part.reasons, strict=True)):
             if not reason:
                 first.setdefault(image_id, position)
+        ordered = list(first)
         progress = tqdm(total=len(first), desc=f"Checking pictures ({part.name})", delay=3)
         with ThreadPoolExecutor() as pool:
             # in portions, for map() takes all of its input at once
-            for ids in batched(first, 256):
+            for start in range(0, len(first), 256):
+                ids = ordered[start : start + 256]
                 images = [part.rows[first[image_id]]["image"] for image_id in ids]
                 results = pool.map(_picture_problem, images, [mode] * len(ids), [known] * len(ids))
                 for image_id, (problem, key) in zip(ids, results, strict=True):
@@ -564,6 +568,12 @@ def _unreadable_pictures(parts: Iterable[_VqaRows], mode: str) -> dict[str, str]
     return found
 
 
+def _without_pictures(rows: Dataset, unreadable: dict[str, str]) -> Dataset:
+    if not unreadable:
+        return rows
+    return rows.select([position for position, image_id in enumerate(rows["image_id"]) if image_id not in unreadable])
+
+
 def _picture_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None, str | None]:
     """Why a picture cannot be read, if so, and under which name a good file is remembered."""
     key = None
@@ -573,7 +583,7 @@ def _picture_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None
             key = hashlib.sha1(f"{image['path']} {status.st_size} {status.st_mtime_ns} {mode}".encode()).hexdigest()
             if key in known:
                 return None, key
-        source = image["path"] if image["bytes"] is None else pa.BufferReader(image["bytes"])
+        source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
         with PillowImage.open(source) as picture:
             if mode == "full":
                 picture.draft("RGB", (64, 64))  # a JPEG is then decoded at an eighth of its size
