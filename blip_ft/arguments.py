@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,6 +47,16 @@ class ModelArguments:
             "help": "Comma-separated parts that are not trained, e.g. vision_model or text_encoder.encoder.layer.0"
         },
     )
+
+    @property
+    def hub_id(self) -> str | None:
+        """The checkpoint's id where it lies on the Hub, None for a folder and for the demo."""
+        name = self.model_name_or_path
+        return None if name == "demo" or Path(name).exists() else name
+
+    @property
+    def frozen_parts(self) -> list[str]:
+        return [name.strip() for name in (self.freeze or "").split(",") if name.strip()]
 
 
 @dataclass
@@ -146,6 +160,11 @@ class DataArguments:
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction is a share between 0 and 1, found {self.eval_fraction}.")
 
+    @property
+    def label(self) -> str:
+        """A short name for the model card, without the folders that lead to the data."""
+        return Path(self.dataset_name or self.questions_file).name
+
 
 @dataclass
 class VqaArguments:
@@ -238,12 +257,13 @@ def parse(
     config, _ = parser.parse_known_args(flags)
     settings = _flags_of_yaml(config.config, parser) if config.config else []
     named = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in settings + flags if flag.startswith("--")}
+    if "model_name_or_path" in named and not named & {"dataset_name", "questions_file"} and demo_config:
+        raise ValueError("A model is named and no data. Give --dataset_name FOLDER_OR_HUB_ID, or --dataset_name demo.")
     if demo_config and not named & {"model_name_or_path", "dataset_name", "questions_file"}:
-        print(
-            "No model and no data named: training the built-in small model on built-in pictures "
-            f"({Path(demo_config).name}).\nFor a real checkpoint and your own pictures:\n"
-            f"  accelerate launch --quiet {sys.argv[0]} --model_name_or_path Salesforce/blip-vqa-base --dataset_name FOLDER",
-            file=sys.stderr,
+        logger.info(
+            "No model and no data named: training the built-in small model on built-in pictures (%s).\n"
+            "For a real checkpoint and your own pictures: accelerate launch --quiet %s --dataset_name FOLDER",
+            *(demo_config, sys.argv[0]),
         )
         settings = _flags_of_yaml(demo_config, parser) + settings
     # look_for_args_file=False: a file recipes/vqa.args would be read without a word
@@ -255,21 +275,27 @@ def parse(
     return tuple(parsed)
 
 
-def exit_with_message(main: Callable[[], None]) -> None:
+def start_recipe(main: Callable[[], None]) -> None:
     """Run main(); a user's mistake ends in one message and exit code 1, with a traceback only under --debug."""
-    debug = sys.argv[-1] == "--debug" or any(
+    # the Trainer has a --debug of its own, which takes a value
+    debug = any(
         flag == "--debug" and following.startswith("--")
-        for flag, following in zip(sys.argv, sys.argv[1:], strict=False)
+        for flag, following in zip(sys.argv, [*sys.argv[1:], "--"], strict=True)
     )
     if debug:
-        sys.argv.remove("--debug")  # with a value it is the Trainer's own flag
+        sys.argv.remove("--debug")
+    first_process = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("blip_ft").setLevel(logging.INFO if first_process else logging.ERROR)
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
-        print(f"\n{type(error).__name__}: {error}\n(--debug shows where)", file=sys.stderr)
+        logger.error("\n%s: %s\n(--debug shows where)", type(error).__name__, error)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 class _Parser(HfArgumentParser):

@@ -1,0 +1,268 @@
+"""The Trainer with BLIP's loss normalisation and text predictions, and run(): what all recipes do with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+
+from blip_ft.arguments import BlipTrainingArguments
+from blip_ft.data_pipeline import GroupedSampler
+from blip_ft.hub import write_model_card
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+# model and batch -> a prediction for each row, and the summed loss of the batch
+Predict = Callable[[torch.nn.Module, Batch], tuple[list[str], float]]
+# predictions in the order of the rows, and the rows -> metrics
+Score = Callable[[list[str], Dataset], dict[str, float]]
+
+
+class BlipTrainer(Trainer):
+    """Trains on grouped batches with the loss of the one big batch, and evaluates on strings.
+
+    Args:
+        predict: answers a batch; it sees the batch only, and decides what of it the model may read.
+        score: metrics of predictions and rows.
+        group: keep the rows of a picture in one batch.
+    After evaluate(), `predictions` holds a string for each row of the evaluation set, in its order.
+    """
+
+    def __init__(self, *args: Any, predict: Predict, score: Score, group: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs and one process: start with `accelerate launch --multi_gpu` or `torchrun "
+                "--nproc_per_node`, or hide the other cards with CUDA_VISIBLE_DEVICES=0."
+            )
+        self.predict_batch, self.score, self.group = predict, score, group
+        self.predictions: list[str] = []
+        if self.args.sample_steps:
+            self.add_callback(_SampleCallback(self))
+
+    @property
+    def blip(self) -> torch.nn.Module:
+        """The BLIP model under DDP and PEFT; an adapter's layers are part of it."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupedSampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        global_batch = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return GroupedSampler(rows["image_id"], global_batch, seed, self.group)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
+        """What the loss of a whole step is divided by: the Trainer would count label tokens, BLIP counts questions."""
+        items = torch.tensor(sum(self.blip.count_loss_items(batch) for batch in batch_samples), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items = self.accelerator.gather(items).sum()
+        return items
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """All: the original's AdamW decays biases and norms too (train_vqa.py)."""
+        return [name for name, _ in model.named_parameters()]
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """This process's rows, each row of the whole in one process only; those of a picture side by side."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        picture = pa.array(rows["image_id"], pa.string()).dictionary_encode().indices.to_numpy()
+        order = np.argsort(picture, kind="stable")
+        share = np.array_split(order, self.args.world_size)[self.args.process_index].tolist()
+        loader = DataLoader(
+            Subset(rows, share),
+            self.args.per_device_eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        loader.row_positions = share
+        return loader
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Strings and summed losses travel between processes, never picture features."""
+        rows = dataloader.dataset.dataset
+        model = self.blip.eval()
+        predictions, loss, unreadable = [], 0.0, 0
+        for batch in tqdm(dataloader, desc=description, disable=not self.is_local_process_zero(), leave=False):
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                texts, batch_loss = self.predict_batch(model, batch)
+            # a picture that could not be read weighs nothing in the loss, and its prediction counts as wrong
+            readable = _readable_rows(batch)
+            predictions += [text if good else "" for text, good in zip(texts, readable, strict=True)]
+            loss, unreadable = loss + batch_loss, unreadable + readable.count(False)
+        pairs = gather_object(list(zip(dataloader.row_positions, predictions, strict=True)))
+        totals = gather_object([(loss, unreadable)])
+        self.predictions = [text for _, text in sorted(pairs)]
+        metrics = self.score(self.predictions, rows)
+        metrics["loss"] = sum(part for part, _ in totals) / len(rows)
+        if any(part for _, part in totals):
+            metrics["unreadable_pictures"] = sum(part for _, part in totals)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=self.predictions, label_ids=None, metrics=named, num_samples=len(rows))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the Trainer's card would replace ours, which run() writes."""
+
+
+class _SampleCallback(TrainerCallback):
+    """A few questions with answer and prediction, every sample_steps."""
+
+    def __init__(self, trainer: BlipTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % args.sample_steps or not state.is_world_process_zero:
+            return
+        trainer = self.trainer
+        rows = trainer.eval_dataset.select(range(min(4, len(trainer.eval_dataset))))
+        batch = trainer._prepare_inputs(trainer.data_collator(rows.to_list()))
+        model = trainer.blip
+        model.eval()
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            predictions, _ = trainer.predict_batch(model, batch)
+        model.train()
+        lines = [
+            f"  {row['question']} | answer: {row['answers'][0]} | predicted: {prediction}"
+            for row, prediction in zip(rows, predictions, strict=True)
+        ]
+        logger.info("Step %d of %d:\n%s", state.global_step, state.max_steps, "\n".join(lines))
+
+
+def _readable_rows(batch: Batch) -> list[bool]:
+    weight = torch.zeros(len(batch["input_ids"]), device=batch["answer_weights"].device)
+    return (weight.index_add(0, batch["question_index"], batch["answer_weights"].float()) > 0).tolist()
+
+
+def prepare_output_dir(args: BlipTrainingArguments, recipe: str) -> str | None:
+    """Settle args.output_dir before anything is written, and return the checkpoint to resume from, if any.
+
+    Not given: outputs/<recipe>, else the next free outputs/<recipe>-2, -3, ...; with `--resume_from_checkpoint last`
+    the newest of them. Given and not empty: refused, unless resuming.
+    """
+    resume = args.resume_from_checkpoint
+    choice: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            choice = [_choose_output_dir(args.output_dir if args.output_dir_was_given else None, recipe, resume)]
+        except ValueError as error:
+            choice = [error]
+    broadcast_object_list(choice)
+    if isinstance(choice[0], ValueError):
+        raise choice[0]
+    args.output_dir = choice[0]
+    if resume != "last":
+        return resume
+    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if checkpoint is None:
+        logger.warning("There is no checkpoint in %s: starting from the beginning.", args.output_dir)
+    return checkpoint
+
+
+def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> str:
+    if given is not None:
+        if Path(given).is_dir() and any(Path(given).iterdir()) and not resume:
+            raise ValueError(
+                f"output_dir {given} is not empty. Choose another, remove it, or go on with what is there: "
+                "--resume_from_checkpoint last"
+            )
+        return given
+    base = Path("outputs") / recipe
+    number, used = 1, None
+    while (folder := base if number == 1 else base.with_name(f"{recipe}-{number}")).is_dir() and any(folder.iterdir()):
+        used, number = folder, number + 1
+    return str(used if resume and used else folder)
+
+
+def run(
+    trainer: BlipTrainer,
+    checkpoint: str | None,
+    card: dict[str, Any],
+    result_notes: dict[str, Any],
+) -> dict[str, Any]:
+    """Train, save, evaluate, and write what a run leaves behind into output_dir.
+
+    Args:
+        checkpoint: folder to resume from.
+        card: task, stock_class, base_model and dataset of write_model_card.
+        result_notes: what belongs beside the numbers in all_results.json, e.g. the scoring rule.
+    Returns: the content of all_results.json.
+    """
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    results: dict[str, Any] = {}
+    if args.eval_on_start and checkpoint is None:
+        # before the clock of training starts; the Trainer's own would run inside it
+        results |= trainer.evaluate(metric_key_prefix="before_training")
+    args.eval_on_start = False
+    try:
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        trainer._save_checkpoint(trainer.model, trial=None)
+        logger.warning("Stopped. Go on with: --output_dir %s --resume_from_checkpoint last", folder)
+        raise
+    results |= trained.metrics
+    trainer.save_model(_internal_call=True)
+    trainer.save_state()
+    results |= trainer.evaluate()
+    if trainer.is_world_process_zero():
+        _write_predictions(folder / "predictions.jsonl", trainer.eval_dataset, trainer.predictions)
+        results = {name: value for name, value in results.items() if name != "epoch"} | result_notes
+        (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        percents = ("accuracy", "exact_match")
+        write_model_card(
+            folder,
+            metrics={
+                name: value
+                for name, value in results.items()
+                if name.startswith("eval_") and any(p in name for p in percents)
+            },
+            is_adapter=hasattr(trainer.model, "peft_config"),
+            settings={
+                name: getattr(args, name)
+                for name in (
+                    *(
+                        "learning_rate",
+                        "num_train_epochs",
+                        "per_device_train_batch_size",
+                        "gradient_accumulation_steps",
+                    ),
+                    *("weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "bf16"),
+                )
+            },
+            **card,
+        )
+        logger.info("Results, %s:\n%s", folder / "all_results.json", json.dumps(results, indent=2))
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+def _write_predictions(path: Path, rows: Dataset, predictions: list[str]) -> None:
+    kept = [
+        name for name in ("image_id", "question_id", "question", "answers", "answer_type") if name in rows.column_names
+    ]
+    with path.open("w", encoding="utf-8") as file:
+        for row, prediction in zip(rows.select_columns(kept), predictions, strict=True):
+            file.write(json.dumps({**row, "prediction": prediction}, ensure_ascii=False) + "\n")

@@ -1,0 +1,126 @@
+"""Fine-tune BLIP to answer questions about pictures.
+
+    accelerate launch --quiet recipes/vqa.py
+        trains a small new model on built-in pictures of coloured shapes, in a few minutes on a CPU
+    accelerate launch --quiet recipes/vqa.py --dataset_name FOLDER --eval_split test
+        trains Salesforce/blip-vqa-base on a folder with metadata.jsonl (file_name, question, answer)
+    accelerate launch --quiet recipes/vqa.py --config recipes/configs/vqa_base_lora.yaml --dataset_name FOLDER
+        reads a YAML first; flags override it
+
+The loss is the original's: for each question the sum over its answers of weight x summed token loss (models/blip_vqa.py).
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blip_ft import inference
+from blip_ft.arguments import (
+    BlipTrainingArguments,
+    DataArguments,
+    ModelArguments,
+    PeftArguments,
+    VqaArguments,
+    parse,
+    start_recipe,
+)
+from blip_ft.collators import VqaCollator
+from blip_ft.data_pipeline import load_vqa
+from blip_ft.metrics import VqaAccuracy, scoring_rule
+from blip_ft.models import load_for_training
+from blip_ft.trainer import BlipTrainer, prepare_output_dir, run
+
+# ---- what to edit ----
+
+
+@dataclass
+class Model(ModelArguments):
+    model_name_or_path: str = "Salesforce/blip-vqa-base"
+
+
+@dataclass
+class Training(BlipTrainingArguments):
+    # configs/vqa.yaml of the original: 16 GPUs x 16 pictures, 2e-5, 10 epochs
+    learning_rate: float = 2e-5
+    num_train_epochs: float = 10
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Questions a step and device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Questions at once."})
+    generation_max_length: int | None = field(
+        default=10, metadata={"help": "Tokens of an answer, with [DEC] and [SEP]."}
+    )
+    generation_num_beams: int | None = field(default=3, metadata={"help": "Beams of generation. Original: 3."})
+
+
+# ---- the run ----
+
+
+def main() -> None:
+    model_args, data_args, vqa_args, peft_args, training_args = parse(
+        *(Model, DataArguments, VqaArguments, PeftArguments, Training),
+        demo_config=Path(__file__).parent / "configs" / "vqa_demo.yaml",
+    )
+    checkpoint = prepare_output_dir(training_args, "vqa")
+    candidates = read_answer_list(vqa_args.answer_list)
+    output_dir = Path(training_args.output_dir)
+    train_rows, eval_rows = load_vqa(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
+
+    model, processor = load_for_training("vqa", model_args, peft_args, training_args.device)
+    model.config.question_start_token = vqa_args.question_start_token
+
+    def predict(model, batch):
+        mask = batch["attention_mask"]
+        images = model.encode_images(batch["pixel_values"]).last_hidden_state
+        states = model.encode_questions(images, batch["input_ids"], mask, batch["image_index"])
+        losses = model.answer_losses(states, mask, batch["labels"], batch["question_index"])
+        loss = (losses * batch["answer_weights"]).sum().item()
+        if candidates:
+            limits = (vqa_args.k_test, vqa_args.max_answer_tokens)
+            return inference.rank(model, processor.tokenizer, states, mask, candidates, *limits), loss
+        limits = (training_args.generation_max_length, training_args.generation_num_beams)
+        return inference.answer(model, processor.tokenizer, states, mask, *limits), loss
+
+    def score(predictions, rows):
+        types = rows["answer_type"] if "answer_type" in rows.column_names else None
+        return VqaAccuracy().compute(predictions=predictions, references=list(rows["answers"]), answer_types=types)
+
+    trainer = BlipTrainer(
+        model,
+        training_args,
+        data_collator=VqaCollator(processor, vqa_args.max_question_tokens, vqa_args.max_answer_tokens),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        predict=predict,
+        score=score,
+        group=data_args.group_questions is not False,
+    )
+    run(
+        trainer,
+        checkpoint,
+        card={
+            "task": "visual-question-answering",
+            "stock_class": "BlipForQuestionAnswering",
+            "base_model": model_args.hub_id,
+            "dataset": data_args.label,
+        },
+        result_notes={
+            "scoring_rule": scoring_rule(eval_rows["answers"]),
+            "answer_types": "of the data" if "answer_type" in eval_rows.column_names else "by rule",
+        },
+    )
+
+
+def read_answer_list(path: str | None) -> list[str]:
+    """The answers to choose from: a JSON list of strings, or one a line."""
+    if path is None:
+        return []
+    text = Path(path).read_text(encoding="utf-8")
+    answers = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    answers = [answer.strip() for answer in answers if answer.strip()]
+    if not answers:
+        raise ValueError(f"answer_list {path} holds no answer: it needs a JSON list of strings, or one answer a line.")
+    return answers
+
+
+if __name__ == "__main__":
+    start_recipe(main)
