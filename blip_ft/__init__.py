@@ -1,0 +1,26 @@
+"""Fine-tuning BLIP: the original's loss, each picture encoded once, recipes of one page."""
+
+from blip_ft.data_pipeline import DataPipeline
+from blip_ft.metrics import VqaAccuracy, vqa_accuracy
+from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from blip_ft.models import (
+    ModelLoader,
+    count_parameters,
+    freeze_model,
+    load_model,
+    unfreeze_model,
+)
+
+__all__ = [
+    "BlipForConditionalGeneration",
+    "BlipForImageTextRetrieval",
+    "BlipForQuestionAnswering",
+    "DataPipeline",
+    "ModelLoader",
+    "VqaAccuracy",
+    "count_parameters",
+    "freeze_model",
+    "load_model",
+    "unfreeze_model",
+    "vqa_accuracy",
+]

@@ -21,7 +21,17 @@ import numpy as np
 import pyarrow as pa
 import torch
 import yaml
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.config import HF_CACHE_HOME
 from PIL import Image as PillowImage
 from torch.utils.data import DataLoader, Sampler
@@ -345,7 +355,9 @@ def _read_vqa_v2(questions_file: str, annotations_file: str, folder: Path) -> li
 
 
 def _columns(table: Table) -> list[str]:
-    return table.column_names if isinstance(table, Dataset) else list(dict.fromkeys(name for row in table for name in row))
+    return (
+        table.column_names if isinstance(table, Dataset) else list(dict.fromkeys(name for row in table for name in row))
+    )
 
 
 def _split_by_column(table: Table, args: DataArguments) -> tuple[Table, Table | None]:
@@ -382,7 +394,9 @@ def _named_splits(tables: dict[str, Table], args: DataArguments) -> tuple[Table,
 
 def _require_split(split: str, there: Iterable[str]) -> None:
     if split not in there:
-        raise ValueError(f"There is no split {split!r}; the data has {', '.join(there)}. Set train_split and eval_split.")
+        raise ValueError(
+            f"There is no split {split!r}; the data has {', '.join(there)}. Set train_split and eval_split."
+        )
 
 
 def _hold_out_pictures(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -444,7 +458,9 @@ class _VqaRows:
     def _images(self, table: Table, column: str, folder: Path | None) -> Dataset:
         """One column `image`; the keys that stand for an image_id are left in self.made_ids."""
         values = table.select_columns(column) if isinstance(table, Dataset) else None
-        if values is not None and (isinstance(values.features[column], Image) or _is_image_struct(values.features[column])):
+        if values is not None and (
+            isinstance(values.features[column], Image) or _is_image_struct(values.features[column])
+        ):
             values = values.cast_column(column, Image(decode=False))
             values = values if column == "image" else values.rename_column(column, "image")
             self.made_ids = []

@@ -246,11 +246,10 @@ def add_lora(model: PreTrainedModel, args: PeftArguments) -> PeftModel:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"lora_target_modules must name linear layers of the model: {error}") from error
-    # PEFT writes our module as the parent, which AutoPeftModel of somebody without this package cannot import
-    adapted.peft_config["default"].auto_mapping = {
-        "base_model_class": type(model).__name__,
-        "parent_library": modeling_blip.__name__,
-    }
+    # peft 0.21 saves the class's module as `parent_library`, and AutoPeftModel refuses all but those it knows: stock's
+    # class of the same name has the same weights
+    stock = getattr(modeling_blip, type(model).__name__)
+    adapted._get_base_model_class = lambda is_prompt_tuning=False: stock
     return adapted
 
 

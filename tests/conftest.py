@@ -6,13 +6,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 
+from blip_ft.modeling import BlipForQuestionAnswering
+
 GOLDEN = Path(__file__).parent / "golden"
+RECIPE = Path(__file__).parent.parent / "recipes" / "vqa.py"
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +39,44 @@ def processor() -> BlipProcessor:
     return BlipProcessor(
         BlipImageProcessor(size={"height": 32, "width": 32}), BertTokenizer(vocab=str(GOLDEN / "vocab.txt"))
     )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, processor) -> Path:
+    """A folder with the golden VQA model and its processor, as a user would have one."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    BlipForQuestionAnswering.from_pretrained(GOLDEN / "vqa").save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory) -> Path:
+    """Eight questions on four pictures, the same rows in the splits train and test."""
+    folder = tmp_path_factory.mktemp("pictures")
+    questions = [
+        ("what color is it ?", ["red", "green", "blue", "white"]),
+        ("is it a dog ?", ["yes", "no", "no", "yes"]),
+    ]
+    rows = []
+    for number, color in enumerate([(200, 0, 0), (0, 200, 0), (0, 0, 200), (240, 240, 240)]):
+        Image.new("RGB", (40, 36), color).save(folder / f"{number}.png")
+        for question, answers in questions:
+            row = {"file_name": f"{number}.png", "question": question, "answer": answers[number]}
+            rows += [{**row, "split": split} for split in ("train", "test")]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def recipe(monkeypatch, tmp_path):
+    """Runs recipes/vqa.py as `python recipes/vqa.py ...` does, in this process, and returns output_dir."""
+
+    def start(*flags: str, output_dir: Path | None = None) -> Path:
+        folder = output_dir or tmp_path / "run"
+        argv = [str(RECIPE), *flags, "--output_dir", str(folder), "--use_cpu", "--dataloader_num_workers", "0"]
+        monkeypatch.setattr(sys, "argv", argv)
+        runpy.run_path(str(RECIPE), run_name="__main__")
+        return folder
+
+    return start

@@ -1,0 +1,81 @@
+"""A YAML first, the command line over it, and errors that name the way out."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments, parse
+
+ALL = (ModelArguments, DataArguments, VqaArguments, PeftArguments, BlipTrainingArguments)
+
+
+def parsed(tmp_path, yaml="", *flags):
+    (tmp_path / "run.yaml").write_text(yaml)
+    base = ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    return parse(*ALL, argv=[*base, *flags])
+
+
+def test_command_line_overrides_yaml_and_yaml_overrides_defaults(tmp_path):
+    model, data, _, _, training = parsed(tmp_path, "image_size: 96\ntrain_split: dev\nseed: 3\n", "--image_size", "64")
+    assert (model.image_size, data.train_split, training.seed, training.weight_decay) == (64, "dev", 3, 0.05)
+
+
+def test_yaml_scalars_get_the_type_of_their_field(tmp_path):
+    yaml = "learning_rate: 1e-4\neval_strategy: no\nbf16: false\nuse_peft: true\nlora_target_modules: [query, value]\n"
+    _, _, _, peft, training = parsed(tmp_path, yaml + "lr_scheduler_kwargs: {min_lr: 1e-6}\nimage_size: null\n")
+    assert training.learning_rate == 1e-4 and training.eval_strategy == "no" and training.bf16 is False
+    assert peft.use_peft is True and peft.lora_target_modules == ["query", "value"]
+
+
+def test_unknown_yaml_key_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"run\.yaml has the unknown key 'learning_rte'. Did you mean learning_rate\?"):
+        parsed(tmp_path, "learning_rte: 1e-4\n")
+
+
+def test_abbreviated_flag_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Did you mean learning_rate"):
+        parsed(tmp_path, "", "--learning_rat", "1e-4")
+
+
+def test_broken_yaml_and_missing_file_are_named(tmp_path):
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        parsed(tmp_path, "a: [1\n")
+    with pytest.raises(ValueError, match="needs a YAML file that can be read; /no/such.yaml"):
+        parse(*ALL, argv=["--config", "/no/such.yaml"])
+    with pytest.raises(ValueError, match="must hold `key: value` lines"):
+        parsed(tmp_path, "- a\n")
+
+
+def test_value_of_the_wrong_type_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--image_size"):
+        parsed(tmp_path, "image_size: large\n")
+
+
+def test_model_without_data_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--dataset_name demo"):
+        parse(*ALL, argv=["--model_name_or_path", "x"], demo_config=tmp_path / "unread.yaml")
+
+
+def test_overridden_default_keeps_its_help(capsys):
+    @dataclass
+    class Model(ModelArguments):
+        label_smoothing: float = 0.2
+
+    with pytest.raises(SystemExit):
+        parse(Model, argv=["--help"])
+    assert "Of the language-modelling loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hub_token", "x"], "HF_TOKEN"),
+        (["--remove_unused_columns", "true"], "would drop image"),
+        (["--questions_file", "q.json"], "come in pairs"),
+        (["--questions_file", "q", "--annotations_file", "a"], "needs image_folder"),
+        (["--eval_fraction", "1.5"], "between 0 and 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        parsed(tmp_path, "", *flags)

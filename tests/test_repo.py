@@ -1,0 +1,63 @@
+"""The house itself: which file may import which, and that every YAML fits its program."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments, parse
+
+ROOT = Path(__file__).parent.parent
+ARROWS = {
+    "arguments": set(),
+    "attention": set(),
+    "collators": set(),
+    "metrics": set(),
+    "demo": set(),
+    "hub": set(),
+    "modeling": {"attention"},
+    "inference": {"collators"},
+    "models": {"arguments", "demo", "modeling"},
+    "data_pipeline": {"arguments", "demo", "collators"},
+    "trainer": {"arguments", "data_pipeline", "hub"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("blip_ft", "recipes"):
+            names = [alias.name for alias in node.names] if node.module in ("blip_ft", "recipes") else [node.module]
+            found |= {name.split(".")[-1] for name in names}
+    return found
+
+
+@pytest.mark.parametrize("module", [path.stem for path in (ROOT / "blip_ft").glob("*.py") if path.stem != "__init__"])
+def test_module_imports_only_what_its_arrows_allow(module):
+    assert imports_of(ROOT / "blip_ft" / f"{module}.py") <= ARROWS[module]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("vqa_*.yaml")), ids=lambda path: path.stem)
+def test_recipe_yaml_parses_for_its_recipe(path, tmp_path):
+    # bf16 needs a device that has it; everything else is checked as it stands
+    types = (ModelArguments, DataArguments, VqaArguments, PeftArguments, BlipTrainingArguments)
+    model, *_ = parse(*types, argv=["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu"])
+    assert model.model_name_or_path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_config_loads(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= config.num_machines
+    assert config.compute_environment.value == "LOCAL_MACHINE"
+
+
+def test_fsdp_wraps_layers_that_the_model_has(golden):
+    from blip_ft.modeling import BlipForQuestionAnswering
+
+    wrapped = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp.yaml").read_text())["fsdp_config"]
+    names = wrapped["fsdp_transformer_layer_cls_to_wrap"].split(",")
+    model = BlipForQuestionAnswering.from_pretrained(golden / "vqa")
+    assert {type(module).__name__ for module in model.modules()} >= set(names)
