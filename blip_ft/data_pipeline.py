@@ -509,7 +509,8 @@ def _is_image_struct(feature: Any) -> bool:
 def _require_columns(needed: dict[str, str], found: list[str]) -> None:
     for argument, column in needed.items():
         if column not in found:
-            nearest = difflib.get_close_matches(column, found, n=1, cutoff=0.3)
+            usual = argument.removesuffix("_column")
+            nearest = [name for wanted in (usual, column) for name in difflib.get_close_matches(wanted, found, n=1)]
             raise ValueError(
                 f"VQA rows need the columns {', '.join(sorted(needed.values()))}; this data set has {', '.join(found)}. "
                 f"Set {argument}, e.g. --{argument} {nearest[0] if nearest else found[0]}"
