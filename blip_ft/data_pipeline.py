@@ -476,7 +476,7 @@ class _VqaRows:
         for position, path in enumerate(paths):
             located, reason = _locate(path, folder) if isinstance(path, str) else (None, "picture is no path")
             self.reasons[position] = reason
-            images.append({"bytes": None, "path": located})
+            images.append({"bytes": None, "path": located or ""})  # neither of both is refused by datasets
             self.made_ids.append(str(path))
         return Dataset.from_dict({"image": images}, Features({"image": Image(decode=False)}))
 

@@ -1,0 +1,113 @@
+"""Pictures of any kind, and rows to batches."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from blip_ft.collators import VqaCollator, decode_texts, encode_images, encode_labels, open_image
+
+
+def as_bytes(image, format="PNG", **kwargs):
+    file = io.BytesIO()
+    image.save(file, format, **kwargs)
+    return file.getvalue()
+
+
+RED = Image.new("RGB", (6, 4), (200, 10, 10))
+
+
+@pytest.mark.parametrize(
+    ("data", "color"),
+    [
+        (as_bytes(RED), (200, 10, 10)),
+        (as_bytes(RED.convert("L")), (67, 67, 67)),
+        (as_bytes(RED.convert("LA")), (67, 67, 67)),
+        (as_bytes(RED.convert("RGBA")), (200, 10, 10)),
+        (as_bytes(RED.quantize(4), transparency=3), (200, 10, 10)),
+        (as_bytes(RED.convert("CMYK"), "TIFF"), (200, 10, 10)),
+        (as_bytes(Image.fromarray(np.full((4, 6), 32896, np.uint16))), (128, 128, 128)),
+        (as_bytes(RED.convert("1")), None),
+    ],
+)
+def test_picture_of_any_mode_becomes_rgb(data, color):
+    image = open_image({"bytes": data, "path": None})
+    assert image.mode == "RGB" and image.size == (6, 4)
+    if color:
+        assert np.abs(np.asarray(image, int) - color).max() <= 1
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned a quarter
+    assert open_image(as_bytes(RED, "JPEG", exif=exif)).size == (4, 6)
+
+
+def test_path_bytes_and_picture_are_the_same(tmp_path):
+    RED.save(tmp_path / "red.png")
+    expected = RED.tobytes()
+    for image in (
+        tmp_path / "red.png",
+        str(tmp_path / "red.png"),
+        {"bytes": None, "path": str(tmp_path / "red.png")},
+        RED,
+    ):
+        assert open_image(image).tobytes() == expected
+    with pytest.raises(ValueError, match="this row has none"):
+        open_image({"bytes": None, "path": None})
+
+
+def test_encoded_pictures_equal_the_stock_processor(processor):
+    images = [
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, size, np.uint8)) for size in ((50, 70, 3), (20, 9, 3))
+    ]
+    pixels = encode_images(images, processor.image_processor)
+    assert pixels.dtype == torch.uint8
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    stock = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close((pixels / 255 - mean) / std, stock, atol=1e-6, rtol=0)
+
+
+def test_decoding_stops_at_sep_and_drops_special_and_unknown_ids(processor):
+    ids = torch.tensor([[126, 28, 6, 5, 102, 9, 9], [126, 127, 25, 0, 100, 102, 0]])
+    assert decode_texts(ids, processor.tokenizer) == ["yes it is", "two"]
+
+
+def test_labels_are_cut_and_padded_with_minus_100(processor):
+    labels = encode_labels(["two", "black and white dog"], processor.tokenizer, max_tokens=4)
+    assert labels.shape == (2, 4) and labels[0].tolist() == [101, 25, 102, -100] and (labels[1] != -100).all()
+
+
+def row(image_id, question, answers, image=RED):
+    return {"image_id": image_id, "image": image, "question": question, "answers": answers}
+
+
+def test_each_picture_stands_once_and_answers_weigh_their_share(processor):
+    rows = [
+        row("x", "is it red ?", ["yes"] * 7 + ["no"] * 3),
+        row("y", "what color ?", ["red"]),
+        row("x", "how many ?", ["two", "three"]),
+    ]
+    batch = VqaCollator(processor)(rows)
+    assert batch["pixel_values"].shape == (2, 3, 32, 32)
+    assert batch["image_index"].tolist() == [0, 1, 0]
+    assert batch["question_index"].tolist() == [0, 0, 1, 2, 2]
+    torch.testing.assert_close(batch["answer_weights"], torch.tensor([0.7, 0.3, 1.0, 0.5, 0.5]))
+    assert decode_texts(batch["labels"].clamp(min=0), processor.tokenizer) == ["yes", "no", "red", "two", "three"]
+
+
+def test_unreadable_picture_is_grey_and_weighs_nothing(processor, caplog):
+    batch = VqaCollator(processor)([row("x", "is it ?", ["yes"], b"broken"), row("y", "is it ?", ["no"])])
+    assert (batch["pixel_values"][0] == 128).all()
+    assert batch["answer_weights"].tolist() == [0, 1]
+    assert "picture x cannot be read" in caplog.text
+
+
+def test_long_questions_are_cut(processor):
+    batch = VqaCollator(processor, max_question_tokens=6)([row("x", "is it " * 1000, ["yes"])])
+    assert batch["input_ids"].shape == (1, 6) and batch["input_ids"][0, -1] == 102

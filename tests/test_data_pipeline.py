@@ -1,0 +1,345 @@
+"""Every source gives the same rows; what cannot be used is named; the order of an epoch."""
+
+import json
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from PIL import Image
+
+from blip_ft import data_pipeline
+from blip_ft.arguments import DataArguments
+from blip_ft.data_pipeline import DataPipeline, GroupedSampler, load_vqa
+
+ROWS = [
+    {"file_name": "a.png", "question": "what is it ?", "answers": ["a dog", "dog"]},
+    {"file_name": "a.png", "question": "is it red ?", "answers": ["yes"]},
+    {"file_name": "b.png", "question": "how many ?", "answers": ["2"]},
+    {"file_name": "c.png", "question": "what color ?", "answers": ["red"]},
+]
+
+
+@pytest.fixture(autouse=True)
+def own_memory_of_checked_pictures(monkeypatch, tmp_path):
+    monkeypatch.setattr(data_pipeline, "HF_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures, and no file that tells of them yet."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, name in enumerate("abc"):
+        Image.new("RGB", (20, 10), (80 * number, 0, 0)).save(folder / f"{name}.png")
+    return folder
+
+
+def write_metadata(folder, rows, name="metadata.jsonl"):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def load(**kwargs):
+    """All rows, training and held out, in the data's order."""
+    train, held_out = load_vqa(DataArguments(**{"max_bad_fraction": 1.0, **kwargs}))
+    rows = [*train, *held_out]
+    return sorted(rows, key=lambda row: [given["question"] for given in ROWS].index(row["question"]))
+
+
+@pytest.mark.parametrize(
+    "source", ["folder", "json", "json data", "jsonl", "csv", "parquet", "save_to_disk", "parquet bytes"]
+)
+def test_every_source_gives_the_same_rows(folder, tmp_path, source):
+    where = {"dataset_name": str(folder)}
+    if source == "folder":
+        write_metadata(folder, ROWS)
+    elif source.startswith("json") and source != "jsonl":
+        where = {"dataset_name": str(tmp_path / "rows.json"), "image_folder": str(folder)}
+        (tmp_path / "rows.json").write_text(json.dumps({"data": ROWS} if source == "json data" else ROWS))
+    elif source == "jsonl":
+        write_metadata(tmp_path, ROWS, "rows.jsonl")
+        where = {"dataset_name": str(tmp_path / "rows.jsonl"), "image_folder": str(folder)}
+    elif source == "csv":
+        table = pd.DataFrame(ROWS)
+        table["answers"] = table["answers"].map(json.dumps)
+        table.to_csv(folder / "metadata.csv", index=False)
+    elif source == "parquet":
+        pd.DataFrame(ROWS).to_parquet(folder / "metadata.parquet")
+    elif source == "save_to_disk":
+        Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+        where = {"dataset_name": str(tmp_path / "saved"), "image_folder": str(folder)}
+    else:
+        rows = [{**row, "image": {"bytes": (folder / row["file_name"]).read_bytes(), "path": None}} for row in ROWS]
+        Dataset.from_list(rows).remove_columns("file_name").to_parquet(tmp_path / "rows.parquet")
+        where = {"dataset_name": str(tmp_path / "rows.parquet")}
+    rows = load(**where)
+    assert [(row["question"], row["answers"]) for row in rows] == [(row["question"], row["answers"]) for row in ROWS]
+    ids = [row["image_id"] for row in rows]
+    assert ids[0] == ids[1] and len(set(ids)) == 3
+    assert len({row["question_id"] for row in rows}) == 4
+    pictures = [row["image"]["bytes"] or open(row["image"]["path"], "rb").read() for row in rows]
+    assert pictures == [(folder / row["file_name"]).read_bytes() for row in ROWS]
+
+
+def test_official_vqa_pair_gives_ten_answers_types_and_ids(folder, tmp_path):
+    (folder / "train2014").mkdir()
+    os.rename(folder / "a.png", folder / "train2014" / "COCO_train2014_000000000007.jpg")
+    os.rename(folder / "b.png", folder / "COCO_train2014_000000000009.jpg")
+    questions = [
+        {"image_id": 7, "question_id": 70, "question": "what?"},
+        {"image_id": 9, "question_id": 90, "question": "who?"},
+    ]
+    answers = [{"answer": "net" if number < 7 else "racket", "answer_id": number} for number in range(10)]
+    annotations = [{"question_id": q["question_id"], "answers": answers, "answer_type": "other"} for q in questions]
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "train2014", "questions": questions}))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": annotations}))
+    pair = {"questions_file": str(tmp_path / "q.json"), "annotations_file": str(tmp_path / "a.json")}
+    both = {**pair, **{f"eval_{name}": path for name, path in pair.items()}}
+    train, evaluation = load_vqa(DataArguments(**both, image_folder=str(folder)))
+    assert list(train["question_id"]) == list(evaluation["question_id"]) == ["70", "90"]
+    assert list(train["image_id"]) == ["7", "9"]
+    assert train[0]["answers"] == ["net"] * 7 + ["racket"] * 3 and train[0]["answer_type"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("value", "answers"),
+    [
+        *[("dog ", ["dog"]), (["a", " b"], ["a", "b"]), ({"answer": "x", "answer_id": 1}, ["x"]), (2, ["2"])],
+        *[([{"answer": "x"}, {"answer": "y"}], ["x", "y"]), (2.0, ["2"]), (2.5, ["2.5"]), (True, ["yes"])],
+        *[(False, ["no"]), (None, []), (float("nan"), []), ("", []), ([], []), (["", "a"], ["a"])],
+    ],
+)
+def test_answers_of_every_kind_become_strings(value, answers):
+    assert data_pipeline._as_answers(value) == answers
+
+
+def test_answers_of_mixed_kinds_in_one_file(folder):
+    write_metadata(
+        folder, [{**row, "answers": value} for row, value in zip(ROWS, ["x", ["y", "z"], 3, True], strict=True)]
+    )
+    assert [row["answers"] for row in load(dataset_name=str(folder))] == [["x"], ["y", "z"], ["3"], ["yes"]]
+
+
+def test_missing_column_names_the_argument_to_set(folder):
+    write_metadata(folder, [{"file_name": "a.png", "q": "what ?", "label": "x"}])
+    with pytest.raises(
+        ValueError, match=r"need the columns answer, file_name, question; this data set has .* Set question_column"
+    ):
+        load_vqa(DataArguments(dataset_name=str(folder)))
+    train = {"question_column": "q", "answer_column": "label", "eval_split": None}
+    with pytest.raises(ValueError, match="two or more"):  # the columns are found now
+        load_vqa(DataArguments(dataset_name=str(folder), **train))
+
+
+def test_malformed_line_is_named_by_file_and_line(folder):
+    (folder / "metadata.jsonl").write_text(json.dumps(ROWS[0]) + "\n{broken\n")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: not valid JSON"):
+        load_vqa(DataArguments(dataset_name=str(folder)))
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text("file_name,question,answer\na.png,what\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 2: needs 3 values"):
+        load_vqa(DataArguments(dataset_name=str(folder)))
+
+
+def test_sources_that_are_not_there_say_what_to_check(folder):
+    with pytest.raises(ValueError, match="Add a metadata.jsonl"):
+        load_vqa(DataArguments(dataset_name=str(folder)))
+    with pytest.raises(ValueError, match="(?s)no file and no folder here.*HF_TOKEN"):
+        load_vqa(DataArguments(dataset_name="owner/none"))
+    with pytest.raises(ValueError, match="image_folder must be a folder"):
+        load_vqa(DataArguments(dataset_name=str(folder), image_folder="/no/such"))
+    with pytest.raises(ValueError, match="--dataset_name demo"):
+        load_vqa(DataArguments())
+
+
+def test_split_column_selects_and_an_unknown_split_lists_those_there(folder):
+    write_metadata(
+        folder, [{**row, "split": split} for row, split in zip(ROWS, ["train", "test", "train", "test"], strict=True)]
+    )
+    train, evaluation = load_vqa(DataArguments(dataset_name=str(folder), eval_split="test"))
+    assert [len(train), len(evaluation)] == [2, 2]
+    assert list(evaluation["question"]) == ["is it red ?", "what color ?"]
+    with pytest.raises(ValueError, match="no split 'dev'; the data has train, test"):
+        load_vqa(DataArguments(dataset_name=str(folder), eval_split="dev"))
+
+
+def test_held_out_pictures_are_never_trained_on(folder, caplog):
+    write_metadata(folder, ROWS)
+    caplog.set_level("INFO")
+    splits = [load_vqa(DataArguments(dataset_name=str(folder), eval_fraction=0.34), seed=seed) for seed in range(5)]
+    for train, held_out in splits:
+        assert len(train) + len(held_out) == 4
+        assert len(set(held_out["image_id"])) == 1
+        assert not set(train["image_id"]) & set(held_out["image_id"])
+    assert len({held_out["image_id"][0] for _, held_out in splits}) > 1
+    assert "1 of 3 pictures" in caplog.text
+
+
+def test_sample_limits_take_the_first_rows(folder):
+    write_metadata(folder, [{**row, "split": split} for split in ("train", "test") for row in ROWS])
+    limits = {"max_train_samples": 2, "max_eval_samples": 1}
+    train, evaluation = load_vqa(DataArguments(dataset_name=str(folder), eval_split="test", **limits))
+    assert list(train["question"]) == ["what is it ?", "is it red ?"] and len(evaluation) == 1
+
+
+def broken_rows(folder, tmp_path):
+    """Rows that cannot be used, with a part of the reason for each."""
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    (folder / "text.png").write_text("no picture")
+    Image.new("RGB", (4, 4)).save(tmp_path / "outside.png")
+    os.symlink(tmp_path / "outside.png", folder / "link.png")
+    pictures = {
+        "empty.png": "cannot be read",
+        "cut.png": "cannot be read",
+        "text.png": "cannot be read",
+        "missing.png": "cannot be read",
+        "../outside.png": "lies outside",
+        str(tmp_path / "outside.png"): "lies outside",
+        "link.png": "lies outside",
+        "http://example.org/a.png": "is a URL",
+    }
+    rows = [({"file_name": name, "question": "what is it ?", "answers": ["x"]}, why) for name, why in pictures.items()]
+    rows += [({**ROWS[0], "question": question}, "question is empty") for question in ("", "  ", None, 3)]
+    rows += [({**ROWS[0], "answers": answers}, "answer is empty") for answers in ("", None, [])]
+    return rows
+
+
+def test_rows_that_cannot_be_used_are_left_out_counted_and_listed(folder, tmp_path):
+    bad = broken_rows(folder, tmp_path)
+    write_metadata(folder, [*(row for row, _ in bad), *ROWS])
+    file = tmp_path / "run" / "bad_rows.jsonl"
+    with pytest.raises(ValueError, match=f"(?s){len(bad)} of {len(bad) + 4} rows cannot be used.*max_bad_fraction"):
+        load_vqa(DataArguments(dataset_name=str(folder)), file)
+    listed = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["row"] for row in listed] == list(range(len(bad)))
+    for (_, reason), row in zip(bad, listed, strict=True):
+        assert reason in row["reason"]
+    train, _ = load_vqa(DataArguments(dataset_name=str(folder), max_bad_fraction=1.0), file)
+    assert set(train["image_id"]) <= {"a.png", "b.png", "c.png"}
+
+
+def test_unreadable_picture_stays_in_evaluation(folder):
+    (folder / "b.png").write_bytes(b"")
+    write_metadata(folder, [{**row, "split": split} for split in ("train", "test") for row in ROWS])
+    train, evaluation = load_vqa(DataArguments(dataset_name=str(folder), eval_split="test", max_bad_fraction=1.0))
+    assert "b.png" not in train["image_id"] and "b.png" in evaluation["image_id"]
+
+
+def test_good_pictures_are_read_once_and_again_when_they_change(folder, monkeypatch):
+    write_metadata(folder, ROWS)
+    load_vqa(DataArguments(dataset_name=str(folder)))
+    opened = []
+    monkeypatch.setattr(
+        data_pipeline.PillowImage, "open", lambda source, real=Image.open: opened.append(source) or real(source)
+    )
+    load_vqa(DataArguments(dataset_name=str(folder)))
+    assert opened == []
+    (folder / "b.png").write_bytes(b"broken now")
+    with pytest.raises(ValueError, match="1 of 4 rows"):
+        load_vqa(DataArguments(dataset_name=str(folder)))
+
+
+IDS = [f"picture-{number}" for number, count in enumerate([3, 1, 4, 1, 5, 2]) for _ in range(count)]
+
+
+def test_grouped_order_holds_every_row_once_and_pictures_together():
+    order = list(GroupedSampler(IDS, global_batch_size=4, seed=0))
+    assert len(order) == 16 and sorted(order) == list(range(16))
+    pictures = [IDS[row] for row in order]
+    changes = sum(one != other for one, other in zip(pictures, pictures[1:], strict=False))
+    assert changes == len(set(IDS)) - 1
+
+
+def test_order_differs_per_epoch_and_repeats_per_seed():
+    sampler, twin = GroupedSampler(IDS, 1, seed=5), GroupedSampler(IDS, 1, seed=5)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first == list(twin)
+    assert list(GroupedSampler(IDS, 1, seed=6)) != first
+
+
+def test_order_is_cut_to_whole_steps_elsewhere_in_each_epoch():
+    sampler = GroupedSampler(IDS, 5, seed=0, group=False)
+    cut = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        rows = list(sampler)
+        assert len(rows) == len(sampler) == 15 == len(set(rows))
+        cut += set(range(16)) - set(rows)
+    assert len(set(cut)) > 1
+
+
+def test_ungrouped_order_is_a_plain_shuffle():
+    rows = list(GroupedSampler(IDS, 1, seed=0, group=False))
+    pictures = [IDS[row] for row in rows]
+    assert sorted(rows) == list(range(16))
+    assert sum(one != other for one, other in zip(pictures, pictures[1:], strict=False)) > len(set(IDS)) - 1
+
+
+def test_batch_larger_than_the_data_names_the_largest_that_fits():
+    with pytest.raises(ValueError, match="Choose at most 16"):
+        GroupedSampler(IDS, 17, seed=0)
+
+
+def test_order_of_a_million_rows_takes_little_memory():
+    ids = np.repeat(np.arange(200_000).astype(str), 5)
+    sampler = GroupedSampler(ids.tolist(), 256, seed=0)
+    assert sampler.picture.nbytes <= 8_000_000
+    assert len(set(zip(*[iter(sampler)] * 1, strict=True))) == len(sampler)
+
+
+@pytest.fixture
+def pipeline_settings(folder, checkpoint):
+    write_metadata(folder, [{**row, "answers": ["cat", "dog", "dog"]} for row in ROWS])
+    return {
+        "model_name_or_path": str(checkpoint),
+        "dataset_name": str(folder),
+        "eval_fraction": 0.34,
+        "per_device_train_batch_size": 2,
+        "dataloader_num_workers": 0,
+        "use_cpu": True,
+    }
+
+
+def test_pipeline_batches_feed_a_hand_written_loop(pipeline_settings, tmp_path, processor):
+    path = tmp_path / "vqa.yaml"
+    path.write_text("".join(f"{name}: {value}\n" for name, value in pipeline_settings.items()))
+    pipeline = DataPipeline(path)
+    with pytest.raises(ValueError, match=r"Call setup\(\) first"):
+        pipeline.get_train_dataloader()
+    pipeline.setup()
+    batch = next(iter(pipeline.get_train_dataloader()))
+    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "labels"}
+    assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["pixel_values"].is_floating_point()
+    # the most frequent answer, between [CLS] and [SEP]
+    assert batch["labels"].tolist() == [processor.tokenizer("dog").input_ids] * 2
+    rows = sum(len(batch["input_ids"]) for batch in pipeline.get_eval_dataloader())
+    assert rows == len(pipeline.eval_rows)
+
+
+def test_pipeline_groups_questions_when_asked(pipeline_settings):
+    pipeline = DataPipeline({**pipeline_settings, "group_questions": True})
+    pipeline.setup()
+    batch = next(iter(pipeline.get_train_dataloader()))
+    assert batch["pixel_values"].dtype == torch.uint8 and len(batch["image_index"]) == 2
+
+
+def test_pipeline_refuses_an_unknown_key(pipeline_settings):
+    with pytest.raises(ValueError, match="Did you mean image_size"):
+        DataPipeline({**pipeline_settings, "imagesize": 32})
+
+
+def test_saved_dataset_dict_has_named_splits(folder, tmp_path):
+    rows = Dataset.from_list(ROWS)
+    from datasets import DatasetDict
+
+    DatasetDict({"train": rows, "validation": rows.select([0])}).save_to_disk(tmp_path / "saved")
+    assert set(load_from_disk(tmp_path / "saved")) == {"train", "validation"}
+    where = {"dataset_name": str(tmp_path / "saved"), "image_folder": str(folder)}
+    train, evaluation = load_vqa(DataArguments(**where, eval_split="validation"))
+    assert [len(train), len(evaluation)] == [4, 1]
+    with pytest.raises(ValueError, match="the data has train, validation"):
+        load_vqa(DataArguments(**where, eval_split="test"))

@@ -1,0 +1,63 @@
+"""The built-in data: repeatable, never the same picture in both splits, all of it known to its tokenizer."""
+
+from collections import Counter
+
+import pytest
+
+from blip_ft.demo import IMAGE_SIZE, build_demo_config, build_demo_processor, load_demo
+
+
+@pytest.fixture(scope="module")
+def small():
+    return load_demo(num_train=60, num_eval=20, seed=1)
+
+
+def test_same_seed_draws_the_same_and_another_does_not(small):
+    assert small["train"].to_list() == load_demo(60, 20, 1)["train"].to_list()
+    assert small["train"]["question"] != load_demo(60, 20, 2)["train"]["question"]
+
+
+def test_each_picture_has_six_questions_and_a_caption(small):
+    assert set(Counter(small["train"]["image_id"]).values()) == {6}
+    assert len(small["train"]) == 360 and all(len(captions) == 1 for captions in small["train"]["captions"])
+
+
+def test_no_scene_is_in_both_splits():
+    splits = load_demo()
+    pictures = {name: {row["bytes"] for row in rows["image"]} for name, rows in splits.items()}
+    assert len(pictures["train"]) == 3000 and len(pictures["validation"]) == 300
+    assert not pictures["train"] & pictures["validation"]
+
+
+def test_answers_follow_from_the_caption(small):
+    """The caption lists all shapes; each question can be answered from it, but for places."""
+    for row in small["train"]:
+        caption, question, answer = row["captions"][0], row["question"], row["answers"][0]
+        things = [thing.split() for thing in caption.replace(" and ", ", ").split(", ")]
+        if question.startswith("how many"):
+            assert answer == ("zero", "one", "two", "three")[len(things)]
+        elif question.startswith("is there"):
+            assert answer == ("yes" if question.split()[2:5] in things else "no")
+        elif question.startswith("what color is the") and "shape in" not in question:
+            assert ["a", answer, question.split()[4]] in things
+        elif question.startswith("what shape is"):
+            assert ["a", question.split()[3], answer] in things
+        else:
+            assert answer in caption
+
+
+def test_tokenizer_knows_every_word(small):
+    tokenizer = build_demo_processor().tokenizer
+    rows = small["train"].to_list()
+    texts = {text for row in rows for text in (row["question"], *row["answers"], *row["captions"])}
+    for ids in tokenizer(sorted(texts))["input_ids"]:
+        words = tokenizer.convert_ids_to_tokens(ids)
+        assert "[UNK]" not in words and not any(word.startswith("##") for word in words)
+    assert "[UNK]" not in tokenizer.tokenize("is this x-ray of 2019 abnormal?")
+
+
+def test_small_model_fits_its_processor():
+    config, processor = build_demo_config(), build_demo_processor()
+    assert config.vision_config.image_size == IMAGE_SIZE == processor.image_processor.size["height"]
+    assert config.text_config.vocab_size == len(processor.tokenizer) + 2
+    assert config.text_config.bos_token_id == len(processor.tokenizer)
