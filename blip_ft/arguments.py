@@ -93,8 +93,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "`demo`, a Hub id, an image folder with metadata.jsonl/csv/parquet, a save_to_disk folder, or a json, "
-            "jsonl, csv or parquet file with a column of picture paths."
+            "help": "`demo`, a Hub id, an image folder with metadata.jsonl/csv/parquet, a save_to_disk folder, or a "
+            "json, jsonl, csv or parquet file with a column of picture paths."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Name of the configuration of a Hub data set."})
@@ -141,20 +141,18 @@ class DataArguments:
     )
     group_questions: bool | None = field(
         default=None,
-        metadata={
-            "help": "Keep a picture's questions in one batch and encode it once. Default: on in recipes, off in DataPipeline."
-        },
+        metadata={"help": "Keep a picture's questions in one batch. Default: on in recipes, off in DataPipeline."},
     )
 
     def __post_init__(self) -> None:
         if self.dataset_name and self.questions_file:
             raise ValueError("Give dataset_name or questions_file, not both.")
-        for questions, annotations in (
+        for questions, answers in (
             ("questions_file", "annotations_file"),
             ("eval_questions_file", "eval_annotations_file"),
         ):
-            if bool(getattr(self, questions)) != bool(getattr(self, annotations)):
-                raise ValueError(f"{questions} and {annotations} go together: the official VQA v2 files come in pairs.")
+            if bool(getattr(self, questions)) != bool(getattr(self, answers)):
+                raise ValueError(f"{questions} and {answers} go together: the official VQA v2 files come in pairs.")
         if self.questions_file and not self.image_folder:
             raise ValueError("questions_file needs image_folder: the folder that holds the COCO pictures.")
         if not 0 < self.eval_fraction < 1:

@@ -45,7 +45,7 @@ def open_image(image: Any) -> Image.Image:
 
 
 def encode_images(images: Sequence[Image.Image], image_processor: BlipImageProcessor) -> torch.Tensor:
-    """(num_images, 3, height, width) uint8: resized as the processor does, its mean and deviation left to the device."""
+    """(num_images, 3, height, width) uint8: resized as the processor does; the device normalises."""
     size = (image_processor.size["width"], image_processor.size["height"])
     resized = [np.asarray(image.resize(size, image_processor.resample)) for image in images]
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()

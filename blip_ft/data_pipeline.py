@@ -65,8 +65,8 @@ def load_vqa(args: DataArguments, bad_rows_file: Path | None = None, seed: int =
     """The rows to train on and those to evaluate on, one question each.
 
     Columns: image ({"bytes", "path"}, not decoded), image_id, question, question_id, answers (one string or more) and,
-    where the source has it, answer_type. Rows that cannot be used are left out and listed in bad_rows_file (JSON lines);
-    in evaluation those whose picture cannot be read stay, to be counted as wrong.
+    where the source has it, answer_type. Rows that cannot be used are left out and listed in bad_rows_file (jsonl); in
+    evaluation those whose picture cannot be read stay, to be counted as wrong.
 
     Raises: ValueError for a source, column or split that is not there, and where more than max_bad_fraction is bad.
     """
@@ -318,7 +318,7 @@ def _read_hub(name: str, config: str | None) -> dict[str, Table]:
         raise ValueError(
             f"{name} is no file and no folder here, and as a data set of the Hub it could not be loaded: "
             f"{type(error).__name__}: {error}\nCheck the path, the spelling (owner/name), the network and, for a "
-            "private one, HF_TOKEN. Data set scripts have ended with datasets 4: the Hub must hold parquet, json or csv."
+            "private one, HF_TOKEN. Data set scripts have ended with datasets 4: the Hub must hold parquet, json, csv."
         ) from error
 
 
@@ -512,8 +512,8 @@ def _require_columns(needed: dict[str, str], found: list[str]) -> None:
             usual = argument.removesuffix("_column")
             nearest = [name for wanted in (usual, column) for name in difflib.get_close_matches(wanted, found, n=1)]
             raise ValueError(
-                f"VQA rows need the columns {', '.join(sorted(needed.values()))}; this data set has {', '.join(found)}. "
-                f"Set {argument}, e.g. --{argument} {nearest[0] if nearest else found[0]}"
+                f"VQA rows need the columns {', '.join(sorted(needed.values()))}; this data set has {', '.join(found)}."
+                f" Set {argument}, e.g. --{argument} {nearest[0] if nearest else found[0]}"
             )
 
 

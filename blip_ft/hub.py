@@ -46,13 +46,15 @@ def write_model_card(
     results = "\n".join(f"| {name} | {value:.2f} |" for name, value in metrics.items())
     values = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     loading = (
-        f'base = {stock_class}.from_pretrained("{base_model or "BASE"}")\nmodel = PeftModel.from_pretrained(base, "THIS")'
+        f'base = {stock_class}.from_pretrained("{base_model or "BASE"}")\n'
+        'model = PeftModel.from_pretrained(base, "THIS")'
         if is_adapter
         else f'model = {stock_class}.from_pretrained("THIS")'
     )
+    base = base_model or "a local or new checkpoint"
     card = ModelCard(
         f"---\n{data.to_yaml()}\n---\n"
-        f"# {folder.resolve().name}\n\nBLIP ({task}) fine-tuned from {base_model or 'a local or new checkpoint'} on {dataset}.\n\n"
+        f"# {folder.resolve().name}\n\nBLIP ({task}) fine-tuned from {base} on {dataset}.\n\n"
         f"| held-out metric | percent |\n|---|---|\n{results}\n\n"
         f"## Use\n\n```python\nfrom transformers import {stock_class}, BlipProcessor\n"
         + ("from peft import PeftModel\n" if is_adapter else "")

@@ -127,11 +127,11 @@ class BlipForQuestionAnswering(_Blip, modeling_blip.BlipForQuestionAnswering):
             pixel_values: (num_images, 3, height, width), float as the processor gives it or uint8.
             input_ids, attention_mask: (num_questions, question_length).
             image_index: (num_questions,), the picture of each question; None: one each.
-            labels: (num_answers, answer_length), padding -100 or the pad id. Position 0 is read as [DEC], whatever it holds.
+            labels: (num_answers, answer_length), padding -100 or the pad id. Position 0 is read as [DEC].
             question_index: (num_answers,), the question of each answer; None: one each.
             answer_weights: (num_answers,); None: 1 each.
             decoder_input_ids, decoder_attention_mask: (num_answers, answer_length) instead of those made from labels.
-            num_items_in_batch: questions of the whole step, over accumulation and processes; default those of this batch.
+            num_items_in_batch: questions of the whole step, all processes and accumulation; default: of this batch.
         Source: BLIP models/blip_vqa.py and train_vqa.py.
         """
         if labels is None and decoder_input_ids is None:
@@ -197,14 +197,14 @@ class BlipForQuestionAnswering(_Blip, modeling_blip.BlipForQuestionAnswering):
         decoder_attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """(num_answers,): the smoothed cross-entropy of each answer, summed over its tokens. Arguments as in forward."""
+        """(num_answers,): smoothed cross-entropy of each answer, summed over its tokens. Arguments as in forward."""
         text = self.config.text_config
         if question_index is not None:
             question_states = question_states[question_index]
             attention_mask = None if attention_mask is None else attention_mask[question_index]
         elif len(labels) != len(question_states):
             raise ValueError(
-                f"{len(question_states)} questions and {len(labels)} answers: pass question_index, the question of each."
+                f"{len(question_states)} questions and {len(labels)} answers: pass question_index, that of each."
             )
         targets = labels.masked_fill(labels == text.pad_token_id, IGNORED)[:, 1:]
         if decoder_input_ids is None:

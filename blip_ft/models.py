@@ -355,7 +355,7 @@ def _what_to_check(name: str, error: Exception) -> str:
         way_out = f"There is no folder {name}. Check the path."
     else:
         way_out = (
-            f"{name} is no folder here and could not be had from the Hub. Check the spelling (owner/name), the network, "
-            "free disk space, and HF_TOKEN for a private or gated one."
+            f"{name} is no folder here and could not be had from the Hub. Check the spelling (owner/name), the "
+            "network, free disk space, and HF_TOKEN for a private or gated one."
         )
     return f"{way_out}\nThe loader said: {str(error).splitlines()[0]}"

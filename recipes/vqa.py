@@ -7,7 +7,7 @@
     accelerate launch --quiet recipes/vqa.py --config recipes/configs/vqa_base_lora.yaml --dataset_name FOLDER
         reads a YAML first; flags override it
 
-The loss is the original's: for each question the sum over its answers of weight x summed token loss (models/blip_vqa.py).
+The loss is the original's: per question, the sum over its answers of weight x summed token loss (models/blip_vqa.py).
 """
 
 import json

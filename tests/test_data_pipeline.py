@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -79,7 +80,7 @@ def test_every_source_gives_the_same_rows(folder, tmp_path, source):
     ids = [row["image_id"] for row in rows]
     assert ids[0] == ids[1] and len(set(ids)) == 3
     assert len({row["question_id"] for row in rows}) == 4
-    pictures = [row["image"]["bytes"] or open(row["image"]["path"], "rb").read() for row in rows]
+    pictures = [row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes() for row in rows]
     assert pictures == [(folder / row["file_name"]).read_bytes() for row in ROWS]
 
 
@@ -187,7 +188,9 @@ def test_sample_limits_take_the_first_rows(folder):
 def broken_rows(folder, tmp_path):
     """Rows that cannot be used, with a part of the reason for each."""
     (folder / "empty.png").write_bytes(b"")
-    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    noise = Image.effect_noise((64, 64), 50)
+    noise.save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:1000])
     (folder / "text.png").write_text("no picture")
     Image.new("RGB", (4, 4)).save(tmp_path / "outside.png")
     os.symlink(tmp_path / "outside.png", folder / "link.png")
