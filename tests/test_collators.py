@@ -41,8 +41,12 @@ def test_picture_of_any_mode_becomes_rgb(data, color):
 
 def test_exif_rotation_is_applied():
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned a quarter
-    assert open_image(as_bytes(RED, "JPEG", exif=exif)).size == (4, 6)
+    exif[0x0112] = 6  # what was stored at the left belongs at the top
+    stored = Image.new("RGB", (32, 16))
+    stored.paste((255, 255, 255), (0, 0, 16, 16))
+    upright = open_image(as_bytes(stored, "JPEG", exif=exif))
+    assert upright.size == (16, 32)
+    assert upright.getpixel((8, 4)) > (250, 250, 250) and upright.getpixel((8, 28)) < (5, 5, 5)
 
 
 def test_path_bytes_and_picture_are_the_same(tmp_path):
