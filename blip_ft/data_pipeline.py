@@ -132,6 +132,15 @@ class GroupedSampler(Sampler[int]):
         yield from order[: self.length].tolist()
 
 
+class _NextEpochSampler(GroupedSampler):
+    """Each pass is the next epoch, for loops that do not call set_epoch."""
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(super().__iter__())
+        self.epoch += 1
+        return iter(order)
+
+
 class DataPipeline:
     """Loaders for a hand-written training loop, from the YAML that a recipe's --config takes.
 
@@ -169,7 +178,7 @@ class DataPipeline:
         if not self.data_args.group_questions:
             shuffle = torch.Generator().manual_seed(args.seed)
             return self._loader(self.train_rows, args.per_device_train_batch_size, shuffle=True, generator=shuffle)
-        sampler = GroupedSampler(self.train_rows["image_id"], args.per_device_train_batch_size, args.seed)
+        sampler = _NextEpochSampler(self.train_rows["image_id"], args.per_device_train_batch_size, args.seed)
         return self._loader(self.train_rows, args.per_device_train_batch_size, sampler=sampler)
 
     def get_eval_dataloader(self) -> DataLoader:
@@ -208,7 +217,7 @@ class DataPipeline:
 
 def _read(args: DataArguments) -> tuple[dict[str, Table], Path | None]:
     """Raw tables by split ({"": table} where the source names none), and the folder that picture paths start from."""
-    folder = Path(args.image_folder) if args.image_folder else None
+    folder = Path(args.image_folder).expanduser() if args.image_folder else None
     if folder and not folder.is_dir():
         raise ValueError(f"image_folder must be a folder, {folder} is none.")
     if args.questions_file:
@@ -268,7 +277,7 @@ def _read_json(path: Path) -> Iterable[Row]:
 
 def _load_json(path: str | Path) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
     except OSError as error:
@@ -276,7 +285,7 @@ def _load_json(path: str | Path) -> Any:
 
 
 def _read_json_lines(path: Path) -> Iterable[Row]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -292,12 +301,15 @@ def _read_json_lines(path: Path) -> Iterable[Row]:
 def _read_csv(path: Path) -> Iterable[Row]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: needs {len(reader.fieldnames)} values, one for each column."
-                )
-            yield {name: _list_in_csv(value) for name, value in row.items()}
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: needs {len(reader.fieldnames)} values, one for each column."
+                    )
+                yield {name: _list_in_csv(value) for name, value in row.items()}
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.reader.line_num}: not valid CSV ({error}).") from error
 
 
 def _list_in_csv(value: str) -> Any:
@@ -426,7 +438,10 @@ class _VqaRows:
         answer_column = args.answer_column or ("answers" if "answers" in columns else "answer")
         needed = {"image_column": image_column, "question_column": args.question_column, "answer_column": answer_column}
         _require_columns(needed, columns)
-        texts = table.remove_columns(image_column) if isinstance(table, Dataset) else table
+        texts = table
+        if isinstance(table, Dataset):  # another column of pictures would be decoded with each row
+            wanted = {args.question_column, answer_column, args.image_id_column, "question_id", "answer_type"}
+            texts = table.select_columns([name for name in columns if name in wanted - {image_column}])
         self.reasons: list[str | None] = [None] * len(table)
         self.rows = concatenate_datasets(
             [
@@ -458,20 +473,21 @@ class _VqaRows:
     def _images(self, table: Table, column: str, folder: Path | None) -> Dataset:
         """One column `image`; the keys that stand for an image_id are left in self.made_ids."""
         values = table.select_columns(column) if isinstance(table, Dataset) else None
-        if values is not None and (
-            isinstance(values.features[column], Image) or _is_image_struct(values.features[column])
-        ):
+        if values is not None and _holds_pictures(values.features[column]):
             values = values.cast_column(column, Image(decode=False))
             values = values if column == "image" else values.rename_column(column, "image")
-            self.made_ids = []
-            for batch in values.iter(1000):
-                for image in batch["image"]:
-                    if image and image["bytes"] is not None:
-                        self.made_ids.append(hashlib.sha1(image["bytes"]).hexdigest())
-                    else:
-                        self.made_ids.append(image["path"] if image else "")
-            return values
-        paths = values[column] if values is not None else [row.get(column) for row in table]
+            paths, self.made_ids = [], []
+            for position, image in enumerate(image for batch in values.iter(1000) for image in batch["image"]):
+                content, path = (image["bytes"], image["path"]) if image else (None, None)
+                self.made_ids.append((path or "") if content is None else hashlib.sha1(content).hexdigest())
+                if content is None:
+                    paths.append(path)
+                    # without a folder the paths are those of the Hub's own cache
+                    self.reasons[position] = "picture has no bytes" if folder and path else None
+            if folder is None or len(paths) < len(values):
+                return values
+        else:
+            paths = values[column] if values is not None else [row.get(column) for row in table]
         images, self.made_ids = [], []
         for position, path in enumerate(paths):
             located, reason = _locate(path, folder) if isinstance(path, str) else (None, "picture is no path")
@@ -494,16 +510,19 @@ class _VqaRows:
             question_id = row.get("question_id")
             columns["question"].append(question.strip())
             columns["answers"].append(answers)
-            columns["image_id"].append(self.made_ids[position] if image_id is None else str(image_id))
-            columns["question_id"].append(f"{self.name}-{position}" if question_id is None else str(question_id))
+            # an empty cell of a csv is no id
+            columns["image_id"].append(self.made_ids[position] if image_id in (None, "") else str(image_id))
+            columns["question_id"].append(f"{self.name}-{position}" if question_id in (None, "") else str(question_id))
             if has_type:
                 columns["answer_type"].append(str(row.get("answer_type") or "unknown"))
         return Dataset.from_dict(columns, Features({name: TEXT_FEATURES[name] for name in columns}))
 
 
-def _is_image_struct(feature: Any) -> bool:
-    """Parquet written from pictures without their feature: {"bytes": binary, "path": string}."""
-    return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+def _holds_pictures(feature: Any) -> bool:
+    """Pictures, or what parquet has of them without their feature: {"bytes": binary, "path": string} or binary."""
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary"))
 
 
 def _require_columns(needed: dict[str, str], found: list[str]) -> None:
@@ -513,7 +532,7 @@ def _require_columns(needed: dict[str, str], found: list[str]) -> None:
             nearest = [name for wanted in (usual, column) for name in difflib.get_close_matches(wanted, found, n=1)]
             raise ValueError(
                 f"VQA rows need the columns {', '.join(sorted(needed.values()))}; this data set has {', '.join(found)}."
-                f" Set {argument}, e.g. --{argument} {nearest[0] if nearest else found[0]}"
+                f" Set {argument}, e.g. --{argument} {(nearest or found or [usual])[0]}"
             )
 
 
@@ -594,6 +613,8 @@ def _without_pictures(rows: Dataset, unreadable: dict[str, str]) -> Dataset:
 def _picture_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None, str | None]:
     """Why a picture cannot be read, if so, and under which name a good file is remembered."""
     key = None
+    if image is None:
+        return "picture is missing", None
     try:
         if image["bytes"] is None:
             status = os.stat(image["path"])
@@ -617,7 +638,7 @@ def _report_bad_rows(bad: list[Row], total: int, max_fraction: float, file: Path
         file.write_text("".join(json.dumps(row) + "\n" for row in bad), encoding="utf-8")
     first = "\n".join(f"  {row['split']} row {row['row']} ({row['image_id']}): {row['reason']}" for row in bad[:5])
     summary = f"{len(bad)} of {total} rows cannot be used" + (f", all listed in {file}" if file else "") + f":\n{first}"
-    if len(bad) > max_fraction * total:
+    if len(bad) / total > max_fraction:  # as the advice below rounds; 0.29 * 100 is less than 29
         raise ValueError(
             f"{summary}\nThat is more than max_bad_fraction = {max_fraction:.2%}. Mend or remove them, or set "
             f"--max_bad_fraction {math.ceil(1000 * len(bad) / total) / 1000}"

@@ -4,11 +4,13 @@ import json
 import os
 from pathlib import Path
 
+import datasets.config
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, Features, Value, load_from_disk
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from blip_ft import data_pipeline
@@ -24,8 +26,9 @@ ROWS = [
 
 
 @pytest.fixture(autouse=True)
-def own_memory_of_checked_pictures(monkeypatch, tmp_path):
+def own_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(data_pipeline, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache" / "datasets"))
 
 
 @pytest.fixture
@@ -346,3 +349,125 @@ def test_saved_dataset_dict_has_named_splits(folder, tmp_path):
     assert [len(train), len(evaluation)] == [4, 1]
     with pytest.raises(ValueError, match="the data has train, validation"):
         load_vqa(DataArguments(**where, eval_split="test"))
+
+
+def pictures_in_parquet(folder, images, name="metadata.parquet", **columns):
+    """One question for each {"bytes", "path"}, and further columns of pictures."""
+    picture = {"bytes": Value("binary"), "path": Value("string")}
+    features = {"image": picture, **dict.fromkeys(columns, ImageFeature()), "question": Value("string")}
+    rows = {"image": images, **columns, "question": [row["question"] for row in ROWS[: len(images)]]}
+    answers = {"answer": ["x"] * len(images)}
+    Dataset.from_dict({**rows, **answers}, Features({**features, "answer": Value("string")})).to_parquet(folder / name)
+
+
+def test_parquet_of_encoded_pictures_needs_no_feature(folder):
+    rows = [{"image": (folder / f"{name}.png").read_bytes(), "question": "what ?", "answer": "x"} for name in "abc"]
+    pd.DataFrame(rows).to_parquet(folder / "metadata.parquet")
+    train, held_out = load_vqa(DataArguments(dataset_name=str(folder)))
+    assert {row["image"]["bytes"] for row in (*train, *held_out)} == {row["image"] for row in rows}
+
+
+def test_parquet_path_without_bytes_starts_from_the_folder(folder):
+    pictures_in_parquet(folder, [{"bytes": None, "path": f"{name}.png"} for name in "abc"])
+    rows = [row for part in load_vqa(DataArguments(dataset_name=str(folder))) for row in part]
+    assert {row["image"]["path"] for row in rows} == {str(folder / f"{name}.png") for name in "abc"}
+
+
+def test_parquet_path_without_bytes_never_leads_out_of_the_folder(folder, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "outside.png")
+    outside = {"bytes": None, "path": str(tmp_path / "outside.png")}
+    pictures_in_parquet(folder, [outside, outside])
+    with pytest.raises(ValueError, match="(?s)2 of 2 rows.*lies outside"):
+        load_vqa(DataArguments(dataset_name=str(folder)))
+    inside = [{"bytes": (folder / f"{name}.png").read_bytes(), "path": None} for name in "ab"]
+    pictures_in_parquet(folder, [*inside, outside], "mixed.parquet")
+    with pytest.raises(ValueError, match="(?s)1 of 3 rows.*picture has no bytes"):
+        load_vqa(DataArguments(dataset_name=str(folder / "mixed.parquet")))
+
+
+def test_missing_picture_is_left_out_of_training_and_kept_in_evaluation(folder, tmp_path):
+    images = [(folder / f"{name}.png").read_bytes() for name in "ab"] + [None]
+    rows = [
+        {"image": image and {"bytes": image, "path": None}, "question": "what ?", "answer": "x", "split": split}
+        for split in ("train", "test")
+        for image in images
+    ]
+    texts = {name: Value("string") for name in ("question", "answer", "split")}
+    Dataset.from_list(rows, Features({"image": ImageFeature(), **texts})).save_to_disk(tmp_path / "saved")
+    file = tmp_path / "bad_rows.jsonl"
+    args = DataArguments(dataset_name=str(tmp_path / "saved"), eval_split="test", max_bad_fraction=1.0)
+    train, evaluation = load_vqa(args, file)
+    assert [len(train), len(evaluation)] == [2, 3]
+    assert [json.loads(line)["reason"] for line in file.read_text().splitlines()] == ["picture is missing"] * 2
+
+
+def test_another_column_of_pictures_is_not_decoded(folder):
+    images = [{"bytes": (folder / f"{name}.png").read_bytes(), "path": None} for name in "abc"]
+    pictures_in_parquet(folder, images, mask=[{"bytes": b"broken", "path": None}] * 3)
+    train, held_out = load_vqa(DataArguments(dataset_name=str(folder)))
+    assert len(train) + len(held_out) == 3
+
+
+def test_empty_id_in_csv_is_made_as_a_missing_one(folder):
+    lines = [f"{name}.png,what ?,x,,\n" for name in "abc"]
+    (folder / "metadata.csv").write_text("file_name,question,answer,image_id,question_id\n" + "".join(lines))
+    rows = [row for part in load_vqa(DataArguments(dataset_name=str(folder))) for row in part]
+    assert {row["image_id"] for row in rows} == {"a.png", "b.png", "c.png"}
+    assert len({row["question_id"] for row in rows}) == 3
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_byte_order_mark_of_windows_is_no_part_of_the_text(folder, name):
+    text = {
+        "rows.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+        "rows.json": json.dumps(ROWS),
+        "rows.csv": "file_name,question,answer\n" + "".join(f"{r['file_name']},{r['question']},x\n" for r in ROWS),
+    }
+    (folder / name).write_text(text[name], encoding="utf-8-sig")
+    assert len(load(dataset_name=str(folder / name))) == 4
+
+
+def test_csv_that_cannot_be_split_is_named_by_file_and_line(folder):
+    (folder / "metadata.csv").write_text('file_name,question,answer\na.png,"' + "x" * 200_000)
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 2: not valid CSV"):
+        load_vqa(DataArguments(dataset_name=str(folder)))
+
+
+def test_rows_without_any_column_name_the_argument_to_set(folder):
+    write_metadata(folder, [{}])
+    with pytest.raises(ValueError, match="Set image_column, e.g. --image_column image"):
+        load_vqa(DataArguments(dataset_name=str(folder)))
+
+
+def test_advised_bad_fraction_is_enough(folder):
+    # 0.29 * 100 is 28.999999999999996
+    write_metadata(folder, [{**ROWS[number % 3], "question": "" if number < 29 else "q"} for number in range(100)])
+    with pytest.raises(ValueError, match=r"--max_bad_fraction 0\.29$"):
+        load_vqa(DataArguments(dataset_name=str(folder)))
+    train, held_out = load_vqa(DataArguments(dataset_name=str(folder), max_bad_fraction=0.29))
+    assert len(train) + len(held_out) == 71
+
+
+def test_image_folder_may_start_from_home(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_metadata(tmp_path, ROWS, "rows.jsonl")
+    assert len(load(dataset_name=str(tmp_path / "rows.jsonl"), image_folder="~/pictures")) == 4
+
+
+def test_header_check_passes_what_only_a_full_check_refuses(folder, tmp_path):
+    Image.effect_noise((64, 64), 50).save(folder / "a.png")
+    (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:1000])
+    write_metadata(folder, ROWS)
+    assert len(load(dataset_name=str(folder), check_images="header")) == 4
+    with pytest.raises(ValueError, match=r"2 of 4 rows"):
+        load_vqa(DataArguments(dataset_name=str(folder)))
+
+
+def test_grouped_pipeline_shuffles_anew_in_each_epoch(pipeline_settings, folder):
+    write_metadata(folder, [{**ROWS[number % 3], "question": f"{number} ?"} for number in range(30)])
+    pipeline = DataPipeline({**pipeline_settings, "group_questions": True})
+    pipeline.setup()
+    loader = pipeline.get_train_dataloader()
+    first, second = (list(loader.sampler) for _ in range(2))
+    assert first != second and sorted(first) == sorted(second)
+    assert first == list(pipeline.get_train_dataloader().sampler)
