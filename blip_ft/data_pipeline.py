@@ -159,17 +159,19 @@ class DataPipeline:
                 config.write_text(yaml.safe_dump(content), encoding="utf-8")
             self.model_args, _, self.data_args, self.task_args, self.training_args = parse(
                 *(ModelArguments, PeftArguments, DataArguments, VqaArguments, BlipTrainingArguments),
-                argv=["--config", str(config)],
+                # batches are made on the CPU; without the flag `bf16: true` is refused where there is no GPU
+                argv=["--config", str(config), "--use_cpu"],
             )
         self.processor: BlipProcessor | None = None
 
     def setup(self) -> None:
-        """Read the rows and the processor of model_name_or_path."""
-        name = self.model_args.model_name_or_path
-        if name is None:
-            raise ValueError("DataPipeline needs model_name_or_path, whose processor sizes pictures and splits text.")
+        """Read the rows, and the processor of model_name_or_path, by default that of the recipe's checkpoint."""
+        name = self.model_args.model_name_or_path or "Salesforce/blip-vqa-base"
         self.train_rows, self.eval_rows = load_vqa(self.data_args, seed=self.training_args.seed)
-        self.processor = demo.build_demo_processor() if name == "demo" else BlipProcessor.from_pretrained(name)
+        processor = demo.build_demo_processor() if name == "demo" else BlipProcessor.from_pretrained(name)
+        if size := self.model_args.image_size:
+            processor.image_processor.size = {"height": size, "width": size}
+        self.processor = processor
 
     def get_train_dataloader(self) -> DataLoader:
         """Shuffled anew in each epoch; with grouping, cut to whole batches."""

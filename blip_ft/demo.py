@@ -71,7 +71,7 @@ def build_demo_processor() -> BlipProcessor:
 
 
 def build_demo_config() -> BlipConfig:
-    """A BLIP of 1.6 M parameters; [DEC] and [ENC] come after the tokenizer's words, as on the Hub."""
+    """A BLIP of 2.1 M parameters; [DEC] and [ENC] come after the tokenizer's words, as on the Hub."""
     tokenizer = build_demo_processor().tokenizer
     width, heads = 128, 4
     return BlipConfig(

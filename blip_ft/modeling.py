@@ -23,6 +23,8 @@ class _Blip:
 
     # forward divides its loss by num_items_in_batch, so the Trainer must not divide by the accumulation steps
     accepts_loss_kwargs = True
+    # what a device_map must not cut through: stock forgets the text layers, and ours have names of their own
+    _no_split_modules = ["BlipEncoderLayer", "FusedTextLayer", "OutOfPlaceTextEmbeddings"]
 
     def __init__(self, config: BlipConfig) -> None:
         vision = config.vision_config

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, BlipProcessor, PreTrainedModel
+from transformers import (
+    BatchEncoding,
+    BitsAndBytesConfig,
+    BlipConfig,
+    BlipProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.blip import modeling_blip
+from transformers.utils import CONFIG_NAME
 
-from blip_ft import demo
+from blip_ft import demo, inference
 from blip_ft.arguments import ModelArguments, PeftArguments
+from blip_ft.collators import open_image
 from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 logger = logging.getLogger(__name__)
@@ -79,9 +93,9 @@ class ModelLoader:
         if model_type not in (None, "auto", *self.MODEL_REGISTRY):
             raise ValueError(f"model_type must be one of auto, {', '.join(self.MODEL_REGISTRY)}; found {model_type!r}.")
         self.model_name, self.task = model_name, task
-        self.device = torch.device(device or _best_device())
+        self.device = _existing_device(device or _best_device())
         self.bits = 8 if load_in_8bit else 4 if load_in_4bit else None
-        self.dtype = dtype or torch_dtype or torch.float32
+        self.dtype = _dtype(dtype or torch_dtype or torch.float32)
         self.device_map, self.merge = device_map, merge
         self.image_size, self.label_smoothing, self.dropout = image_size, label_smoothing, dropout
         self.kwargs = {"trust_remote_code": trust_remote_code, **kwargs}
@@ -90,36 +104,33 @@ class ModelLoader:
 
     def load(self, load_processor: bool = True) -> dict[str, Any]:
         """model, in evaluation mode, and where load_processor also processor, tokenizer and image_processor."""
-        adapter = None
-        name = self.model_name
-        if name != "demo":
-            base = _base_of_adapter(name, self.kwargs)
-            name, adapter = base or name, name if base else None
+        name, kwargs, base = self.model_name, self.kwargs, None
         try:
-            self.processor = (
-                demo.build_demo_processor() if name == "demo" else BlipProcessor.from_pretrained(name, **self.kwargs)
-            )
-            self.model = self._load_model(name)
-        except (OSError, HFValidationError) as error:
-            raise ValueError(_what_to_check(name, error)) from error
-        size = self.model.config.vision_config.image_size
-        self.processor.image_processor.size = {"height": size, "width": size}
-        vision = self.model.config.vision_config
-        vision.image_mean = list(self.processor.image_processor.image_mean)
-        vision.image_std = list(self.processor.image_processor.image_std)
-        if adapter:
-            self.model = PeftModel.from_pretrained(self.model, adapter)
-            if self.merge:
-                self.model = self.model.merge_and_unload()
+            if name != "demo" and (base := _base_of_adapter(name, kwargs)):
+                name, kwargs = base
+            self.model = self._load_model(name, kwargs)
+            if load_processor:
+                self.processor = (
+                    demo.build_demo_processor() if name == "demo" else BlipProcessor.from_pretrained(name, **kwargs)
+                )
+        except (OSError, EntryNotFoundError, HFValidationError, SafetensorError) as error:
+            of = f"The base checkpoint of the adapter {self.model_name}: " if base else ""
+            raise ValueError(of + _what_to_check(name, error)) from error
+        if base:
+            self.model = PeftModel.from_pretrained(self.model, self.model_name, **self.kwargs)
+            self.model = self.model.merge_and_unload() if self.merge else _save_for_stock(self.model)
         self.model.eval()
-        result = {"model": self.model}
-        if load_processor:
-            result |= {
-                "processor": self.processor,
-                "tokenizer": self.processor.tokenizer,
-                "image_processor": self.processor.image_processor,
-            }
-        return result
+        if not load_processor:
+            return {"model": self.model}
+        vision, image_processor = self.model.config.vision_config, self.processor.image_processor
+        image_processor.size = {"height": vision.image_size, "width": vision.image_size}
+        vision.image_mean, vision.image_std = list(image_processor.image_mean), list(image_processor.image_std)
+        return {
+            "model": self.model,
+            "processor": self.processor,
+            "tokenizer": self.processor.tokenizer,
+            "image_processor": image_processor,
+        }
 
     def get_model(self) -> PreTrainedModel | PeftModel:
         return self._loaded(self.model)
@@ -135,15 +146,11 @@ class ModelLoader:
 
     def _loaded(self, part: Any) -> Any:
         if part is None:
-            raise ValueError("Nothing is loaded yet: call load() first.")
+            raise ValueError("It is not loaded yet: call load() first, with load_processor=True for the processor.")
         return part
 
-    def _load_model(self, name: str) -> PreTrainedModel:
-        config = demo.build_demo_config() if name == "demo" else AutoConfig.from_pretrained(name, **self.kwargs)
-        if config.model_type != "blip":
-            raise ValueError(
-                f"{name} is a checkpoint of type {config.model_type!r}; supported: blip (BLIP, not BLIP-2)."
-            )
+    def _load_model(self, name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+        config = demo.build_demo_config() if name == "demo" else _read_config(name, kwargs)
         if self.task is None:
             self.task = _task_of(config)
         text = config.text_config
@@ -155,8 +162,9 @@ class ModelLoader:
         if name == "demo":
             model = TASKS[self.task](config)
             demo.set_apart_positions(model)
+            model = model.to(None if self.dtype == "auto" else self.dtype)
         else:
-            settings = {"config": config, "dtype": self.dtype, **self.kwargs}
+            settings = {"config": config, "dtype": self.dtype, **kwargs}
             if self.bits or self.device_map:
                 settings["device_map"] = self.device_map or {"": self.device}
             if self.bits:
@@ -246,11 +254,7 @@ def add_lora(model: PreTrainedModel, args: PeftArguments) -> PeftModel:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"lora_target_modules must name linear layers of the model: {error}") from error
-    # peft 0.21 saves the class's module as `parent_library`, and AutoPeftModel refuses all but those it knows: stock's
-    # class of the same name has the same weights
-    stock = getattr(modeling_blip, type(model).__name__)
-    adapted._get_base_model_class = lambda is_prompt_tuning=False: stock
-    return adapted
+    return _save_for_stock(adapted)
 
 
 def freeze_model(model: nn.Module, freeze_layers: list[str] | None = None) -> None:
@@ -295,6 +299,157 @@ def count_parameters(model: nn.Module) -> dict[str, int | float]:
     }
 
 
+def get_model_size_mb(model: PreTrainedModel | PeftModel) -> float:
+    """Memory of parameters and buffers in MiB; a tied one counts once."""
+    return model.get_memory_footprint() / 2**20
+
+
+def get_device(model: nn.Module) -> torch.device:
+    """The device of the first parameter; a device_map may have put others elsewhere."""
+    return next(model.parameters()).device
+
+
+def move_model_to_device(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """The same model, moved. Raises: ValueError for a device that is not there."""
+    return model.to(_existing_device(device))
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    save_path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: BlipProcessor | None = None,
+) -> None:
+    """Weights (safetensors) or adapter, config, and the files of processor and tokenizer; stock loads them."""
+    for part in (model, processor, tokenizer):
+        if part is not None:
+            part.save_pretrained(str(save_path))
+
+
+def load_model_from_path(
+    model_path: str | Path, model_class: type[PreTrainedModel], device: str | torch.device | None = None
+) -> PreTrainedModel | PeftModel:
+    """The model of a folder, in evaluation mode.
+
+    Args:
+        model_class: one of the three BLIP classes, ours or transformers'. Either gives ours: it is a subclass of
+            transformers' class of that name, and transformers 5.23's own ignores the padding of questions.
+        device: None is CUDA, else MPS, else CPU.
+    Raises: ValueError for another class, and with what to check when loading fails.
+    """
+    tasks = {cls.__name__: task for task, cls in TASKS.items()}
+    if model_class.__name__ not in tasks:
+        raise ValueError(f"model_class must be one of {', '.join(tasks)}, found {model_class.__name__}.")
+    return load_model(str(model_path), task=tasks[model_class.__name__], device=device, load_processor=False)["model"]
+
+
+def generate_answer_blip(
+    model: PreTrainedModel | PeftModel,
+    processor: BlipProcessor,
+    image: Any,
+    question: str | Sequence[str],
+    max_length: int = 20,
+    num_beams: int = 3,
+) -> str | list[str]:
+    """The answer to a question about a picture; for lists a list, the same as one by one.
+
+    Args:
+        image: path, bytes or PIL image, or a list of these. One picture goes with every question of a list, and one
+            question with every picture. A picture that stands several times in a list is encoded once.
+        max_length: tokens of an answer, [DEC] and [SEP] among them.
+    Raises: ValueError for lists of different lengths, and for a model that answers no questions.
+    """
+    blip = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(blip, BlipForQuestionAnswering):
+        raise ValueError(
+            f"Answering needs blip_ft's BlipForQuestionAnswering, found {type(blip).__module__}.{type(blip).__name__}. "
+            'Load it with load_model(..., task="vqa").'
+        )
+    questions = [question] if isinstance(question, str) else list(question)
+    images = list(image) if isinstance(image, (list, tuple)) else [image] * len(questions)
+    if isinstance(question, str):
+        questions *= len(images)
+    if len(images) != len(questions):
+        raise ValueError(f"{len(images)} pictures and {len(questions)} questions: give equally many, or one of either.")
+    training = model.training
+    model.eval()
+    answers = inference.answer_questions(blip, processor, images, questions, max_length, num_beams)
+    model.train(training)
+    return answers[0] if isinstance(question, str) and not isinstance(image, (list, tuple)) else answers
+
+
+def prepare_inputs_for_blip(
+    processor: BlipProcessor, images: Any, texts: str | Sequence[str], device: str | torch.device | None = None
+) -> BatchEncoding:
+    """What forward and generate take: pixel_values (rows, 3, height, width), input_ids, attention_mask (rows, length).
+
+    Args:
+        images: path, bytes or PIL image, or a list of these; any mode, turned upright.
+        texts: one for each picture.
+        device: None leaves the tensors on the CPU.
+    Raises: ValueError for different numbers of pictures and texts.
+    """
+    images = images if isinstance(images, (list, tuple)) else [images]
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} pictures and {len(texts)} texts: give one text for each picture.")
+    inputs = processor(
+        images=[open_image(image) for image in images], text=texts, padding=True, truncation=True, return_tensors="pt"
+    )
+    return inputs if device is None else inputs.to(_existing_device(device))
+
+
+def get_model_info(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """Class, task, numbers of parameters, size in MiB, device, dtype and picture size of a model."""
+    blip = model.get_base_model() if isinstance(model, PeftModel) else model
+    counts = count_parameters(model)
+    return {
+        "model_class": type(blip).__name__,
+        "task": next((task for task, cls in TASKS.items() if cls.__name__ == type(blip).__name__), None),
+        "total_parameters": counts["total"],
+        "total_parameters_millions": counts["total_millions"],
+        "trainable_parameters": counts["trainable"],
+        "trainable_parameters_millions": counts["trainable_millions"],
+        "size_mb": get_model_size_mb(model),
+        "device": str(get_device(model)),
+        "dtype": str(blip.dtype).removeprefix("torch."),
+        "image_size": blip.config.vision_config.image_size,
+        "is_adapter": isinstance(model, PeftModel),
+    }
+
+
+def print_model_summary(model: PreTrainedModel | PeftModel, detailed: bool = False) -> None:
+    """Print a table of the model's parts; detailed also shows what each part is made of."""
+    blip = model.get_base_model() if isinstance(model, PeftModel) else model
+    parts = dict(blip.named_children())
+    if detailed:
+        parts = {
+            path: inner
+            for name, part in parts.items()
+            for path, inner in ((name, part), *((f"  {name}.{child}", inner) for child, inner in part.named_children()))
+        }
+    rows = [("part", "parameters", "trainable", "size", "dtype", "device")]
+    for name, part in {**parts, type(blip).__name__: blip}.items():
+        tensors = list(part.parameters())
+        if tensors:  # not dropout and activations
+            counts = count_parameters(part)
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
+            rows.append(
+                (
+                    *(name, f"{counts['total']:,}", f"{counts['trainable']:,}", f"{size:.1f} MiB"),
+                    ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
+                    ", ".join(sorted({str(tensor.device) for tensor in tensors})),
+                )
+            )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        name, *numbers, dtype, device = (
+            cell.ljust(width) if column in (0, 4, 5) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([name, *numbers, dtype, device]).rstrip())  # noqa: T201 (the one function that prints)
+
+
 def _set_requires_grad(model: nn.Module, names: list[str] | None, value: bool) -> None:
     unknown = unknown_layers(model, names or [])
     if unknown:
@@ -310,8 +465,29 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def _existing_device(device: str | torch.device) -> torch.device:
+    device = torch.device(device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"There is no device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. "
+            "device=None takes the best there is."
+        )
+    return device
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    named = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(named, torch.dtype):
+        raise ValueError(f"dtype is a torch dtype or its name, e.g. bfloat16, or auto; found {dtype!r}.")
+    return named
+
+
 def _quantization(bits: int, device: torch.device) -> BitsAndBytesConfig:
     if bits == 8:
+        # bitsandbytes 0.50 says at every call of every layer that it casts to float16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return BitsAndBytesConfig(
@@ -330,32 +506,90 @@ def _task_of(config: Any) -> str:
     return "vqa"
 
 
-def _base_of_adapter(name: str, kwargs: dict[str, Any]) -> str | None:
-    """The base checkpoint, where name is a folder or Hub id of a PEFT adapter."""
+def _read_config(name: str, kwargs: dict[str, Any]) -> BlipConfig:
+    content, _ = BlipConfig.get_config_dict(name, **kwargs)
+    if "model_type" not in content:
+        raise EntryNotFoundError(f"there is no {CONFIG_NAME} with a model_type")
+    found = content["model_type"]
+    if found != BlipConfig.model_type:
+        own_code = (
+            " It brings code of its own, which trust_remote_code=True runs in transformers' Auto classes, but not here."
+            if "auto_map" in content
+            else ""
+        )
+        raise ValueError(
+            f"{name} is a checkpoint of type {found!r}; supported: {', '.join(ModelLoader.MODEL_REGISTRY)} (BLIP of "
+            f"2022, not BLIP-2 or InstructBLIP) with the tasks {', '.join(TASKS)}.{own_code}"
+        )
+    return BlipConfig.from_pretrained(name, **kwargs)
+
+
+def _save_for_stock(adapted: PeftModel) -> PeftModel:
+    # peft 0.21 saves the class's module as `parent_library`, and AutoPeftModel refuses all but those it knows: stock's
+    # class of the same name has the same weights
+    stock = getattr(modeling_blip, type(adapted.get_base_model()).__name__)
+    adapted._get_base_model_class = lambda is_prompt_tuning=False: stock
+    return adapted
+
+
+def _base_of_adapter(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The base checkpoint and the arguments to load it with, where name is a folder or Hub id of a PEFT adapter."""
     path = Path(name) / ADAPTER_FILE
     if Path(name).exists():
         if not path.is_file():
             return None
     else:
+        known = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
         try:
-            path = hf_hub_download(name, ADAPTER_FILE, revision=kwargs.get("revision"), token=kwargs.get("token"))
-        except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError, OSError):
-            return None  # no adapter; whatever else is wrong shows when the checkpoint itself is read
-    return json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"]
+            path = hf_hub_download(name, ADAPTER_FILE, **known)
+        except LocalEntryNotFoundError:  # the Hub was not reached; a checkpoint may still be in the cache
+            known = {key: known[key] for key in ("revision", "cache_dir") if key in known}
+            if not isinstance(try_to_load_from_cache(name, CONFIG_NAME, **known), str):
+                raise
+            return None
+        except EntryNotFoundError:
+            return None
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    # the adapter's own revision is not its base's
+    return config["base_model_name_or_path"], {**kwargs, "revision": config.get("revision")}
 
 
 def _what_to_check(name: str, error: Exception) -> str:
-    path = Path(name)
-    if path.exists():
+    """Which of name, network, disk or access stands behind a failure to load, as far as the errors tell."""
+    path, causes = Path(name), [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+
+    def caused_by(*types: type) -> bool:
+        return any(isinstance(cause, types) for cause in causes)
+
+    if any(getattr(cause, "errno", None) == errno.ENOSPC for cause in causes):
+        advice = f"The disk is full: free some of it, or let HF_HOME name another (now {constants.HF_HOME})."
+    elif path.exists():
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:20]) if path.is_dir() else "a file"
-        way_out = (
+        advice = (
             f"{name} must be a folder with config.json, model.safetensors and the processor's files; found: {found}."
         )
-    elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        way_out = f"There is no folder {name}. Check the path."
-    else:
-        way_out = (
-            f"{name} is no folder here and could not be had from the Hub. Check the spelling (owner/name), the "
-            "network, free disk space, and HF_TOKEN for a private or gated one."
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        advice = f"There is no folder {name}. Check the path."
+    elif caused_by(GatedRepoError):
+        advice = f"{name} is gated: accept its terms on its page, and set HF_TOKEN."
+    elif caused_by(RevisionNotFoundError):
+        advice = f"{name} is on the Hub and has no such revision. Check the revision."
+    elif caused_by(RepositoryNotFoundError, HFValidationError):
+        advice = (
+            f"{name} is no folder here and no model of the Hub that can be seen. Check the spelling (owner/name); for "
+            "a private one set HF_TOKEN."
         )
-    return f"{way_out}\nThe loader said: {str(error).splitlines()[0]}"
+    elif constants.HF_HUB_OFFLINE:
+        advice = (
+            f"{name} is no folder here, is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or check the name."
+        )
+    elif caused_by(EntryNotFoundError) and not caused_by(LocalEntryNotFoundError):
+        advice = f"{name} is on the Hub and lacks a file that is needed. Check that it is a BLIP checkpoint."
+    else:
+        advice = (
+            f"{name} is no folder here, is not in the cache, and {constants.ENDPOINT} could not be reached. Check the "
+            "network, a proxy, HF_ENDPOINT, and the spelling (owner/name)."
+        )
+    return f"{advice}\nThe loader said: {str(error).strip().splitlines()[0]}"

@@ -68,6 +68,16 @@ def picture_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory) -> Path:
+    """What `make demo` leaves behind; two minutes, once for all tests that need a model that knows something."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(RECIPE), "--output_dir", str(folder), "--use_cpu"])
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    return folder
+
+
 @pytest.fixture
 def recipe(monkeypatch, tmp_path):
     """Runs recipes/vqa.py as `python recipes/vqa.py ...` does, in this process, and returns output_dir."""

@@ -1,15 +1,41 @@
-"""Loading, freezing, counting, adapters."""
+"""Loading, freezing, counting, adapters, answering: what the user's loop calls."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModel
 from PIL import Image
+from transformers import BertConfig, BlipConfig
+from transformers.models.blip import modeling_blip
 
+from blip_ft import demo, inference
 from blip_ft.arguments import PeftArguments
 from blip_ft.collators import encode_images
-from blip_ft.modeling import BlipForConditionalGeneration, BlipForQuestionAnswering
-from blip_ft.models import ModelLoader, add_lora, count_parameters, freeze_model, load_model, unfreeze_model
+from blip_ft.data_pipeline import DataPipeline
+from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from blip_ft.models import (
+    ModelLoader,
+    add_lora,
+    count_parameters,
+    freeze_model,
+    generate_answer_blip,
+    get_device,
+    get_model_info,
+    get_model_size_mb,
+    load_model,
+    load_model_from_path,
+    move_model_to_device,
+    prepare_inputs_for_blip,
+    print_model_summary,
+    save_model,
+    unfreeze_model,
+)
 
 
 def answers_of(model):
@@ -123,16 +149,291 @@ def test_arguments_that_cannot_work_are_refused(checkpoint, arguments, message):
         load_model(str(checkpoint), **arguments)
 
 
-def test_loading_failures_say_what_to_check(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "cuda:7"}, "There is no device cuda:7.*sees 0 CUDA devices.*device=None"),
+        ({"torch_dtype": "float8"}, "dtype is a torch dtype or its name, e.g. bfloat16"),
+    ],
+)
+def test_device_and_dtype_that_are_not_there_are_refused(checkpoint, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(str(checkpoint), **arguments)
+
+
+def test_folder_that_cannot_be_loaded_says_what_it_lacks(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="There is no folder"):
         load_model("/no/such/folder")
-    with pytest.raises(ValueError, match="spelling .*network"):
+    with pytest.raises(ValueError, match="not in the cache, and HF_HUB_OFFLINE is set"):
         load_model("owner/no-such-model")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="found: notes.txt"):
         load_model(str(tmp_path))
+    BlipConfig.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model.safetensors.*found: config.json, notes.txt"):
+        load_model(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="The loader said"):
+        load_model(str(tmp_path))
 
 
-def test_parts_asked_for_before_load_are_refused(checkpoint):
-    with pytest.raises(ValueError, match=r"call load\(\) first"):
-        ModelLoader(str(checkpoint)).get_model()
+def test_checkpoint_that_is_not_blip_is_named_with_what_is_supported(tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="type 'bert'; supported: blip .*vqa, conditional_generation, image_text"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "newer", "auto_map": {"AutoModel": "code.Model"}}')
+    with pytest.raises(ValueError, match="type 'newer'.*trust_remote_code=True runs in transformers' Auto classes"):
+        load_model(str(tmp_path))
+
+
+def test_full_disk_is_named(checkpoint, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(BlipForQuestionAnswering, "from_pretrained", full)
+    with pytest.raises(ValueError, match="The disk is full.*HF_HOME"):
+        load_model(str(checkpoint))
+
+
+HUB_FAILURES = """
+import http.server, json, os, tempfile, threading, time
+
+CODES = {"missing": (404, "RepoNotFound"), "gated": (403, "GatedRepo"), "empty": (404, "EntryNotFound")}
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        status, error = next((code for name, code in CODES.items() if name in self.path), (404, "RepoNotFound"))
+        self.send_response(status)
+        self.send_header("X-Error-Code", error)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+    do_GET = do_HEAD
+    def log_message(self, *args): pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+endpoint = f"http://127.0.0.1:{server.server_port}"
+os.environ.update(HF_ENDPOINT=endpoint, HF_HOME=tempfile.mkdtemp(), HF_HUB_DISABLE_XET="1")
+from blip_ft.models import load_model
+
+messages = {}
+for name in (*CODES, "down"):
+    if name == "down":
+        server.shutdown(), server.server_close()
+        time.sleep = lambda seconds: None  # huggingface_hub tries five times
+    try:
+        load_model(f"owner/{name}")
+    except ValueError as error:
+        messages[name] = str(error)
+print(json.dumps(messages))
+"""
+
+
+def test_hub_failures_tell_name_access_and_network_apart():
+    # a process of its own: huggingface_hub reads HF_ENDPOINT once, when it is imported
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    done = subprocess.run(
+        [sys.executable, "-c", HUB_FAILURES],
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    messages = json.loads(done.stdout.splitlines()[-1])
+    assert "no model of the Hub that can be seen. Check the spelling (owner/name)" in messages["missing"]
+    assert "accept its terms on its page, and set HF_TOKEN" in messages["gated"]
+    assert "is on the Hub and lacks a file" in messages["empty"]
+    assert "http://127.0.0.1" in messages["down"] and "Check the network" in messages["down"]
+
+
+def test_loader_hands_out_its_parts_once_loaded(checkpoint):
+    loader = ModelLoader(str(checkpoint), model_type="blip", task="vqa", device="cpu")
+    for part in (loader.get_model, loader.get_processor, loader.get_tokenizer, loader.get_image_processor):
+        with pytest.raises(ValueError, match=r"call load\(\) first"):
+            part()
+    loaded = loader.load(load_processor=True)
+    assert loader.get_model() is loaded["model"] and loader.get_processor() is loaded["processor"]
+    assert loader.get_tokenizer() is loaded["tokenizer"] and loader.get_image_processor() is loaded["image_processor"]
+    assert list(ModelLoader.MODEL_REGISTRY["blip"]) == ["vqa", "conditional_generation", "image_text_retrieval"]
+
+
+def test_model_loads_without_the_files_of_a_processor(golden):
+    assert list(load_model(str(golden / "vqa"), load_processor=False, device=None)) == ["model"]
+    with pytest.raises(ValueError, match="the processor's files"):
+        load_model(str(golden / "vqa"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float16", "torch.bfloat16"])
+def test_weights_come_in_the_dtype_asked_for_and_answer(checkpoint, dtype):
+    by_either_name = [load_model(str(checkpoint), **{name: dtype}) for name in ("torch_dtype", "dtype")]
+    named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch."))
+    assert {parameter.dtype for loaded in by_either_name for parameter in loaded["model"].parameters()} == {named}
+    loaded = by_either_name[0]
+    assert isinstance(generate_answer_blip(loaded["model"], loaded["processor"], RED, "what color is it ?"), str)
+
+
+def test_device_map_places_and_answers(checkpoint):
+    plain, mapped = load_model(str(checkpoint)), load_model(str(checkpoint), device_map="auto")
+    assert answers_of(mapped["model"]) == pytest.approx(answers_of(plain["model"]))
+    # what a map must not cut through, under the names that its classes have here
+    names = {type(module).__name__ for module in plain["model"].modules()}
+    assert {"BlipEncoderLayer", "FusedTextLayer"} <= names & set(plain["model"]._no_split_modules)
+
+
+RED, BLUE = (Image.new("RGB", (40, 36), color) for color in ("red", "blue"))
+QUESTIONS = ["what color is it ?", "is it a dog ?", "how many dogs are there in the picture at the left ?"]
+
+
+def test_answers_to_a_list_are_those_of_one_by_one(checkpoint, picture_folder, tmp_path):
+    loaded = load_model(str(checkpoint))
+    model, processor = loaded["model"], loaded["processor"]
+    images = [RED, str(picture_folder / "2.png"), RED, BLUE, str(picture_folder / "2.png")]
+    questions = [QUESTIONS[number % 3] for number in range(5)]
+    pictures = []
+    hook = model.vision_model.register_forward_pre_hook(lambda module, args: pictures.append(len(args[0])))
+    answers = generate_answer_blip(model=model, processor=processor, image=images, question=questions)
+    assert sum(pictures) == 3
+    hook.remove()
+    alone = [generate_answer_blip(model, processor, *pair) for pair in zip(images, questions, strict=True)]
+    assert answers == alone and len(set(answers)) > 1
+    assert generate_answer_blip(model, processor, RED, questions) == [
+        generate_answer_blip(model, processor, RED, question) for question in questions
+    ]
+    assert generate_answer_blip(model, processor, [RED, BLUE], questions[0]) == [answers[0], answers[3]]
+    small = {"images_at_once": 2, "questions_at_once": 1}
+    assert inference.answer_questions(model, processor, images, questions, 20, 3, **small) == answers
+
+
+def test_answering_leaves_dropout_out_and_the_mode_as_it_was(checkpoint):
+    loaded = load_model(str(checkpoint), dropout=0.5)
+    model = loaded["model"].train()
+    answers = {generate_answer_blip(model, loaded["processor"], RED, QUESTIONS[0]) for _ in range(5)}
+    assert len(answers) == 1 and model.training
+
+
+def test_answering_refuses_uneven_lists_and_other_models(checkpoint):
+    loaded = load_model(str(checkpoint))
+    with pytest.raises(ValueError, match="2 pictures and 3 questions"):
+        generate_answer_blip(loaded["model"], loaded["processor"], [RED, BLUE], QUESTIONS)
+    stock = modeling_blip.BlipForQuestionAnswering.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match=r"found transformers\.models\.blip.*Load it with load_model"):
+        generate_answer_blip(stock, loaded["processor"], RED, QUESTIONS[0])
+
+
+def test_prepared_inputs_are_those_of_the_processor(checkpoint):
+    processor = load_model(str(checkpoint))["processor"]
+    one = prepare_inputs_for_blip(processor=processor, images=RED, texts=QUESTIONS[0], device="cpu")
+    many = prepare_inputs_for_blip(processor, [RED, BLUE.convert("L"), RED], QUESTIONS)
+    assert one["pixel_values"].shape == (1, 3, 32, 32) and many["pixel_values"].shape == (3, 3, 32, 32)
+    torch.testing.assert_close(many["pixel_values"][:1], one["pixel_values"])
+    length = int(one["attention_mask"].sum())
+    assert many["attention_mask"].sum(1)[0] == length < many["input_ids"].shape[1]
+    assert many["input_ids"][0, :length].tolist() == one["input_ids"][0].tolist()
+    with pytest.raises(ValueError, match="1 pictures and 3 texts"):
+        prepare_inputs_for_blip(processor, RED, QUESTIONS)
+
+
+def test_saved_model_loads_by_path_with_either_class(checkpoint, tmp_path):
+    loaded = load_model(str(checkpoint))
+    save_model(model=loaded["model"], save_path=tmp_path, tokenizer=loaded["tokenizer"], processor=loaded["processor"])
+    for model_class in (BlipForQuestionAnswering, modeling_blip.BlipForQuestionAnswering):
+        model = load_model_from_path(model_path=tmp_path, model_class=model_class, device="cpu")
+        assert isinstance(model, model_class) and not model.training
+        assert answers_of(model) == answers_of(loaded["model"])
+    again = load_model(str(tmp_path))
+    assert again["tokenizer"](QUESTIONS[1]).input_ids == loaded["tokenizer"](QUESTIONS[1]).input_ids
+    with pytest.raises(ValueError, match="model_class must be one of BlipForQuestionAnswering"):
+        load_model_from_path(tmp_path, modeling_blip.BlipModel)
+
+
+def test_adapter_that_was_loaded_saves_for_stock_again(checkpoint, tmp_path):
+    add_lora(load_model(str(checkpoint))["model"], PeftArguments(use_peft=True)).save_pretrained(tmp_path / "first")
+    save_model(load_model_from_path(tmp_path / "first", BlipForQuestionAnswering), tmp_path / "second")
+    AutoPeftModel.from_pretrained(tmp_path / "second")
+
+
+def test_device_size_and_information_agree_with_the_parameters(checkpoint):
+    model = load_model(str(checkpoint))["model"]
+    assert get_device(move_model_to_device(model, "cpu")) == torch.device("cpu")
+    with pytest.raises(ValueError, match="There is no device cuda:0"):
+        move_model_to_device(model, "cuda:0")
+    tensors = [*model.parameters(), *model.buffers()]
+    assert get_model_size_mb(model) == sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
+    freeze_model(model, freeze_layers=["vision_model"])
+    counts = count_parameters(model)
+    assert get_model_info(model) == {
+        "model_class": "BlipForQuestionAnswering",
+        "task": "vqa",
+        "total_parameters": counts["total"],
+        "total_parameters_millions": counts["total"] / 1e6,
+        "trainable_parameters": counts["trainable"],
+        "trainable_parameters_millions": counts["trainable"] / 1e6,
+        "size_mb": get_model_size_mb(model),
+        "device": "cpu",
+        "dtype": "float32",
+        "image_size": 32,
+        "is_adapter": False,
+    }
+
+
+def test_summary_prints_a_row_for_each_part(checkpoint, capsys):
+    model = load_model(str(checkpoint))["model"]
+    freeze_model(model, ["vision_model"])
+    print_model_summary(model)
+    header, *rows, total = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert header == ["part", "parameters", "trainable", "size", "dtype", "device"]
+    assert [row[0] for row in rows] == ["vision_model", "text_encoder", "text_decoder"]
+    numbers = [int(row[1].replace(",", "")) for row in (*rows, total)]
+    assert sum(numbers[:-1]) == numbers[-1] == count_parameters(model)["total"]
+    assert rows[0][2] == "0" and total[-2:] == ["float32", "cpu"]
+    print_model_summary(model, detailed=True)
+    assert "\n  text_decoder.cls " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cls", [BlipForConditionalGeneration, BlipForImageTextRetrieval])
+def test_type_and_task_are_read_from_the_checkpoint(golden, processor, tmp_path, cls):
+    cls(BlipConfig.from_pretrained(golden / "vqa")).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for model_type in (None, "auto", "blip"):
+        assert type(load_model(str(tmp_path), model_type=model_type)["model"]) is cls
+
+
+def test_hand_written_loop_learns_eight_rows_and_writes_them_back(checkpoint, picture_folder, tmp_path):
+    settings = {"model_name_or_path": str(checkpoint), "dataset_name": str(picture_folder), "eval_split": "test"}
+    config = tmp_path / "vqa_config.yaml"
+    config.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()) + "dataloader_num_workers: 0\n")
+    pipeline = DataPipeline(config)
+    pipeline.setup()
+    train_loader = pipeline.get_train_dataloader()
+    result = load_model(str(checkpoint), model_type="blip", task="vqa", device="cpu", load_processor=True)
+    model = result["model"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model.train()
+    for _ in range(60):
+        for batch in train_loader:
+            loss = model(
+                pixel_values=batch["pixel_values"],
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                labels=batch["labels"],
+            ).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    save_model(model=model, save_path=tmp_path / "mine", tokenizer=result["tokenizer"], processor=result["processor"])
+    loaded, rows = load_model(str(tmp_path / "mine")), pipeline.train_rows
+    answers = generate_answer_blip(
+        loaded["model"], loaded["processor"], [row["path"] for row in rows["image"]], rows["question"]
+    )
+    assert len(rows) == 8 and answers == [answer for [answer] in rows["answers"]]
+
+
+def test_eight_bits_answer_as_full_precision_does(demo_checkpoint):
+    rows = demo.load_demo()["validation"].select(range(200))
+    full, small = (load_model(str(demo_checkpoint), device="cpu", load_in_8bit=bits) for bits in (False, True))
+    images = [image["bytes"] for image in rows["image"]]
+    answers, others = (
+        generate_answer_blip(loaded["model"], loaded["processor"], images, rows["question"]) for loaded in (full, small)
+    )
+    assert sum(a == b for a, b in zip(answers, others, strict=True)) >= 190

@@ -91,6 +91,13 @@ def test_launched_without_arguments_it_trains_the_demo_and_says_so(tmp_path):
     assert (tmp_path / "outputs" / "vqa" / "model.safetensors").is_file()
 
 
+def test_demo_learns_to_answer_nine_of_ten_questions_about_new_pictures(demo_checkpoint):
+    results = results_of(demo_checkpoint)
+    assert results["before_training_exact_match"] < 50
+    assert results["eval_exact_match"] >= 90
+    assert results["answer_types"] == "of the data"
+
+
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_adapter_trains_with_checkpointing_and_loads_in_stock(recipe, data, checkpoint, bits):
     quantized = [f"--load_in_{bits}bit"] if bits else []

@@ -1,6 +1,8 @@
 """The house itself: which file may import which, and that every YAML fits its program."""
 
 import ast
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ ARROWS = {
     "hub": set(),
     "modeling": {"attention"},
     "inference": {"collators"},
-    "models": {"arguments", "demo", "modeling"},
+    "models": {"arguments", "collators", "demo", "inference", "modeling"},
     "data_pipeline": {"arguments", "demo", "collators"},
     "trainer": {"arguments", "data_pipeline", "hub"},
 }
@@ -61,3 +63,16 @@ def test_fsdp_wraps_layers_that_the_model_has(golden):
     names = wrapped["fsdp_transformer_layer_cls_to_wrap"].split(",")
     model = BlipForQuestionAnswering.from_pretrained(golden / "vqa")
     assert {type(module).__name__ for module in model.modules()} >= set(names)
+
+
+def test_python_of_the_readme_runs(checkpoint, picture_folder, tmp_path, monkeypatch):
+    section = (ROOT / "README.md").read_text().split("## Use it from Python")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) >= 2
+    shutil.copytree(checkpoint, tmp_path / "outputs" / "vqa")
+    shutil.copytree(picture_folder, tmp_path / "my_pictures")
+    shutil.copy(picture_folder / "0.png", tmp_path / "cat.jpg")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert (tmp_path / "checkpoints" / "mine" / "model.safetensors").is_file()
