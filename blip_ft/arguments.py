@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
@@ -213,7 +214,10 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
     logging_steps: float = 50
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
-    dataloader_num_workers: int = 4
+    dataloader_num_workers: int = field(
+        default_factory=lambda: min(4, os.cpu_count() or 1),
+        metadata={"help": "Processes that read and resize pictures. Default: one a core, at most 4."},
+    )
     # every column is the collator's business, and all heads are used in each step
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
@@ -234,6 +238,8 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 "hub_token is pickled into training_args.bin. Set the environment variable HF_TOKEN instead."
             )
+        # torch warns in each epoch where there is nothing to pin for
+        self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
         super().__post_init__()
 
 
