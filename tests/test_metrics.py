@@ -1,6 +1,7 @@
-"""metrics.py against the official score, values worked out by hand, and strings as the uncased tokenizer has them."""
+"""metrics.py against the official scores, values worked out by hand, and strings as the uncased tokenizer has them."""
 
 import json
+import math
 import socket
 import time
 from pathlib import Path
@@ -9,15 +10,17 @@ import pytest
 
 from blip_ft import metrics
 from blip_ft.metrics import (
+    CaptionScores,
     VqaAccuracy,
     answer_type,
+    caption_scores,
     most_frequent_answer,
     normalize_answer,
     scoring_rule,
     vqa_accuracy,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "vqa_accuracy.jsonl"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def metric(tmp_path):
 
 
 def test_vqa_accuracy_equals_official_on_1000_cases():
-    cases = [json.loads(line) for line in GOLDEN.read_text(encoding="utf-8").splitlines()]
+    cases = [json.loads(line) for line in (GOLDEN / "vqa_accuracy.jsonl").read_text(encoding="utf-8").splitlines()]
     wrong = [case for case in cases if vqa_accuracy(case["prediction"], case["answers"]) != case["accuracy"]]
     assert len(cases) == 1000
     assert wrong == []
@@ -286,3 +289,96 @@ def test_vqa_accuracy_scores_10000_questions_in_seconds():
     for i in range(10_000):
         vqa_accuracy(f"{i} x-rays", [f"{i + annotator % 3} x-rays" for annotator in range(10)])
     assert time.perf_counter() - start < 5  # 0.3 s on one idle core
+
+
+CAPTION_SETS = json.loads((GOLDEN / "caption_scores.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name, content in CAPTION_SETS.items() for form in content if form != "scores"]
+)
+def test_caption_scores_equal_official(name, form):
+    captions = CAPTION_SETS[name][form]
+    scores = caption_scores([prediction for prediction, *_ in captions], [references for _, *references in captions])
+    # the file has six decimals
+    assert scores == pytest.approx(CAPTION_SETS[name]["scores"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("A child’s hand, palm-up; he can't see.", "a child 's hand palm-up he ca n't see"),
+        ('"They\'re" gonna -- like us -- cannot...', "they 're gon na like us can not"),
+        ("Dr. Wu on St. Ann's Rd. in the U.S. at 12:30.", "dr. wu on st. ann 's rd. in the u.s. at 12:30"),
+        ("and/or (50%) & $3.50, 1,000 o'clock", "and/or -lrb- 50 % -rrb- & $ 3.50 1,000 o'clock"),
+        ("Wow!! What?! Who? Me!", "wow !! what ?! who me"),
+        ("'a dog' [sic] en–dash\ttab", "a dog -lsb- sic -rsb- en dash tab"),
+        (" . ", ""),
+    ],
+)
+def test_caption_words_are_those_of_the_java_tokenizer(caption, words):
+    assert metrics._caption_words(caption) == words.split()
+    assert metrics._caption_words(words) == words.split()
+
+
+def test_caption_scores_of_short_prediction_are_as_worked_out():
+    scores = caption_scores(["a dog", "x"], [["a dog runs"], ["y z", "y"]])
+    # bleu1: two of three words found; candidates have 3 words, the closest references 3 + 1. rouge_l: precision 1 and
+    # recall 2/3 in the first picture, nothing in the second
+    assert scores["bleu1"] == pytest.approx(100 * 2 / 3 * math.exp(1 - 4 / 3), abs=1e-6)
+    assert scores["bleu2"] == pytest.approx(100 * math.sqrt(2 / 3) * math.exp(1 - 4 / 3), abs=1e-6)
+    assert scores["rouge_l"] == pytest.approx(100 * 2.44 * (2 / 3) / (2 / 3 + 1.44) / 2, abs=1e-6)
+
+
+def test_cider_of_short_prediction_is_as_worked_out():
+    scores = caption_scores(["a dog", "x"], [["a dog runs"], ["y z"]])
+    # every n-gram is in one picture only, so weights are equal: cosine 2 / sqrt(2 * 3) of words, 1 / sqrt(1 * 2) of
+    # pairs, one pair apart; the mean of four lengths, of two pictures
+    expected = (2 / math.sqrt(6) + 1 / math.sqrt(2)) / 4 * math.exp(-1 / 72) / 2
+    assert scores["cider"] == pytest.approx(1000 * expected, abs=1e-6)
+
+
+def test_cider_weighs_words_by_the_references_of_the_set():
+    captions = ["a dog runs away", "a red bus stops"]
+    assert caption_scores(captions, [[caption] for caption in captions])["cider"] == pytest.approx(1000)
+    # in every picture, or in the only one: no weight
+    assert caption_scores(captions[:1] * 2, [captions[:1]] * 2)["cider"] == 0
+    assert caption_scores(captions[:1], [captions[:1]])["cider"] == 0
+
+
+def test_caption_scores_of_empty_prediction_are_zero():
+    assert caption_scores(["", ". "], [["a dog", "two dogs"], [""]]) == pytest.approx(
+        {"cider": 0, "bleu1": 0, "bleu2": 0, "bleu3": 0, "bleu4": 0, "rouge_l": 0}
+    )
+    # one of two: half of the rest
+    assert caption_scores(["a dog", ""], [["a dog"], ["x"]])["rouge_l"] == pytest.approx(50)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        ([], [], "Check eval_split"),
+        (["a dog"], [["a dog"], ["a cat"]], "got 1 predictions for 2 pictures"),
+        (["a dog", "a cat"], [["a dog"], []], "picture 1 has none. Leave such rows out, or set caption_column"),
+    ],
+)
+def test_caption_scores_refuse_inputs_that_do_not_fit(predictions, references, message):
+    with pytest.raises(ValueError, match=message):
+        caption_scores(predictions, references)
+
+
+def test_caption_scores_of_1000_pictures_take_seconds():
+    captions = CAPTION_SETS["flickr8k_200_four_references"]["tokenized"] * 5
+    start = time.perf_counter()
+    caption_scores([prediction for prediction, *_ in captions], captions)
+    assert time.perf_counter() - start < 5  # 0.5 s on one core
+
+
+def test_caption_scores_metric_equals_function(tmp_path):
+    metric = CaptionScores(cache_dir=str(tmp_path))
+    predictions, references = ["a dog runs", "two cats"], [["a dog", "the dog runs"], ["two cats sit"]]
+    for prediction, captions in zip(predictions, references, strict=True):
+        metric.add_batch(predictions=[prediction], references=[captions])
+    assert metric.compute() == caption_scores(predictions, references)
+    with pytest.raises(ValueError, match="expected a list"):
+        metric.compute(predictions=["a dog"], references=["a dog"])
