@@ -77,13 +77,38 @@ def decode_texts(token_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) ->
     return texts
 
 
+def encode_row_images(rows: Sequence[dict[str, Any]], image_processor: BlipImageProcessor) -> dict[str, torch.Tensor]:
+    """The pictures of rows with image and image_id, each once; one that cannot be read becomes a grey one.
+
+    Returns pixel_values (I, 3, H, W) uint8; image_index (rows,); readable (rows,), False for the grey ones.
+    """
+    first_row: dict[str, dict] = {}
+    for row in rows:
+        first_row.setdefault(row["image_id"], row)
+    position = {image_id: index for index, image_id in enumerate(first_row)}
+    images, unreadable = [], set()
+    for image_id, row in first_row.items():
+        try:
+            images.append(open_image(row["image"]))
+        # decoders raise what they like on broken input: OSError, SyntaxError, ValueError, struct.error, zlib.error
+        except Exception as error:
+            logger.warning("picture %s cannot be read and counts for nothing: %s", image_id, error)
+            images.append(Image.new("RGB", (1, 1), (128, 128, 128)))
+            unreadable.add(image_id)
+    return {
+        "pixel_values": encode_images(images, image_processor),
+        "image_index": torch.tensor([position[row["image_id"]] for row in rows]),
+        "readable": torch.tensor([row["image_id"] not in unreadable for row in rows]),
+    }
+
+
 @dataclass
 class VqaCollator:
     """Rows of image, image_id, question and answers to a batch in which each picture stands once.
 
     Returns pixel_values (I, 3, H, W) uint8; input_ids and attention_mask (Q, Lq); image_index (Q,);
-    labels (A, La); question_index (A,); answer_weights (A,): count / number of that question's answers.
-    A picture that cannot be read is a grey one whose answers weigh 0.
+    labels (A, La); question_index (A,); answer_weights (A,): count / number of that question's answers; readable (Q,).
+    The answers to a picture that cannot be read weigh 0.
     """
 
     processor: BlipProcessor
@@ -91,31 +116,17 @@ class VqaCollator:
     max_answer_tokens: int = 30
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        first_row: dict[str, dict] = {}
-        for row in rows:
-            first_row.setdefault(row["image_id"], row)
-        position = {image_id: index for index, image_id in enumerate(first_row)}
-        images, unreadable = [], set()
-        for image_id, row in first_row.items():
-            try:
-                images.append(open_image(row["image"]))
-            # decoders raise what they like on broken input: OSError, SyntaxError, ValueError, struct.error, zlib.error
-            except Exception as error:
-                logger.warning("picture %s cannot be read and counts for nothing: %s", image_id, error)
-                images.append(Image.new("RGB", (1, 1), (128, 128, 128)))
-                unreadable.add(image_id)
-
+        pictures = encode_row_images(rows, self.processor.image_processor)
         answers, question_index, weights = [], [], []
-        for index, row in enumerate(rows):
+        for index, (row, readable) in enumerate(zip(rows, pictures["readable"].tolist(), strict=True)):
             for answer, count in Counter(row["answers"]).items():
                 answers.append(answer)
                 question_index.append(index)
-                weights.append(0.0 if row["image_id"] in unreadable else count / len(row["answers"]))
+                weights.append(count / len(row["answers"]) if readable else 0.0)
         tokenizer = self.processor.tokenizer
         return {
-            "pixel_values": encode_images(images, self.processor.image_processor),
+            **pictures,
             **encode_texts([row["question"] for row in rows], tokenizer, self.max_question_tokens),
-            "image_index": torch.tensor([position[row["image_id"]] for row in rows]),
             "labels": encode_labels(answers, tokenizer, self.max_answer_tokens),
             "question_index": torch.tensor(question_index),
             "answer_weights": torch.tensor(weights),

@@ -136,6 +136,7 @@ class BlipForQuestionAnswering(_Blip, modeling_blip.BlipForQuestionAnswering):
             num_items_in_batch: questions of the whole step, all processes and accumulation; default: of this batch.
         Source: BLIP models/blip_vqa.py and train_vqa.py.
         """
+        kwargs.pop("readable", None)  # what a collator tells evaluation
         if labels is None and decoder_input_ids is None:
             raise ValueError("forward needs labels to compute a loss; to answer questions call generate.")
         vision = self.encode_images(pixel_values, interpolate_pos_encoding, **kwargs)
@@ -318,6 +319,7 @@ class BlipForConditionalGeneration(_Blip, modeling_blip.BlipForConditionalGenera
         Returns: loss, and logits (num_captions, length, vocabulary) where there are no labels.
         Source: BLIP models/blip.py BLIP_Decoder.forward.
         """
+        kwargs.pop("readable", None)  # what a collator tells evaluation
         text = self.config.text_config
         vision = self.encode_images(pixel_values, interpolate_pos_encoding, **kwargs)
         input_ids = input_ids.clone()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +28,46 @@ from blip_ft.hub import write_model_card
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
-# model and batch -> a prediction for each row, and the summed loss of the batch
-Predict = Callable[[torch.nn.Module, Batch], tuple[list[str], float]]
-# predictions in the order of the rows, and the rows -> metrics
-Score = Callable[[list[str], Dataset], dict[str, float]]
+# model, batch and the positions of its rows in the data -> what is to be kept of each row
+Predict = Callable[[torch.nn.Module, Batch, list[int]], list[dict[str, Any]]]
+# a Predict and a word for the progress bar -> its results in the order of the rows; None for an unreadable picture
+Collect = Callable[[Predict, str], list[dict[str, Any] | None]]
+# rows to evaluate on and how to run the model over them -> what to write of each row, and metrics
+Evaluate = Callable[[Dataset, Collect], tuple[list[dict[str, Any] | None], dict[str, float]]]
 
 
 class BlipTrainer(Trainer):
     """Trains on grouped batches with the loss of the one big batch, and evaluates on strings.
 
     Args:
-        predict: answers a batch; it sees the batch only, and decides what of it the model may read.
-        score: metrics of predictions and rows.
+        evaluate_rows: the task's evaluation; the batches that it meets are eval_collator's.
+        eval_collator: default data_collator. Either may add `readable` (rows,), False where a picture cannot be read.
+        predict, describe: for a few lines every sample_steps; describe puts a row and its prediction into words.
         group: keep the rows of a picture in one batch.
-    After evaluate(), `predictions` holds a string for each row of the evaluation set, in its order.
+    After evaluate(), `results` holds what evaluate_rows gave for each row of the evaluation set, in its order.
     """
 
-    def __init__(self, *args: Any, predict: Predict, score: Score, group: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        evaluate_rows: Evaluate,
+        eval_collator: Callable[[list[dict]], Batch] | None = None,
+        predict: Predict | None = None,
+        describe: Callable[[dict, dict], str] | None = None,
+        group: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs and one process: start with `accelerate launch --multi_gpu` or `torchrun "
                 "--nproc_per_node`, or hide the other cards with CUDA_VISIBLE_DEVICES=0."
             )
-        self.predict_batch, self.score, self.group = predict, score, group
-        self.predictions: list[str] = []
-        if self.args.sample_steps:
-            self.add_callback(_SampleCallback(self))
+        self.evaluate_rows, self.group = evaluate_rows, group
+        self.eval_collator = eval_collator or self.data_collator
+        self.results: list[dict[str, Any] | None] = []
+        if self.args.sample_steps and predict and describe:
+            self.add_callback(_SampleCallback(self, predict, describe))
 
     @property
     def blip(self) -> torch.nn.Module:
@@ -87,7 +102,7 @@ class BlipTrainer(Trainer):
         loader = DataLoader(
             Subset(rows, share),
             self.args.per_device_eval_batch_size,
-            collate_fn=self.data_collator,
+            collate_fn=self.eval_collator,
             num_workers=self.args.dataloader_num_workers,
         )
         loader.row_positions = share
@@ -101,59 +116,56 @@ class BlipTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Strings and summed losses travel between processes, never picture features."""
+        """What evaluate_rows keeps of a row travels between processes, never picture features."""
         rows = dataloader.dataset.dataset
-        model = self.blip.eval()
-        predictions, loss, unreadable = [], 0.0, 0
-        for batch in tqdm(dataloader, desc=description, disable=not self.is_local_process_zero(), leave=False):
-            batch = self._prepare_inputs(batch)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                texts, batch_loss = self.predict_batch(model, batch)
-            # a picture that could not be read weighs nothing in the loss, and its prediction counts as wrong
-            readable = _readable_rows(batch)
-            predictions += [text if good else "" for text, good in zip(texts, readable, strict=True)]
-            loss, unreadable = loss + batch_loss, unreadable + readable.count(False)
-        pairs = gather_object(list(zip(dataloader.row_positions, predictions, strict=True)))
-        totals = gather_object([(loss, unreadable)])
-        self.predictions = [text for _, text in sorted(pairs)]
-        metrics = self.score(self.predictions, rows)
-        metrics["loss"] = sum(part for part, _ in totals) / len(rows)
-        if any(part for _, part in totals):
-            metrics["unreadable_pictures"] = sum(part for _, part in totals)
+
+        def collect(predict: Predict, description: str) -> list[dict[str, Any] | None]:
+            return self._collect(dataloader, predict, description)
+
+        self.blip.eval()
+        self.results, metrics = self.evaluate_rows(rows, collect)
+        if unreadable := self.results.count(None):
+            metrics["unreadable_pictures"] = unreadable
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=self.predictions, label_ids=None, metrics=named, num_samples=len(rows))
+        return EvalLoopOutput(predictions=self.results, label_ids=None, metrics=named, num_samples=len(rows))
+
+    def _collect(self, dataloader: DataLoader, predict: Predict, description: str) -> list[dict[str, Any] | None]:
+        results, positions = [], iter(dataloader.row_positions)
+        for batch in tqdm(dataloader, desc=description, disable=not self.is_local_process_zero(), leave=False):
+            readable = batch.pop("readable").tolist()
+            here = list(islice(positions, len(readable)))
+            with torch.no_grad(), self.compute_loss_context_manager():
+                predicted = predict(self.blip, self._prepare_inputs(batch), here)
+            results += [
+                (position, result if good else None)
+                for position, result, good in zip(here, predicted, readable, strict=True)
+            ]
+        return [result for _, result in sorted(gather_object(results), key=itemgetter(0))]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the Trainer's card would replace ours, which run() writes."""
 
 
 class _SampleCallback(TrainerCallback):
-    """A few questions with answer and prediction, every sample_steps."""
+    """A few rows with their predictions, every sample_steps."""
 
-    def __init__(self, trainer: BlipTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: BlipTrainer, predict: Predict, describe: Callable[[dict, dict], str]) -> None:
+        self.trainer, self.predict, self.describe = trainer, predict, describe
 
     def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % args.sample_steps or not state.is_world_process_zero:
             return
         trainer = self.trainer
-        rows = trainer.eval_dataset.select(range(min(4, len(trainer.eval_dataset))))
-        batch = trainer._prepare_inputs(trainer.data_collator(rows.to_list()))
+        rows = trainer.eval_dataset.select(range(min(4, len(trainer.eval_dataset)))).to_list()
+        batch = trainer._prepare_inputs(trainer.eval_collator(rows))
+        del batch["readable"]
         model = trainer.blip
         model.eval()
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            predictions, _ = trainer.predict_batch(model, batch)
+            predicted = self.predict(model, batch, list(range(len(rows))))
         model.train()
-        lines = [
-            f"  {row['question']} | answer: {row['answers'][0]} | predicted: {prediction}"
-            for row, prediction in zip(rows, predictions, strict=True)
-        ]
+        lines = [f"  {self.describe(*pair)}" for pair in zip(rows, predicted, strict=True)]
         logger.info("Step %d of %d:\n%s", state.global_step, state.max_steps, "\n".join(lines))
-
-
-def _readable_rows(batch: Batch) -> list[bool]:
-    weight = torch.zeros(len(batch["input_ids"]), device=batch["answer_weights"].device)
-    return (weight.index_add(0, batch["question_index"], batch["answer_weights"].float()) > 0).tolist()
 
 
 def prepare_output_dir(args: BlipTrainingArguments, recipe: str) -> str | None:
@@ -227,16 +239,16 @@ def run(
     trainer.save_state()
     results |= trainer.evaluate()
     if trainer.is_world_process_zero():
-        _write_predictions(folder / "predictions.jsonl", trainer.eval_dataset, trainer.predictions)
+        _write_predictions(folder / "predictions.jsonl", trainer.eval_dataset, trainer.results)
         results = {name: value for name, value in results.items() if name != "epoch"} | result_notes
         (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        percents = ("accuracy", "exact_match")
+        not_scores = ("loss", "runtime", "per_second", "unreadable_pictures")
         write_model_card(
             folder,
             metrics={
                 name: value
                 for name, value in results.items()
-                if name.startswith("eval_") and any(p in name for p in percents)
+                if name.startswith("eval_") and not name.endswith(not_scores)
             },
             is_adapter=hasattr(trainer.model, "peft_config"),
             settings={
@@ -259,10 +271,8 @@ def run(
     return results
 
 
-def _write_predictions(path: Path, rows: Dataset, predictions: list[str]) -> None:
-    kept = [
-        name for name in ("image_id", "question_id", "question", "answers", "answer_type") if name in rows.column_names
-    ]
+def _write_predictions(path: Path, rows: Dataset, results: list[dict[str, Any] | None]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for row, prediction in zip(rows.select_columns(kept), predictions, strict=True):
-            file.write(json.dumps({**row, "prediction": prediction}, ensure_ascii=False) + "\n")
+        for row, result in zip(rows.remove_columns("image"), results, strict=True):
+            line = {**row, **(result or {"prediction": "", "unreadable_picture": True})}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

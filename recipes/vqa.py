@@ -13,6 +13,7 @@ The loss is the original's: per question, the sum over its answers of weight x s
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from blip_ft import inference
 from blip_ft.arguments import (
@@ -67,21 +68,29 @@ def main() -> None:
     model, processor = load_for_training("vqa", model_args, peft_args, training_args.device)
     model.config.question_start_token = vqa_args.question_start_token
 
-    def predict(model, batch):
+    def predict(model, batch, positions):
         mask = batch["attention_mask"]
         images = model.encode_images(batch["pixel_values"]).last_hidden_state
         states = model.encode_questions(images, batch["input_ids"], mask, batch["image_index"])
-        losses = model.answer_losses(states, mask, batch["labels"], batch["question_index"])
-        loss = (losses * batch["answer_weights"]).sum().item()
+        losses = model.answer_losses(states, mask, batch["labels"], batch["question_index"]) * batch["answer_weights"]
+        losses = losses.new_zeros(len(mask)).index_add(0, batch["question_index"], losses).tolist()
         if candidates:
             limits = (vqa_args.k_test, vqa_args.max_answer_tokens)
-            return inference.rank(model, processor.tokenizer, states, mask, candidates, *limits), loss
-        limits = (training_args.generation_max_length, training_args.generation_num_beams)
-        return inference.answer(model, processor.tokenizer, states, mask, *limits), loss
+            texts = inference.rank(model, processor.tokenizer, states, mask, candidates, *limits)
+        else:
+            limits = (training_args.generation_max_length, training_args.generation_num_beams)
+            texts = inference.answer(model, processor.tokenizer, states, mask, *limits)
+        return [{"prediction": text, "loss": loss} for text, loss in zip(texts, losses, strict=True)]
 
-    def score(predictions, rows):
+    def evaluate(rows, collect):
+        results = collect(predict, "Answering")
+        texts = [result["prediction"] if result else "" for result in results]
         types = rows["answer_type"] if "answer_type" in rows.column_names else None
-        return VqaAccuracy().compute(predictions=predictions, references=list(rows["answers"]), answer_types=types)
+        scores = VqaAccuracy().compute(predictions=texts, references=list(rows["answers"]), answer_types=types)
+        return results, {**scores, "loss": fmean(result["loss"] for result in results if result)}
+
+    def describe(row, result):
+        return f"{row['question']} | answer: {row['answers'][0]} | predicted: {result['prediction']}"
 
     trainer = BlipTrainer(
         model,
@@ -90,8 +99,9 @@ def main() -> None:
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
+        evaluate_rows=evaluate,
         predict=predict,
-        score=score,
+        describe=describe,
         group=data_args.group_questions is not False,
     )
     run(

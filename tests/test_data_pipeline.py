@@ -16,6 +16,7 @@ from PIL import Image
 from blip_ft import data_pipeline
 from blip_ft.arguments import DataArguments
 from blip_ft.data_pipeline import DataPipeline, GroupedSampler, load_vqa
+from blip_ft.models import load_model
 
 ROWS = [
     {"file_name": "a.png", "question": "what is it ?", "answers": ["a dog", "dog"]},
@@ -331,6 +332,7 @@ def test_pipeline_groups_questions_when_asked(pipeline_settings):
     pipeline.setup()
     batch = next(iter(pipeline.get_train_dataloader()))
     assert batch["pixel_values"].dtype == torch.uint8 and len(batch["image_index"]) == 2
+    assert load_model(pipeline_settings["model_name_or_path"])["model"](**batch).loss > 0
 
 
 def test_pipeline_refuses_an_unknown_key(pipeline_settings):
