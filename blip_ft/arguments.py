@@ -98,6 +98,10 @@ class DataArguments:
             "json, jsonl, csv or parquet file with a column of picture paths."
         },
     )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Another source of the same kinds, to evaluate on. Default: dataset_name itself."},
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Name of the configuration of a Hub data set."})
     questions_file: str | None = field(default=None, metadata={"help": "Official VQA v2 questions JSON to train on."})
     annotations_file: str | None = field(default=None, metadata={"help": "Its annotations JSON."})
@@ -148,6 +152,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.dataset_name and self.questions_file:
             raise ValueError("Give dataset_name or questions_file, not both.")
+        if self.eval_dataset_name and not self.dataset_name:
+            raise ValueError("eval_dataset_name goes with dataset_name; for VQA v2 files give eval_questions_file.")
         for questions, answers in (
             ("questions_file", "annotations_file"),
             ("eval_questions_file", "eval_annotations_file"),
@@ -194,6 +200,29 @@ class VqaArguments:
             raise ValueError(
                 "answer_mode rank and answer_list go together: give --answer_mode rank --answer_list FILE."
             )
+
+
+@dataclass
+class CaptioningArguments:
+    """What belongs to captioning alone."""
+
+    _argument_group_name = "Captioning"
+
+    prompt: str = field(
+        default="a picture of ",
+        metadata={"help": "What every caption begins with; it is given, not learned. Original: `a picture of `."},
+    )
+    max_caption_tokens: int = field(
+        default=40, metadata={"help": "Longer captions, with their prompt, are cut in training. Paper: 40."}
+    )
+    clean_captions: bool = field(
+        default=True,
+        metadata={
+            "help": "Train on captions in lower case, without most punctuation, cut at 30 words, as the original."
+        },
+    )
+    generation_min_length: int = field(default=5, metadata={"help": "Tokens of a caption at least, prompt included."})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1: words already written become rarer."})
 
 
 @dataclass

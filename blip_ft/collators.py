@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,3 +132,55 @@ class VqaCollator:
             "question_index": torch.tensor(question_index),
             "answer_weights": torch.tensor(weights),
         }
+
+
+@dataclass
+class CaptionCollator:
+    """Rows of image, image_id and caption to a batch to train on, in which each picture stands once.
+
+    Returns pixel_values (I, 3, H, W) uint8; image_index (C,); input_ids and attention_mask (C, L) of prompt and
+    caption; labels (C, L), -100 on the prompt, on padding and for a picture that cannot be read; readable (C,).
+    Source: BLIP models/blip.py BLIP_Decoder.forward.
+    """
+
+    processor: BlipProcessor
+    prompt: str = "a picture of "
+    max_tokens: int = 40
+    clean: bool = True
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pictures = encode_row_images(rows, self.processor.image_processor)
+        captions = [clean_caption(row["caption"]) if self.clean else row["caption"] for row in rows]
+        tokenizer = self.processor.tokenizer
+        tokens = encode_texts([self.prompt + caption for caption in captions], tokenizer, self.max_tokens)
+        labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
+        labels[:, : len(encode_prompt(self.prompt, tokenizer))] = IGNORED
+        labels[~pictures["readable"]] = IGNORED
+        return {**pictures, **tokens, "labels": labels}
+
+
+@dataclass
+class PictureCollator:
+    """Rows of image and image_id to a batch of their pictures alone; no reference can reach the model.
+
+    Returns pixel_values (rows, 3, H, W) uint8, readable (rows,).
+    """
+
+    processor: BlipProcessor
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pictures = encode_row_images(rows, self.processor.image_processor)
+        return {"pixel_values": pictures["pixel_values"][pictures["image_index"]], "readable": pictures["readable"]}
+
+
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of [CLS] and the prompt's words, without [SEP]: how generation begins, and what training does not count."""
+    return tokenizer(prompt)["input_ids"][:-1]
+
+
+def clean_caption(caption: str, max_words: int = 30) -> str:
+    """Lower case, with a space for each of . ! " ( ) * # : ; ~ and at most max_words words.
+
+    Source: BLIP data/utils.py pre_caption.
+    """
+    return " ".join(re.sub(r"[.!\"()*#:;~]", " ", caption.lower()).split()[:max_words])

@@ -10,9 +10,11 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -55,8 +57,10 @@ Row = dict[str, Any]
 Table = Dataset | list[Row]
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-TEXT_FEATURES = {
-    **{name: Value("string") for name in ("image_id", "question", "question_id", "answer_type")},
+COCO_FILE = re.compile(r"COCO_(\w+)_\d{12}\.jpg")
+CAPTIONS = List(Value("string"))
+VQA_FEATURES = {
+    **{name: Value("string") for name in ("question", "question_id", "answer_type")},
     "answers": List(Value("string")),
 }
 
@@ -70,14 +74,25 @@ def load_vqa(args: DataArguments, bad_rows_file: Path | None = None, seed: int =
 
     Raises: ValueError for a source, column or split that is not there, and where more than max_bad_fraction is bad.
     """
-    tables, folder = _read(args)
-    if list(tables) == [""]:
-        train, evaluation = _split_by_column(tables[""], args)
-    else:
-        train, evaluation = _named_splits(tables, args)
-    parts = {"train": _VqaRows(train, args, folder, "train")}
-    if evaluation is not None:
-        parts["eval"] = _VqaRows(evaluation, args, folder, "eval")
+    rows = _load(_VqaRows, args, bad_rows_file, seed)
+    return _first(rows["train"], args.max_train_samples), _first(rows["eval"], args.max_eval_samples)
+
+
+def load_captions(
+    args: DataArguments, bad_rows_file: Path | None = None, seed: int = 42
+) -> tuple[CaptionRows, Dataset]:
+    """Captions to train on, one a row, and pictures with all their captions to evaluate on.
+
+    Columns: image ({"bytes", "path"}, not decoded), image_id, and caption to train, captions (strings) to evaluate on.
+    What a picture's rows in the source say is put together, each caption once. Bad rows and errors as in load_vqa.
+    """
+    rows = {name: _merge_pictures(part) for name, part in _load(_CaptionRows, args, bad_rows_file, seed).items()}
+    return CaptionRows(rows["train"], args.max_train_samples), _first(rows["eval"], args.max_eval_samples)
+
+
+def _load(rows_of: type[_Rows], args: DataArguments, bad_rows_file: Path | None, seed: int) -> dict[str, Dataset]:
+    """The good rows of `train` and `eval`."""
+    parts = {name: rows_of(table, args, folder, name) for name, (table, folder) in _read_splits(args).items()}
     unreadable = _unreadable_pictures(parts.values(), args.check_images)
 
     bad = [row for part in parts.values() for row in part.bad_rows(unreadable)]
@@ -86,15 +101,55 @@ def load_vqa(args: DataArguments, bad_rows_file: Path | None = None, seed: int =
         _report_bad_rows(bad, total, args.max_bad_fraction, bad_rows_file)
 
     rows = {name: part.good() for name, part in parts.items()}
-    if evaluation is None:
+    if "eval" not in rows:
         rows["train"], rows["eval"] = _hold_out_pictures(rows["train"], args.eval_fraction, seed)
     rows["train"] = _without_pictures(rows["train"], unreadable)
-    for name, limit in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
-        if limit is not None:
-            rows[name] = rows[name].select(range(min(limit, len(rows[name]))))
-        if not len(rows[name]):
+    for name, part in rows.items():
+        if not len(part):
             raise ValueError(f"No row is left to {name} on. {total} rows were read, {len(bad)} of them were bad.")
-    return rows["train"], rows["eval"]
+    return rows
+
+
+def _first(rows: Dataset, limit: int | None) -> Dataset:
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _merge_pictures(rows: Dataset) -> Dataset:
+    """One row a picture, in order of first appearance, with the different captions of all its rows."""
+    captions: dict[str, dict[str, None]] = {}
+    first: dict[str, int] = {}
+    for position, (image_id, texts) in enumerate(zip(rows["image_id"], rows["captions"], strict=True)):
+        first.setdefault(image_id, position)
+        captions.setdefault(image_id, {}).update(dict.fromkeys(texts))
+    images = rows.select(list(first.values())).select_columns(["image", "image_id"])
+    texts = Dataset.from_dict({"captions": list(map(list, captions.values()))}, Features(captions=CAPTIONS))
+    return concatenate_datasets([images, texts], axis=1)
+
+
+class CaptionRows(torch.utils.data.Dataset):
+    """One caption a row, over pictures that hold several: a picture's bytes are stored once.
+
+    Args:
+        pictures: columns image, image_id and captions.
+        limit: use the first rows only.
+    """
+
+    def __init__(self, pictures: Dataset, limit: int | None = None) -> None:
+        self.pictures = pictures
+        counts = [len(captions) for captions in pictures["captions"]]
+        self.picture = np.repeat(np.arange(len(counts)), counts)[:limit]
+        self.place = np.concatenate([np.arange(count) for count in counts])[:limit]  # among its picture's captions
+
+    def __len__(self) -> int:
+        return len(self.picture)
+
+    def __getitem__(self, key: int | str) -> Row | list[str]:
+        """A row, or the column image_id."""
+        if key == "image_id":
+            image_ids = self.pictures["image_id"]
+            return [image_ids[picture] for picture in self.picture.tolist()]
+        row = self.pictures[int(self.picture[key])]
+        return {"image": row["image"], "image_id": row["image_id"], "caption": row["captions"][self.place[key]]}
 
 
 class GroupedSampler(Sampler[int]):
@@ -217,15 +272,28 @@ class DataPipeline:
 # ---- from a source to raw tables ----
 
 
+def _read_splits(args: DataArguments) -> dict[str, tuple[Table, Path | None]]:
+    """Raw rows of `train` and, where they are named, of `eval`, with the folder that their picture paths start from."""
+    tables, folder = _read(args)
+    if args.eval_dataset_name:
+        other, other_folder = _read(replace(args, dataset_name=args.eval_dataset_name))
+        train, _ = _select_splits(tables, replace(args, eval_split=None))
+        # all of the other source, unless it has splits
+        evaluation, _ = _select_splits(other, replace(args, train_split=args.eval_split or "train", eval_split=None))
+        return {"train": (train, folder), "eval": (evaluation, other_folder)}
+    train, evaluation = _select_splits(tables, args)
+    return {"train": (train, folder)} | ({} if evaluation is None else {"eval": (evaluation, folder)})
+
+
 def _read(args: DataArguments) -> tuple[dict[str, Table], Path | None]:
     """Raw tables by split ({"": table} where the source names none), and the folder that picture paths start from."""
     folder = Path(args.image_folder).expanduser() if args.image_folder else None
     if folder and not folder.is_dir():
         raise ValueError(f"image_folder must be a folder, {folder} is none.")
     if args.questions_file:
-        tables = {"train": _read_vqa_v2(args.questions_file, args.annotations_file, folder)}
+        tables = {"train": _read_vqa_v2(args.questions_file, args.annotations_file)}
         if args.eval_questions_file:
-            tables["eval"] = _read_vqa_v2(args.eval_questions_file, args.eval_annotations_file, folder)
+            tables["eval"] = _read_vqa_v2(args.eval_questions_file, args.eval_annotations_file)
         return tables, folder
     name = args.dataset_name
     if name is None:
@@ -271,10 +339,44 @@ def _read_file(path: Path) -> Table:
 
 def _read_json(path: Path) -> Iterable[Row]:
     content = _load_json(path)
+    if isinstance(content, dict) and "images" in content:
+        return _rows_of_coco(content, path)
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f'{path} must hold a list of objects, or {{"data": [...]}} with one.')
+        raise ValueError(
+            f'{path} must hold a list of objects, {{"data": [...]}} with one, COCO captions or Karpathy\'s splits.'
+        )
     return rows
+
+
+def _rows_of_coco(content: Row, path: Path) -> list[Row]:
+    """Rows of COCO's captions_*.json (images, annotations) and of Karpathy's dataset_*.json (images with sentences)."""
+    try:
+        if "annotations" in content:
+            files = {image["id"]: image["file_name"] for image in content["images"]}
+            return [
+                {
+                    "file_name": files[entry["image_id"]],
+                    "image_id": str(entry["image_id"]),
+                    "caption": entry["caption"],
+                }
+                for entry in content["annotations"]
+            ]
+        return [
+            {
+                "file_name": os.path.join(image.get("filepath", ""), image["filename"]),
+                "image_id": str(image.get("cocoid", image["filename"])),
+                "captions": [sentence["raw"] for sentence in image["sentences"]],
+                # the original trains on both (coco_karpathy_train.json)
+                "split": "train" if image["split"] == "restval" else image["split"],
+            }
+            for image in content["images"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must hold COCO captions (images with id and file_name, annotations with image_id and caption) or "
+            f"Karpathy's splits (images with filename, sentences and split); missing: {error}."
+        ) from error
 
 
 def _load_json(path: str | Path) -> Any:
@@ -336,20 +438,17 @@ def _read_hub(name: str, config: str | None) -> dict[str, Table]:
         ) from error
 
 
-def _read_vqa_v2(questions_file: str, annotations_file: str, folder: Path) -> list[Row]:
+def _read_vqa_v2(questions_file: str, annotations_file: str) -> list[Row]:
     questions, annotations = _load_json(questions_file), _load_json(annotations_file)
     try:
         subtype = questions["data_subtype"]
         annotation = {entry["question_id"]: entry for entry in annotations["annotations"]}
         rows = []
         for entry in questions["questions"]:
-            # pictures lie in the folder itself or, as COCO's archives unpack, in one named after their subset
-            file = f"COCO_{subtype}_{entry['image_id']:012d}.jpg"
-            inside = os.path.join(subtype, file)
             known = annotation.get(entry["question_id"], {})
             rows.append(
                 {
-                    "image": inside if (folder / inside).exists() else file,
+                    "image": f"COCO_{subtype}_{entry['image_id']:012d}.jpg",
                     "image_id": str(entry["image_id"]),
                     "question": entry["question"],
                     "question_id": str(entry["question_id"]),
@@ -372,6 +471,10 @@ def _columns(table: Table) -> list[str]:
     return (
         table.column_names if isinstance(table, Dataset) else list(dict.fromkeys(name for row in table for name in row))
     )
+
+
+def _select_splits(tables: dict[str, Table], args: DataArguments) -> tuple[Table, Table | None]:
+    return _split_by_column(tables[""], args) if list(tables) == [""] else _named_splits(tables, args)
 
 
 def _split_by_column(table: Table, args: DataArguments) -> tuple[Table, Table | None]:
@@ -430,28 +533,39 @@ def _hold_out_pictures(rows: Dataset, fraction: float, seed: int) -> tuple[Datas
 # ---- raw tables to the schema ----
 
 
-class _VqaRows:
+class _Rows:
     """One split in the schema, with the reason for which each row cannot be used, if any."""
 
     def __init__(self, table: Table, args: DataArguments, folder: Path | None, name: str) -> None:
         self.name = name
         columns = _columns(table)
         image_column = args.image_column or ("image" if "image" in columns else "file_name")
-        answer_column = args.answer_column or ("answers" if "answers" in columns else "answer")
-        needed = {"image_column": image_column, "question_column": args.question_column, "answer_column": answer_column}
-        _require_columns(needed, columns)
+        text_columns = self._text_columns(args, columns)
+        _require_columns({"image_column": image_column, **text_columns}, columns)
         texts = table
         if isinstance(table, Dataset):  # another column of pictures would be decoded with each row
-            wanted = {args.question_column, answer_column, args.image_id_column, "question_id", "answer_type"}
+            wanted = {*text_columns.values(), args.image_id_column, "question_id", "answer_type"}
             texts = table.select_columns([name for name in columns if name in wanted - {image_column}])
         self.reasons: list[str | None] = [None] * len(table)
-        self.rows = concatenate_datasets(
-            [
-                self._images(table, image_column, folder),
-                self._texts(texts, args.question_column, answer_column, args.image_id_column),
-            ],
-            axis=1,
-        )
+        images = self._images(table, image_column, folder)
+        image_ids = [
+            # an empty cell of a csv is no id
+            made if (given := row.get(args.image_id_column)) in (None, "") else str(given)
+            for made, row in zip(self.made_ids, texts, strict=True)
+        ]
+        ids = Dataset.from_dict({"image_id": image_ids}, Features(image_id=Value("string")))
+        self.rows = concatenate_datasets([images, ids, self._texts(texts, **text_columns)], axis=1)
+
+    def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
+        """Argument -> the column that it names, of those that are needed."""
+        raise NotImplementedError
+
+    def _texts(self, table: Table, **columns: str) -> Dataset:
+        """The schema's other columns; the reason why a row is of no use is left in self.reasons."""
+        raise NotImplementedError
+
+    def _refuse(self, position: int, reason: str) -> None:
+        self.reasons[position] = self.reasons[position] or reason
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -498,26 +612,41 @@ class _VqaRows:
             self.made_ids.append(str(path))
         return Dataset.from_dict({"image": images}, Features({"image": Image(decode=False)}))
 
-    def _texts(self, table: Table, question_column: str, answer_column: str, image_id_column: str) -> Dataset:
+
+class _VqaRows(_Rows):
+    def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
+        answer_column = args.answer_column or ("answers" if "answers" in columns else "answer")
+        return {"question_column": args.question_column, "answer_column": answer_column}
+
+    def _texts(self, table: Table, question_column: str, answer_column: str) -> Dataset:
         has_type = "answer_type" in _columns(table)
-        columns: dict[str, list] = {name: [] for name in TEXT_FEATURES if name != "answer_type" or has_type}
+        columns: dict[str, list] = {name: [] for name in VQA_FEATURES if name != "answer_type" or has_type}
         for position, row in enumerate(table):
-            question, answers = row.get(question_column), _as_answers(row.get(answer_column))
+            question, answers = row.get(question_column), _as_texts(row.get(answer_column), "answer")
             if not isinstance(question, str) or not question.strip():
-                self.reasons[position] = self.reasons[position] or "question is empty or no text"
+                self._refuse(position, "question is empty or no text")
                 question = ""
             if not answers:
-                self.reasons[position] = self.reasons[position] or "answer is empty or no text"
-            image_id = row.get(image_id_column)
+                self._refuse(position, "answer is empty or no text")
             question_id = row.get("question_id")
             columns["question"].append(question.strip())
             columns["answers"].append(answers)
-            # an empty cell of a csv is no id
-            columns["image_id"].append(self.made_ids[position] if image_id in (None, "") else str(image_id))
             columns["question_id"].append(f"{self.name}-{position}" if question_id in (None, "") else str(question_id))
             if has_type:
                 columns["answer_type"].append(str(row.get("answer_type") or "unknown"))
-        return Dataset.from_dict(columns, Features({name: TEXT_FEATURES[name] for name in columns}))
+        return Dataset.from_dict(columns, Features({name: VQA_FEATURES[name] for name in columns}))
+
+
+class _CaptionRows(_Rows):
+    def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
+        return {"caption_column": args.caption_column or ("captions" if "captions" in columns else "caption")}
+
+    def _texts(self, table: Table, caption_column: str) -> Dataset:
+        captions = [_as_texts(row.get(caption_column), "caption") for row in table]
+        for position, texts in enumerate(captions):
+            if not texts:
+                self._refuse(position, "caption is empty or no text")
+        return Dataset.from_dict({"captions": captions}, Features(captions=CAPTIONS))
 
 
 def _holds_pictures(feature: Any) -> bool:
@@ -533,17 +662,17 @@ def _require_columns(needed: dict[str, str], found: list[str]) -> None:
             usual = argument.removesuffix("_column")
             nearest = [name for wanted in (usual, column) for name in difflib.get_close_matches(wanted, found, n=1)]
             raise ValueError(
-                f"VQA rows need the columns {', '.join(sorted(needed.values()))}; this data set has {', '.join(found)}."
+                f"Rows need the columns {', '.join(sorted(needed.values()))}; this data set has {', '.join(found)}."
                 f" Set {argument}, e.g. --{argument} {(nearest or found or [usual])[0]}"
             )
 
 
-def _as_answers(value: Any) -> list[str]:
-    """Strings of an answer column's value: a string, number or boolean, a VQA v2 dict, or a list of these."""
+def _as_texts(value: Any, name: str) -> list[str]:
+    """Strings of a column's value: a string, number or boolean, a dict with one under `name`, or a list of these."""
     if isinstance(value, dict):
-        return _as_answers(value.get("answer"))
+        return _as_texts(value.get(name), name)
     if isinstance(value, (list, tuple)):
-        return [answer for entry in value for answer in _as_answers(entry)]
+        return [text for entry in value for text in _as_texts(entry, name)]
     if isinstance(value, bool):
         return ["yes" if value else "no"]
     if isinstance(value, float):
@@ -562,6 +691,10 @@ def _locate(path: str, folder: Path | None) -> tuple[str | None, str | None]:
     if not path.strip() or "\0" in path:
         return None, "picture has no path"
     root = (folder or Path.cwd()).resolve()
+    # COCO's archives unpack into folders that are named after the subset: train2014/COCO_train2014_000000000009.jpg
+    subset = COCO_FILE.fullmatch(path)
+    if subset and (root / subset[1] / path).exists():
+        path = os.path.join(subset[1], path)
     resolved = (root / path).resolve()  # follows links, so that none leads out of the folder
     if not resolved.is_relative_to(root):
         return None, f"picture lies outside {root}"

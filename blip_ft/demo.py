@@ -58,7 +58,7 @@ def load_demo(num_train: int = 3000, num_eval: int = 300, seed: int = 0) -> Data
 
 def build_demo_processor() -> BlipProcessor:
     """Pictures of 64 x 64; the demo's words, and single letters and digits for any other text in English."""
-    words = {word for sentence in (*QUESTIONS, "a and") for word in sentence.split() if word.isalpha()}
+    words = {word for sentence in (*QUESTIONS, "a picture of and") for word in sentence.split() if word.isalpha()}
     words |= {*COLORS, *SHAPES, *NUMBERS, *(word for place in PLACES for word in place.split()), "yes", "no"}
     characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
     pieces = [*characters, *(f"##{character}" for character in characters)]

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from transformers import BlipProcessor, PreTrainedTokenizerBase
 
-from blip_ft.collators import decode_texts, encode_images, encode_labels, encode_texts, open_image
+from blip_ft.collators import (
+    decode_texts,
+    encode_images,
+    encode_labels,
+    encode_prompt,
+    encode_texts,
+    open_image,
+)
 
 
 def answer(
@@ -44,6 +51,35 @@ def rank(
     ids = encode_labels(candidates, tokenizer, max_tokens).to(question_states.device)
     _, order = model.rank_answers(question_states, attention_mask, ids, k)
     return [candidates[best] for best in order[:, 0].tolist()]
+
+
+def caption(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pixel_values: torch.Tensor,
+    prompt: str = "a picture of ",
+    max_length: int = 20,
+    num_beams: int = 3,
+    min_length: int = 5,
+    repetition_penalty: float = 1.0,
+) -> list[str]:
+    """A caption for each picture, without the prompt that it begins with.
+
+    Args:
+        pixel_values: (num_images, 3, height, width).
+        max_length, min_length: tokens, prompt and [SEP] among them.
+    """
+    start = torch.tensor([encode_prompt(prompt, tokenizer)] * len(pixel_values), device=pixel_values.device)
+    ids = model.generate(
+        pixel_values,
+        start,
+        max_length=max_length,
+        min_length=min_length,
+        num_beams=num_beams,
+        repetition_penalty=repetition_penalty,
+        do_sample=False,
+    )
+    return decode_texts(ids[:, start.shape[1] :], tokenizer)
 
 
 def answer_questions(

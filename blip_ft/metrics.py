@@ -332,6 +332,14 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
     }
 
 
+def caption_exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Share of pictures whose prediction has the very words of a reference, in percent; arguments as caption_scores."""
+    return 100 * fmean(
+        _caption_words(prediction) in [_caption_words(caption) for caption in captions]
+        for prediction, captions in zip(predictions, references, strict=True)
+    )
+
+
 class CaptionScores(_TextMetric):
     """Caption scores times 100: CIDEr-D, BLEU-1 to BLEU-4 and ROUGE-L as pycocoevalcap has them.
 

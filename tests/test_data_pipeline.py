@@ -117,7 +117,7 @@ def test_official_vqa_pair_gives_ten_answers_types_and_ids(folder, tmp_path):
     ],
 )
 def test_answers_of_every_kind_become_strings(value, answers):
-    assert data_pipeline._as_answers(value) == answers
+    assert data_pipeline._as_texts(value, "answer") == answers
 
 
 def test_answers_of_mixed_kinds_in_one_file(folder):
