@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.blip import modeling_blip
 
-from blip_ft.modeling import BlipForConditionalGeneration, BlipForQuestionAnswering
+from blip_ft.contrastive import Contrastive
+from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 CLASSES = {"vqa": BlipForQuestionAnswering, "captioning": BlipForConditionalGeneration}
 
@@ -40,9 +41,16 @@ def test_loss_and_gradient_norms_equal_the_original(golden, task):
     loss = model(**batch_of(golden, task)).loss
     loss.backward()
     assert loss.item() == pytest.approx(expected["loss"], abs=1e-5)
-    norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
-    assert norms.keys() == expected["grad_norms"].keys()
-    for name, norm in expected["grad_norms"].items():
+    assert_norms_equal(gradient_norms(model), expected["grad_norms"])
+
+
+def gradient_norms(model):
+    return {name: p.grad.norm().item() for name, p in model.named_parameters()}
+
+
+def assert_norms_equal(norms, expected):
+    assert norms.keys() == expected.keys()
+    for name, norm in expected.items():
         # gradients of a key's bias are zero up to rounding
         tolerance = {"abs": 1e-5} if name.endswith("key.bias") else {"rel": 1e-4}
         assert norms[name] == pytest.approx(norm, **tolerance), name
@@ -177,3 +185,92 @@ def test_answers_never_depend_on_the_batch(golden):
     assert answers_that_change(load(golden, "vqa"), *questions) == 0
     stock = load(golden, "vqa", modeling_blip.BlipForQuestionAnswering)
     assert answers_that_change(stock, *(part[[*range(20), -1]] for part in questions)) > 0
+
+
+def load_retrieval(golden, pointer=12):
+    """The model in training, with the original's momentum weights and its queue, which is full."""
+    model = load(golden, "retrieval", BlipForImageTextRetrieval).train()
+    model.config.itm_start_token = "enc"
+    state = model.contrastive = Contrastive(model, queue_size=16)
+    inputs = load_file(golden / "retrieval" / "inputs.safetensors")
+    momentum = load_file(golden / "retrieval" / "momentum.safetensors")
+    for name, weight in state.momentum_weights.items():
+        weight.copy_(momentum[name])
+    state.image_queue.copy_(inputs["image_queue"].T)
+    state.text_queue.copy_(inputs["text_queue"].T)
+    state.id_queue.copy_(inputs["idx_queue"][0])
+    state.num_queued.fill_(16 + pointer)
+    return model
+
+
+def retrieval_batch(golden, number, drawn):
+    """Batch 0 or 1, with the negatives that the original drew."""
+    inputs = load_file(golden / "retrieval" / "inputs.safetensors")
+    prefix = "batch2_" if number else ""
+    names = ("pixel_values", "input_ids", "attention_mask", "image_ids")
+    negatives = torch.tensor([drawn["neg_image_idx"], drawn["neg_text_idx"]])
+    return {name: inputs[prefix + name] for name in names} | {"negatives": negatives}
+
+
+def assert_losses_equal(output, expected):
+    assert output.loss_itc.item() == pytest.approx(expected["loss_ita"], abs=1e-5)
+    assert output.loss_itm.item() == pytest.approx(expected["loss_itm"], abs=1e-5)
+    assert output.loss.item() == pytest.approx(expected["loss_ita"] + expected["loss_itm"], abs=1e-5)
+
+
+def assert_queue_equals(state, golden, prefix):
+    wanted = load_file(golden / "retrieval" / "states.safetensors")
+    torch.testing.assert_close(state.image_queue.T, wanted[f"{prefix}_image_queue"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(state.text_queue.T, wanted[f"{prefix}_text_queue"], atol=1e-5, rtol=0)
+    assert torch.equal(state.id_queue[None], wanted[f"{prefix}_idx_queue"])
+    assert state.num_queued % 16 == wanted[f"{prefix}_ptr_queue"]
+
+
+def test_retrieval_losses_gradients_queue_and_momentum_equal_the_original(golden):
+    expected, model = expected_of(golden, "retrieval"), load_retrieval(golden)
+    state, states = model.contrastive, load_file(golden / "retrieval" / "states.safetensors")
+    state.begin_step(epochs_done=1)
+    output = model(**retrieval_batch(golden, 0, expected["step1"]))
+    output.loss.backward()
+    assert_losses_equal(output, expected["step1"])
+    norms = gradient_norms(model) | {"temp": state.temperature.grad.norm().item()}
+    assert_norms_equal(norms, expected["step1"]["grad_norms"])
+    assert_queue_equals(state, golden, "after1")
+    for name in ("text_proj.weight", "vision_model.embeddings.class_embedding"):
+        torch.testing.assert_close(state.momentum_weights[name], states[f"after1_momentum.{name}"])
+    state.begin_step(epochs_done=2)
+    assert_losses_equal(
+        model(**retrieval_batch(golden, 1, expected["step2_same_weights"])), expected["step2_same_weights"]
+    )
+    assert_queue_equals(state, golden, "after2")
+
+
+def test_retrieval_loss_without_soft_targets_equals_the_original(golden):
+    expected, model = expected_of(golden, "retrieval")["step1_alpha_0"], load_retrieval(golden)
+    model.contrastive.begin_step(epochs_done=0)
+    assert_losses_equal(model(**retrieval_batch(golden, 0, expected)), expected)
+
+
+def test_retrieval_draws_the_negatives_that_the_original_draws(golden):
+    expected, model = expected_of(golden, "retrieval"), load_retrieval(golden)
+    model.contrastive.begin_step(epochs_done=1)
+    torch.manual_seed(expected["sampling_seeds"]["step1"])
+    assert_losses_equal(
+        model(**{**retrieval_batch(golden, 0, expected["step1"]), "negatives": None}), expected["step1"]
+    )
+
+
+def test_five_adamw_steps_of_retrieval_equal_the_original(golden):
+    expected, model = expected_of(golden, "retrieval")["adamw"], load_retrieval(golden)
+    state = model.contrastive
+    parameters = [*model.parameters(), state.temperature]
+    optimizer = torch.optim.AdamW(parameters, lr=expected["lr"], weight_decay=expected["weight_decay"])
+    for number, step in enumerate(expected["steps"]):
+        state.begin_step(epochs_done=number / 5)
+        assert state.alpha == pytest.approx(step["alpha"])
+        output = model(**retrieval_batch(golden, step["batch"], step))
+        assert_losses_equal(output, step)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        assert state.temperature.item() == pytest.approx(step["temp_after"], abs=1e-6)

@@ -15,11 +15,12 @@ ROOT = Path(__file__).parent.parent
 ARROWS = {
     "arguments": set(),
     "attention": set(),
+    "contrastive": set(),
     "collators": set(),
     "metrics": set(),
     "demo": set(),
     "hub": set(),
-    "modeling": {"attention"},
+    "modeling": {"attention", "contrastive"},
     "inference": {"collators"},
     "models": {"arguments", "collators", "demo", "inference", "modeling"},
     "data_pipeline": {"arguments", "demo", "collators"},

@@ -1,0 +1,204 @@
+"""What BLIP's contrastive loss keeps from step to step: momentum weights, queue and temperature; and its parts.
+
+None of it is in the model's state_dict. The trainer makes it, moves it once per optimiser step, saves it beside each
+checkpoint and loads it on resume.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import distributed, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+# what no feature of a picture or a text depends on, so that the momentum copy can do without
+_MATCHING_ONLY = ("crossattention", "itm_head")
+
+
+class Contrastive:
+    """Momentum weights, queue and temperature of `model`, which reads them as `model.contrastive`.
+
+    A plain object and no module: as an attribute it adds no key to the model's state_dict and no parameter to DDP.
+
+    Args:
+        model: a BlipForImageTextRetrieval on its device, with its adapters, frozen as it will be trained.
+        queue_size: pairs of a picture and a text remembered; 0 leaves those of the batch.
+        momentum: share of the momentum weights that a step keeps.
+        alpha: weight of the soft targets from the first epoch's end on, 0-1.
+        temperature: where the trained temperature starts.
+
+    Attributes:
+        temperature: the parameter to give to the optimiser. Its gradient comes averaged over the processes.
+        momentum_weights: by the names of the model's parameters, only of those that are trained: the momentum encoder
+            is the model with these swapped in, and shares what is frozen.
+        image_queue, text_queue, id_queue: (queue_size, width) twice and (queue_size,), a ring.
+        num_queued: pairs ever queued; the next goes to row num_queued modulo queue_size.
+    Source: BLIP models/blip_retrieval.py. Unlike there, rows of the queue that nothing has been written to yet are left
+    out rather than random, and neither queue nor batch need be a multiple of anything.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        queue_size: int = 57600,
+        momentum: float = 0.995,
+        alpha: float = 0.4,
+        temperature: float = 0.07,
+    ) -> None:
+        self.queue_size, self.momentum, self.full_alpha = queue_size, momentum, alpha
+        self.alpha = 0.0
+        self._online = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not any(part in name for part in _MATCHING_ONLY)
+        }
+        self.momentum_weights = {name: parameter.detach().clone() for name, parameter in self._online.items()}
+        # never below float32: steps of a temperature of 0.07 are lost in bfloat16
+        options = {"device": model.device, "dtype": torch.promote_types(model.dtype, torch.float32)}
+        self.temperature = nn.Parameter(torch.tensor(temperature, **options))
+        # DDP averages the gradients of its own module's parameters only
+        self.temperature.register_hook(_mean_over_processes)
+        self.image_queue = torch.zeros(queue_size, model.config.image_text_hidden_size, **options)
+        self.text_queue = torch.zeros_like(self.image_queue)
+        self.id_queue = torch.zeros(queue_size, dtype=torch.long, device=model.device)
+        self.num_queued = torch.tensor(0)
+
+    @torch.no_grad()
+    def begin_step(self, epochs_done: float) -> None:
+        """To be called once per optimiser step, before its first forward: momentum, temperature's bounds and alpha.
+
+        epochs_done: 0.5 in the middle of the first epoch, over which alpha rises from 0.
+        """
+        self.alpha = self.full_alpha * min(1.0, epochs_done)
+        self.temperature.clamp_(0.001, 0.5)
+        self.temperature.grad = None  # the Trainer zeroes the gradients of its model only
+        for name, weight in self.momentum_weights.items():
+            weight.lerp_(self._online[name], 1 - self.momentum)
+
+    def loss(
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        image_keys: torch.Tensor,
+        text_keys: torch.Tensor,
+        ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Cross-entropy of each picture over the texts of batch and queue and the other way round, averaged.
+
+        Args:
+            image_features, text_features: (num_pairs, width) of length 1, from the model.
+            image_keys, text_keys: (num_pairs, width), from the momentum weights.
+            ids: (num_pairs,), the picture of each pair; equal ids are right answers to each other.
+        """
+        filled = min(int(self.num_queued), self.queue_size)
+        all_images = torch.cat([image_keys, self.image_queue[:filled]])  # (num_pairs + filled, width)
+        all_texts = torch.cat([text_keys, self.text_queue[:filled]])
+        same = (ids[:, None] == torch.cat([ids, self.id_queue[:filled]])).to(image_keys.dtype)
+        hard_targets = same / same.sum(1, keepdim=True)
+
+        def one_way(features: torch.Tensor, own_keys: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                soft_targets = (own_keys @ keys.T / self.temperature).softmax(1)
+                targets = torch.lerp(hard_targets, soft_targets, self.alpha)
+            return F.cross_entropy(features @ keys.T / self.temperature, targets)
+
+        return (one_way(image_features, image_keys, all_texts) + one_way(text_features, text_keys, all_images)) / 2
+
+    @torch.no_grad()
+    def enqueue(self, image_keys: torch.Tensor, text_keys: torch.Tensor, ids: torch.Tensor) -> None:
+        """Write pairs over the oldest of the queue; of more than it holds, the newest stay. Shapes as in loss."""
+        num_pairs = len(ids)
+        first = max(0, num_pairs - self.queue_size)
+        rows = (torch.arange(first, num_pairs, device=ids.device) + int(self.num_queued)) % max(1, self.queue_size)
+        self.image_queue[rows], self.text_queue[rows] = image_keys[first:], text_keys[first:]
+        self.id_queue[rows] = ids[first:]
+        self.num_queued += num_pairs
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file, on one process: the state is the same on all."""
+        save_file(self._state(), path)
+
+    @torch.no_grad()
+    def load(self, path: str | os.PathLike) -> None:
+        """Take over what save wrote, in place.
+
+        Raises: ValueError if it was another queue, or other weights were trained.
+        """
+        state, stored = self._state(), load_file(path)
+        shapes, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (state, stored))
+        if shapes != found:
+            name = min(shapes.items() ^ found.items())[0]
+            raise ValueError(
+                f"{path} is of another run: {name} should have the shape {shapes.get(name)}, found {found.get(name)}. "
+                "Resume with that run's queue_size, adapters and frozen parts."
+            )
+        for name, tensor in state.items():
+            tensor.copy_(stored[name])
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        names = ("image_queue", "text_queue", "id_queue", "num_queued")
+        weights = {f"momentum.{name}": weight for name, weight in self.momentum_weights.items()}
+        return {name: getattr(self, name) for name in names} | {"temperature": self.temperature.detach()} | weights
+
+
+def draw_negatives(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+    """(rows,) a column for each row, with probability softmax(logits) among those where `same` is False.
+
+    logits, same: (rows, columns). A row without any such column gets -1.
+    Source: BLIP models/blip_retrieval.py, which takes the softmax before the mask: the same odds, but there all weights
+    can round to 0, and torch.multinomial raises.
+    """
+    weights = logits.masked_fill(same, -torch.inf).softmax(1)
+    alone = same.all(1)
+    drawn = weights.masked_fill(alone[:, None], 1.0).multinomial(1).squeeze(1)
+    return drawn.masked_fill(alone, -1)
+
+
+def gather(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The rows of all processes in rank order, with gradient to where they came from, and where this process's begin.
+
+    rows: (num_rows, ...); num_rows may differ between processes, and so may other sizes, which are filled up with 0.
+    """
+    if _num_processes() == 1:
+        return rows, 0
+    own_shape = torch.tensor(rows.shape, device=rows.device)
+    shapes = [torch.empty_like(own_shape) for _ in range(_num_processes())]
+    distributed.all_gather(shapes, own_shape)
+    shapes = torch.stack(shapes).tolist()
+    widest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    padding = [size for own, wanted in zip(rows.shape, widest, strict=True) for size in (wanted - own, 0)]
+    parts = _AllGather.apply(F.pad(rows, padding[::-1]))  # F.pad begins with the last dimension
+    counts = [shape[0] for shape in shapes]
+    gathered = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return gathered, sum(counts[: distributed.get_rank()])
+
+
+class _AllGather(torch.autograd.Function):
+    """all_gather of equal shapes; the one in torch.distributed.nn is deprecated since torch 2.13."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, rows.contiguous())
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor) -> torch.Tensor:
+        summed = torch.stack(grads)
+        distributed.all_reduce(summed)  # gloo has no reduce_scatter of lists
+        return summed[distributed.get_rank()]
+
+
+def _num_processes() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _mean_over_processes(grad: torch.Tensor) -> torch.Tensor:
+    if _num_processes() == 1:
+        return grad
+    grad = grad / _num_processes()
+    distributed.all_reduce(grad)
+    return grad
