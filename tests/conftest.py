@@ -7,13 +7,16 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import json
+import multiprocessing
 import runpy
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import distributed
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 
 from blip_ft.modeling import BlipForQuestionAnswering
@@ -76,6 +79,32 @@ def demo_checkpoint(tmp_path_factory) -> Path:
         patch.setattr(sys, "argv", [str(RECIPE), "--output_dir", str(folder), "--use_cpu"])
         runpy.run_path(str(RECIPE), run_name="__main__")
     return folder
+
+
+def take_part(rank: int, store: Path, function, args: tuple):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    try:
+        return function(rank, *args)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.fixture
+def on_two_processes(tmp_path):
+    """Calls function(rank, *args) on two gloo processes, this one the first, and returns both results.
+
+    function stands at a test module's top, and returns numbers and lists rather than tensors.
+    """
+
+    def run(function, *args) -> list:
+        store = tmp_path / "store"
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            second = pool.apply_async(take_part, (1, store, function, args))
+            return [take_part(0, store, function, args), second.get(timeout=60)]
+
+    return run
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import distributed
 from transformers.models.blip import modeling_blip
 
-from blip_ft.contrastive import Contrastive, draw_negatives
+from blip_ft.contrastive import Contrastive, draw_negatives, gather
 from blip_ft.modeling import BlipForImageTextRetrieval
 
 
@@ -295,3 +296,43 @@ def test_loss_without_state_or_with_missing_ids_says_what_to_do(golden):
     model.contrastive = None
     with pytest.raises(ValueError, match=r"model.contrastive = Contrastive\(model\)"):
         model(**batch)
+
+
+UNEQUAL = [2, 1], [1, 2, 1]  # texts of each picture on the first and the second process: 3 and 4 pairs
+
+
+def part_of(batch, rank):
+    """One process's pictures and texts, padded to its own longest; negatives still count through all pairs."""
+    images, texts = (slice(0, 2), slice(0, 3)) if rank == 0 else (slice(2, 5), slice(3, 7))
+    longest = int(batch["attention_mask"][texts].sum(1).max())
+    return {
+        "pixel_values": batch["pixel_values"][images],
+        "image_ids": batch["image_ids"][images],
+        "image_index": batch["image_index"][texts] - images.start,
+        "input_ids": batch["input_ids"][texts, :longest],
+        "attention_mask": batch["attention_mask"][texts, :longest],
+        "negatives": batch["negatives"][:, texts],
+    }
+
+
+def match_unequal_parts(rank, golden):
+    rows, start = gather(torch.full((rank + 1, 2 - rank), 1.0 + rank))
+    assert rows.tolist() == [[1, 1], [2, 0], [2, 0]] and start == rank
+    model, batch = load(golden), pairs_of(sum(UNEQUAL, []))
+    output = model(**part_of(batch, rank))
+    share = (3, 4)[rank] / 7
+    trained = [p for name, p in model.named_parameters() if "_proj" not in name]
+    grads = torch.cat([grad.flatten() for grad in torch.autograd.grad(output.loss_itm * share, trained)])
+    distributed.all_reduce(grads)
+    return output.loss_itm.item() * share, grads.tolist(), model.contrastive.id_queue.tolist()
+
+
+def test_processes_with_unequal_batches_match_as_one_batch_does(golden, on_two_processes):
+    (first_loss, grads, first_queue), (second_loss, _, second_queue) = on_two_processes(match_unequal_parts, golden)
+    model = load(golden)
+    loss = model(**pairs_of(sum(UNEQUAL, []))).loss_itm
+    trained = [p for name, p in model.named_parameters() if "_proj" not in name]
+    wanted = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, trained)])
+    assert first_loss + second_loss == pytest.approx(loss.item(), abs=1e-10)
+    torch.testing.assert_close(torch.tensor(grads, dtype=torch.float64), wanted, atol=1e-10, rtol=0)
+    assert first_queue == second_queue == model.contrastive.id_queue.tolist()

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 from transformers.models.blip import modeling_blip
 
 from blip_ft.contrastive import Contrastive
@@ -274,3 +275,20 @@ def test_five_adamw_steps_of_retrieval_equal_the_original(golden):
         output.loss.backward()
         optimizer.step()
         assert state.temperature.item() == pytest.approx(step["temp_after"], abs=1e-6)
+
+
+def take_retrieval_step(rank, golden):
+    expected, model = expected_of(golden, "retrieval")["two_ranks"][f"rank{rank}"], load_retrieval(golden, pointer=8)
+    state = model.contrastive
+    state.begin_step(epochs_done=1)
+    ddp = DistributedDataParallel(model)  # it averages the gradients as long as it lives
+    output = ddp(**retrieval_batch(golden, rank, expected))
+    output.loss.backward()
+    assert_losses_equal(output, expected)
+    assert_queue_equals(state, golden, "two_ranks_after")
+    return gradient_norms(model) | {"temp": state.temperature.grad.norm().item()}
+
+
+def test_retrieval_on_two_processes_equals_the_original(golden, on_two_processes):
+    for norms in on_two_processes(take_retrieval_step, golden):
+        assert_norms_equal(norms, expected_of(golden, "retrieval")["two_ranks"]["grad_norms"])
