@@ -5,6 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# the models are tiny: more threads gain nothing, and on a busy machine they wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import multiprocessing
