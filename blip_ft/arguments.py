@@ -226,6 +226,34 @@ class CaptioningArguments:
 
 
 @dataclass
+class RetrievalArguments:
+    """What belongs to image-text retrieval alone."""
+
+    _argument_group_name = "Retrieval"
+
+    queue_size: int = field(
+        default=57600, metadata={"help": "Pairs remembered as negatives; 0: those of the batch only. Paper: 57600."}
+    )
+    momentum: float = field(default=0.995, metadata={"help": "Share of the momentum weights that a step keeps."})
+    alpha: float = field(
+        default=0.4, metadata={"help": "Weight of the momentum model's soft targets, reached after the first epoch."}
+    )
+    itm_start_token: Literal["cls", "enc"] = field(
+        default="cls",
+        metadata={"help": "First token of a text to be matched. cls: what stock sends; enc: as the original trained."},
+    )
+    max_caption_tokens: int = field(default=35, metadata={"help": "Longer captions are cut. Paper: 35."})
+    clean_captions: bool = field(
+        default=True,
+        metadata={"help": "Captions in lower case, without most punctuation, cut at 30 words, as the original."},
+    )
+    k_test: int = field(
+        default=256,
+        metadata={"help": "Candidates that the matching head ranks again. Paper: 256 for COCO, 128 for Flickr."},
+    )
+
+
+@dataclass
 class BlipTrainingArguments(Seq2SeqTrainingArguments):
     """The Trainer's arguments, with the defaults of the BLIP paper where it has one."""
 

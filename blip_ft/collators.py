@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import re
@@ -157,6 +158,39 @@ class CaptionCollator:
         labels[:, : len(encode_prompt(self.prompt, tokenizer))] = IGNORED
         labels[~pictures["readable"]] = IGNORED
         return {**pictures, **tokens, "labels": labels}
+
+
+@dataclass
+class RetrievalCollator:
+    """Rows of image, image_id and caption to a batch to train on, in which each picture stands once.
+
+    A row whose picture cannot be read is left out, for it would be a negative to the others.
+
+    Returns pixel_values (I, 3, H, W) uint8; image_index (C,); image_ids (I,) int64, the same in all batches and runs;
+    input_ids and attention_mask (C, L).
+    Raises: ValueError where no picture of the batch can be read.
+    """
+
+    processor: BlipProcessor
+    max_tokens: int = 35
+    clean: bool = True
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pictures = encode_row_images(rows, self.processor.image_processor)
+        if not pictures["readable"].all():
+            rows = [row for row, readable in zip(rows, pictures["readable"].tolist(), strict=True) if readable]
+            if not rows:
+                raise ValueError("No picture of a whole batch can be read any more. Check that the files are there.")
+            pictures = encode_row_images(rows, self.processor.image_processor)
+        captions = [clean_caption(row["caption"]) if self.clean else row["caption"] for row in rows]
+        image_ids = dict.fromkeys(row["image_id"] for row in rows)
+        digests = [hashlib.sha1(image_id.encode()).digest() for image_id in image_ids]
+        return {
+            "pixel_values": pictures["pixel_values"],
+            "image_index": pictures["image_index"],
+            "image_ids": torch.tensor([int.from_bytes(digest[:8], "big", signed=True) for digest in digests]),
+            **encode_texts(captions, self.processor.tokenizer, self.max_tokens),
+        }
 
 
 @dataclass

@@ -58,7 +58,6 @@ Table = Dataset | list[Row]
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 COCO_FILE = re.compile(r"COCO_(\w+)_\d{12}\.jpg")
-CAPTIONS = List(Value("string"))
 VQA_FEATURES = {
     **{name: Value("string") for name in ("question", "question_id", "answer_type")},
     "answers": List(Value("string")),
@@ -86,7 +85,7 @@ def load_captions(
     Columns: image ({"bytes", "path"}, not decoded), image_id, and caption to train, captions (strings) to evaluate on.
     What a picture's rows in the source say is put together, each caption once. Bad rows and errors as in load_vqa.
     """
-    rows = {name: _merge_pictures(part) for name, part in _load(_CaptionRows, args, bad_rows_file, seed).items()}
+    rows = _load(_CaptionRows, args, bad_rows_file, seed)
     return CaptionRows(rows["train"], args.max_train_samples), _first(rows["eval"], args.max_eval_samples)
 
 
@@ -112,18 +111,6 @@ def _load(rows_of: type[_Rows], args: DataArguments, bad_rows_file: Path | None,
 
 def _first(rows: Dataset, limit: int | None) -> Dataset:
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
-def _merge_pictures(rows: Dataset) -> Dataset:
-    """One row a picture, in order of first appearance, with the different captions of all its rows."""
-    captions: dict[str, dict[str, None]] = {}
-    first: dict[str, int] = {}
-    for position, (image_id, texts) in enumerate(zip(rows["image_id"], rows["captions"], strict=True)):
-        first.setdefault(image_id, position)
-        captions.setdefault(image_id, {}).update(dict.fromkeys(texts))
-    images = rows.select(list(first.values())).select_columns(["image", "image_id"])
-    texts = Dataset.from_dict({"captions": list(map(list, captions.values()))}, Features(captions=CAPTIONS))
-    return concatenate_datasets([images, texts], axis=1)
 
 
 class CaptionRows(torch.utils.data.Dataset):
@@ -646,7 +633,22 @@ class _CaptionRows(_Rows):
         for position, texts in enumerate(captions):
             if not texts:
                 self._refuse(position, "caption is empty or no text")
-        return Dataset.from_dict({"captions": captions}, Features(captions=CAPTIONS))
+        return _caption_column(captions)
+
+    def good(self) -> Dataset:
+        """One row a picture, in order of first appearance, with the different captions of all its good rows."""
+        first: dict[str, int] = {}
+        captions: list[dict[str, None]] = [{} for _ in range(len(self))]
+        for position, (image_id, texts) in enumerate(zip(self.rows["image_id"], self.rows["captions"], strict=True)):
+            if not self.reasons[position]:
+                captions[first.setdefault(image_id, position)].update(dict.fromkeys(texts))
+        # put together before rows are selected: after it, datasets would copy every picture
+        merged = [self.rows.remove_columns("captions"), _caption_column(map(list, captions))]
+        return concatenate_datasets(merged, axis=1).select(list(first.values()))
+
+
+def _caption_column(captions: Iterable[list[str]]) -> Dataset:
+    return Dataset.from_dict({"captions": list(captions)}, Features(captions=List(Value("string"))))
 
 
 def _holds_pictures(feature: Any) -> bool:

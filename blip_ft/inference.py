@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import BlipProcessor, PreTrainedTokenizerBase
 
@@ -80,6 +81,91 @@ def caption(
         do_sample=False,
     )
     return decode_texts(ids[:, start.shape[1] :], tokenizer)
+
+
+def rank_pairs(
+    collect: Callable[[Callable, str], list[dict[str, Any] | None]],
+    owner: np.ndarray,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    k: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How well each picture and text go together: by cosine, and the best once more by the matching head.
+
+    A picture is encoded twice, once for each ranking, and none of its patches is kept in between. One that cannot be
+    read is -inf to all texts, and so are its texts to all pictures.
+
+    Args:
+        collect: runs a function of model, batch (pixel_values) and positions over all pictures; see trainer.Collect.
+        owner: (num_texts,), the picture of each text, in ascending order.
+        input_ids, attention_mask: (num_texts, length).
+        k: texts of each picture, and pictures of each text, that the matching head ranks again.
+    Returns: three of (num_images, num_texts): cosines; cosine + matching logit, of each picture's k best texts and of
+        each text's k best pictures, -inf elsewhere.
+    Source: BLIP train_retrieval.py evaluation.
+    """
+
+    def embed(model: torch.nn.Module, batch: dict[str, torch.Tensor], positions: list[int]) -> list[dict]:
+        images = model.project_images(model.encode_images(batch["pixel_values"]).last_hidden_state)
+        own = np.flatnonzero(np.isin(owner, positions))
+        tokens = {"input_ids": input_ids[own], "attention_mask": attention_mask[own]}
+        states = model.text_encoder(**{name: tensor.to(model.device) for name, tensor in tokens.items()})
+        texts = model.project_texts(states.last_hidden_state).float().cpu().numpy()
+        return [
+            {"image": image, "texts": texts[owner[own] == position]}
+            for image, position in zip(images.float().cpu().numpy(), positions, strict=True)
+        ]
+
+    features = collect(embed, "Encoding")
+    if not any(features):
+        raise ValueError("No picture to evaluate on can be read. Check that the files are there.")
+    width = next(result for result in features if result)["image"].shape
+    nothing = np.full(width, np.nan, np.float32)
+    texts = np.concatenate(
+        [result["texts"] if result else [nothing] * (owner == row).sum() for row, result in enumerate(features)]
+    )
+    cosines = np.stack([result["image"] if result else nothing for result in features]) @ texts.T
+    cosines[np.isnan(cosines)] = -np.inf
+    of_images, of_texts = _top_k(cosines, k), _top_k(cosines.T, k).T
+    chosen = of_images | of_texts
+
+    def match(model: torch.nn.Module, batch: dict[str, torch.Tensor], positions: list[int]) -> list[dict]:
+        image_states = model.encode_images(batch["pixel_values"]).last_hidden_state
+        return [
+            {"logits": _match(model, image_states[row : row + 1], input_ids[kept], attention_mask[kept])}
+            for row, kept in enumerate(chosen[positions])
+        ]
+
+    matched = np.full_like(cosines, -np.inf)
+    for row, result in enumerate(collect(match, "Matching")):
+        if result:
+            matched[row, chosen[row]] = cosines[row, chosen[row]] + result["logits"]
+    return cosines, np.where(of_images, matched, -np.inf), np.where(of_texts, matched, -np.inf)
+
+
+def _match(
+    model: torch.nn.Module,
+    image_states: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    texts_at_once: int = 256,
+) -> np.ndarray:
+    """(num_texts,) logits of "these belong together", for one picture's states (1, patches, width) and many texts."""
+    parts = []
+    for ids, mask in zip(input_ids.split(texts_at_once), attention_mask.split(texts_at_once), strict=True):
+        states = model.encode_pairs(image_states, ids.to(model.device), mask.to(model.device))
+        parts.append(model.itm_head(states[:, 0])[:, 1].float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _top_k(similarity: np.ndarray, k: int, rows_at_once: int = 256) -> np.ndarray:
+    """(rows, columns), True at the k largest of each row."""
+    kept = np.zeros(similarity.shape, bool)
+    for start in range(0, len(similarity), rows_at_once):
+        chunk = -similarity[start : start + rows_at_once]
+        best = np.argpartition(chunk, min(k, chunk.shape[1]) - 1, axis=1)[:, :k]
+        np.put_along_axis(kept[start : start + rows_at_once], best, True, axis=1)
+    return kept
 
 
 def answer_questions(

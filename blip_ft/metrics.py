@@ -400,9 +400,39 @@ def recall_at_k(similarity: np.ndarray, owner: np.ndarray, ks: Sequence[int] = (
     return _recall(similarity.T, _right_pairs(similarity, owner).T, ks)
 
 
-def image_recall_at_k(similarity: np.ndarray, owner: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def text_recall_at_k(similarity: np.ndarray, owner: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Share of images of which any own text is among the k most similar; an image without a text counts as wrong.
 
     Arguments, result and errors as in `recall_at_k`.
     """
     return _recall(similarity, _right_pairs(similarity, owner), ks)
+
+
+def same_caption(captions: Sequence[str], owner: np.ndarray) -> np.ndarray:
+    """(num_images, num_texts), True where one of the image's captions is that text, word for word.
+
+    captions: (num_texts,) and owner: (num_texts,), the image of each.
+    """
+    kinds = np.unique(np.asarray(captions), return_inverse=True)[1]
+    has_kind = np.zeros((owner.max() + 1, kinds.max() + 1), bool)
+    has_kind[owner, kinds] = True
+    return has_kind[:, kinds]
+
+
+def retrieval_scores(
+    similarity: np.ndarray, right: np.ndarray, for_images: np.ndarray | None = None
+) -> dict[str, float]:
+    """text_recall@1, 5 and 10, image_recall@1, 5 and 10 and recall_mean, the mean of the six, in percent.
+
+    text_recall: pictures one of whose captions is found; image_recall: captions whose picture is found.
+
+    Args:
+        similarity, right: (num_images, num_texts), as in recall_at_k.
+        for_images: another similarity to find pictures by; each direction has candidates of its own.
+    """
+    found = {
+        "text": text_recall_at_k(similarity, right),
+        "image": recall_at_k(similarity if for_images is None else for_images, right),
+    }
+    recalls = {f"{what}_{name}": value for what, values in found.items() for name, value in values.items()}
+    return {**recalls, "recall_mean": fmean(recalls.values())}

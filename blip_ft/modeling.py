@@ -27,6 +27,8 @@ class _Blip:
 
     # forward divides its loss by num_items_in_batch, so the Trainer must not divide by the accumulation steps
     accepts_loss_kwargs = True
+    # momentum weights, queue and temperature of retrieval; set where its loss is wanted
+    contrastive: Contrastive | None = None
     # what a device_map must not cut through: stock forgets the text layers, and ours have names of their own
     _no_split_modules = ["BlipEncoderLayer", "FusedTextLayer", "OutOfPlaceTextEmbeddings"]
 
@@ -423,9 +425,6 @@ class BlipForImageTextRetrieval(_Blip, modeling_blip.BlipForImageTextRetrieval):
 
     # a mean over pairs whose negatives stand in the batch: the Trainer averages over accumulation and processes
     accepts_loss_kwargs = False
-
-    # momentum weights, queue and temperature; set where the loss is wanted: model.contrastive = Contrastive(model)
-    contrastive: Contrastive | None = None
 
     @can_return_tuple
     def forward(

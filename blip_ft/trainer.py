@@ -27,6 +27,8 @@ from blip_ft.hub import write_model_card
 
 logger = logging.getLogger(__name__)
 
+CONTRASTIVE_FILE = "contrastive.safetensors"
+
 Batch = dict[str, torch.Tensor]
 # model, batch and the positions of its rows in the data -> what is to be kept of each row
 Predict = Callable[[torch.nn.Module, Batch, list[int]], list[dict[str, Any]]]
@@ -66,6 +68,7 @@ class BlipTrainer(Trainer):
         self.evaluate_rows, self.group = evaluate_rows, group
         self.eval_collator = eval_collator or self.data_collator
         self.results: list[dict[str, Any] | None] = []
+        self.add_callback(_ContrastiveCallback(self))
         if self.args.sample_steps and predict and describe:
             self.add_callback(_SampleCallback(self, predict, describe))
 
@@ -82,8 +85,10 @@ class BlipTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         return GroupedSampler(rows["image_id"], global_batch, seed, self.group)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | None:
         """What the loss of a whole step is divided by: the Trainer would count label tokens, BLIP counts questions."""
+        if not self.model_accepts_loss_kwargs:
+            return None
         items = torch.tensor(sum(self.blip.count_loss_items(batch) for batch in batch_samples), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             items = self.accelerator.gather(items).sum()
@@ -92,6 +97,23 @@ class BlipTrainer(Trainer):
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """All: the original's AdamW decays biases and norms too (train_vqa.py)."""
         return [name for name, _ in model.named_parameters()]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if contrastive := self.blip.contrastive:
+            group = {"params": [contrastive.temperature], "weight_decay": self.args.weight_decay}
+            optimizer.add_param_group(group)
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.blip.contrastive and self.args.should_save:
+            self.blip.contrastive.save(Path(output_dir) / CONTRASTIVE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.blip.contrastive and checkpoint:
+            self.blip.contrastive.load(Path(checkpoint) / CONTRASTIVE_FILE)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """This process's rows, each row of the whole in one process only; those of a picture side by side."""
@@ -144,6 +166,24 @@ class BlipTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the Trainer's card would replace ours, which run() writes."""
+
+
+class _ContrastiveCallback(TrainerCallback):
+    """Moves the momentum weights, once per optimiser step."""
+
+    def __init__(self, trainer: BlipTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.blip.contrastive and args.gradient_accumulation_steps > 1:
+            logger.warning(
+                "gradient_accumulation_steps averages the contrastive loss over small batches, whose pairs are no "
+                "negatives to each other; a larger batch, more processes or a longer queue bring more of them."
+            )
+
+    def on_step_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if contrastive := self.trainer.blip.contrastive:
+            contrastive.begin_step(state.epoch)
 
 
 class _SampleCallback(TrainerCallback):

@@ -15,11 +15,11 @@ from blip_ft.metrics import (
     VqaAccuracy,
     answer_type,
     caption_scores,
-    image_recall_at_k,
     most_frequent_answer,
     normalize_answer,
     recall_at_k,
     scoring_rule,
+    text_recall_at_k,
     vqa_accuracy,
 )
 
@@ -399,16 +399,16 @@ def test_recall_of_texts_is_as_worked_out():
 
 def test_recall_of_images_counts_the_best_of_their_texts():
     # ranks 1 by text 0 (text 1 is last), 2 and 3
-    scores = image_recall_at_k(SIMILARITY, OWNER, ks=(1, 2, 3))
+    scores = text_recall_at_k(SIMILARITY, OWNER, ks=(1, 2, 3))
     assert scores == pytest.approx({"recall@1": 100 / 3, "recall@2": 200 / 3, "recall@3": 100})
 
 
 def test_recall_of_images_does_not_count_own_texts_against_each_other():
     similarity = np.array([[3.0, 3.0, 2.0], [0.0, 0.0, 1.0]])
-    assert image_recall_at_k(similarity, np.array([0, 0, 1]), ks=(1,)) == {"recall@1": 100}
+    assert text_recall_at_k(similarity, np.array([0, 0, 1]), ks=(1,)) == {"recall@1": 100}
 
 
-@pytest.mark.parametrize("recall", [recall_at_k, image_recall_at_k])
+@pytest.mark.parametrize("recall", [recall_at_k, text_recall_at_k])
 @pytest.mark.parametrize("value", [0, -np.inf, np.nan])
 def test_recall_takes_ties_and_nan_as_worst_rank(recall, value):
     scores = recall(np.full((4, 4), value, dtype=np.float32), np.arange(4), ks=(1, 3, 4))
@@ -424,7 +424,7 @@ def test_recall_takes_every_image_with_an_identical_caption_as_right():
 
 
 def test_recall_of_image_without_text_is_zero_at_any_k():
-    assert image_recall_at_k(np.ones((2, 1)), np.array([0]), ks=(1, 5)) == {"recall@1": 50, "recall@5": 50}
+    assert text_recall_at_k(np.ones((2, 1)), np.array([0]), ks=(1, 5)) == {"recall@1": 50, "recall@5": 50}
 
 
 def test_recall_equals_sorting_each_query():
@@ -434,10 +434,10 @@ def test_recall_equals_sorting_each_query():
     texts = np.mean([owner[text] in images_by_text[:100, text] for text in range(600)])
     images = np.mean([image in owner[texts_by_image[image, :100]] for image in range(300)])
     assert recall_at_k(similarity, owner, ks=(100,)) == pytest.approx({"recall@100": 100 * texts})
-    assert image_recall_at_k(similarity, owner, ks=(100,)) == pytest.approx({"recall@100": 100 * images})
+    assert text_recall_at_k(similarity, owner, ks=(100,)) == pytest.approx({"recall@100": 100 * images})
 
 
-@pytest.mark.parametrize("recall", [recall_at_k, image_recall_at_k])
+@pytest.mark.parametrize("recall", [recall_at_k, text_recall_at_k])
 @pytest.mark.parametrize(
     ("num_texts", "owner", "message"),
     [
