@@ -247,7 +247,7 @@ def add_lora(model: PreTrainedModel, args: PeftArguments) -> PeftModel:
         lora_dropout=args.lora_dropout,
         target_modules=list(args.lora_target_modules or LORA_TARGETS),
         # the head's transform; its output layer is the embedding table
-        exclude_modules=r".*\.cls\..*",
+        exclude_modules=r".*\.cls\..*" if hasattr(model, "text_decoder") else None,
         task_type=None,  # every other one makes PEFT pass inputs_embeds, which BLIP has no place for
     )
     try:

@@ -21,10 +21,16 @@ from PIL import Image
 from torch import distributed
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 
-from blip_ft.modeling import BlipForQuestionAnswering
+from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 GOLDEN = Path(__file__).parent / "golden"
-RECIPE = Path(__file__).parent.parent / "recipes" / "vqa.py"
+RECIPES = Path(__file__).parent.parent / "recipes"
+# also the names of the recipes
+TASKS = {
+    "vqa": BlipForQuestionAnswering,
+    "captioning": BlipForConditionalGeneration,
+    "retrieval": BlipForImageTextRetrieval,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -47,40 +53,59 @@ def processor() -> BlipProcessor:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, processor) -> Path:
-    """A folder with the golden VQA model and its processor, as a user would have one."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    BlipForQuestionAnswering.from_pretrained(GOLDEN / "vqa").save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+def checkpoints(tmp_path_factory, processor) -> dict[str, Path]:
+    """For each task a folder with the golden model and its processor, as a user would have one."""
+    folders = {task: tmp_path_factory.mktemp(task) for task in TASKS}
+    for task, folder in folders.items():
+        TASKS[task].from_pretrained(GOLDEN / task).save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoints) -> Path:
+    return checkpoints["vqa"]
 
 
 @pytest.fixture(scope="session")
 def picture_folder(tmp_path_factory) -> Path:
-    """Eight questions on four pictures, the same rows in the splits train and test."""
+    """Eight questions, and eight captions, on four pictures; the same rows in the splits train and test."""
     folder = tmp_path_factory.mktemp("pictures")
-    questions = [
-        ("what color is it ?", ["red", "green", "blue", "white"]),
-        ("is it a dog ?", ["yes", "no", "no", "yes"]),
+    texts = [
+        ("what color is it ?", ["red", "green", "blue", "white"], "{} dog on the grass"),
+        ("is it a dog ?", ["yes", "no", "no", "yes"], "a picture of {} sky and a large {} cat"),
     ]
     rows = []
     for number, color in enumerate([(200, 0, 0), (0, 200, 0), (0, 0, 200), (240, 240, 240)]):
         Image.new("RGB", (40, 36), color).save(folder / f"{number}.png")
-        for question, answers in questions:
+        for question, answers, caption in texts:
             row = {"file_name": f"{number}.png", "question": question, "answer": answers[number]}
+            row["caption"] = caption.replace("{}", texts[0][1][number])
             rows += [{**row, "split": split} for split in ("train", "test")]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-@pytest.fixture(scope="session")
-def demo_checkpoint(tmp_path_factory) -> Path:
-    """What `make demo` leaves behind; two minutes, once for all tests that need a model that knows something."""
-    folder = tmp_path_factory.mktemp("demo") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(RECIPE), "--output_dir", str(folder), "--use_cpu"])
-        runpy.run_path(str(RECIPE), run_name="__main__")
+def start_recipe(patch: pytest.MonkeyPatch, task: str, folder: Path, *flags: str) -> Path:
+    """Run a recipe as `python recipes/<task>.py ...` does, in this process."""
+    path = str(RECIPES / f"{task}.py")
+    patch.setattr(sys, "argv", [path, *flags, "--output_dir", str(folder), "--use_cpu"])
+    runpy.run_path(path, run_name="__main__")
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory):
+    """What a recipe leaves behind that is started without a flag: a minute or two, once for all tests of a task."""
+    runs = {}
+
+    def run(task: str) -> Path:
+        if task not in runs:
+            with pytest.MonkeyPatch.context() as patch:
+                runs[task] = start_recipe(patch, task, tmp_path_factory.mktemp("demo") / task)
+        return runs[task]
+
+    return run
 
 
 def take_part(rank: int, store: Path, function, args: tuple):
@@ -111,13 +136,10 @@ def on_two_processes(tmp_path):
 
 @pytest.fixture
 def recipe(monkeypatch, tmp_path):
-    """Runs recipes/vqa.py as `python recipes/vqa.py ...` does, in this process, and returns output_dir."""
+    """Runs a recipe in this process, by default vqa, and returns output_dir."""
 
-    def start(*flags: str, output_dir: Path | None = None) -> Path:
+    def start(*flags: str, output_dir: Path | None = None, task: str = "vqa") -> Path:
         folder = output_dir or tmp_path / "run"
-        argv = [str(RECIPE), *flags, "--output_dir", str(folder), "--use_cpu", "--dataloader_num_workers", "0"]
-        monkeypatch.setattr(sys, "argv", argv)
-        runpy.run_path(str(RECIPE), run_name="__main__")
-        return folder
+        return start_recipe(monkeypatch, task, folder, *flags, "--dataloader_num_workers", "0")
 
     return start

@@ -1,13 +1,25 @@
 """Pictures of any kind, and rows to batches."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from blip_ft.collators import VqaCollator, decode_texts, encode_images, encode_labels, open_image
+from blip_ft.collators import (
+    CaptionCollator,
+    PictureCollator,
+    RetrievalCollator,
+    VqaCollator,
+    clean_caption,
+    decode_texts,
+    encode_images,
+    encode_labels,
+    open_image,
+)
 
 
 def as_bytes(image, format="PNG", **kwargs):
@@ -115,3 +127,75 @@ def test_unreadable_picture_is_grey_and_weighs_nothing(processor, caplog):
 def test_long_questions_are_cut(processor):
     batch = VqaCollator(processor, max_question_tokens=6)([row("x", "is it " * 1000, ["yes"])])
     assert batch["input_ids"].shape == (1, 6) and batch["input_ids"][0, -1] == 102
+
+
+CAPTIONS = {"x": ["a red dog", "a dog"], "y": ["two people"]}
+
+
+def caption_rows(**images):
+    return [
+        {"image_id": name, "image": images.get(name, RED), "caption": caption}
+        for name, captions in CAPTIONS.items()
+        for caption in captions
+    ]
+
+
+def test_prompt_and_padding_of_captions_are_no_targets(processor):
+    batch = CaptionCollator(processor)(caption_rows())
+    # [CLS] a picture of a red dog [SEP]
+    assert batch["input_ids"][0].tolist() == [101, 1, 2, 3, 1, *processor.tokenizer("red dog")["input_ids"][1:]]
+    assert batch["labels"][0].tolist() == [-100] * 4 + batch["input_ids"][0, 4:].tolist()
+    assert batch["labels"][2].tolist() == [-100] * 4 + batch["input_ids"][2, 4:7].tolist() + [-100]
+    assert batch["attention_mask"][2].tolist() == [1] * 7 + [0]
+    assert len(batch["pixel_values"]) == 2 and batch["image_index"].tolist() == [0, 0, 1]
+
+
+def test_collated_captions_are_the_inputs_of_the_original(golden, processor):
+    expected = json.loads((golden / "captioning" / "expected.json").read_text())["texts"]
+    inputs = load_file(golden / "captioning" / "inputs.safetensors")
+    captions = [caption.removeprefix(expected["prompt"]) for caption in expected["caption"]]
+    rows = [{"image_id": caption, "image": RED, "caption": caption} for caption in captions]
+    batch = CaptionCollator(processor, expected["prompt"])(rows)
+    assert batch["attention_mask"].equal(inputs["attention_mask"]) and batch["labels"].equal(inputs["labels"])
+    # forward writes [DEC] where the tokenizer has [CLS]
+    assert batch["input_ids"][:, 1:].equal(inputs["input_ids"][:, 1:])
+
+
+def test_captions_of_an_unreadable_picture_are_no_targets(processor):
+    batch = CaptionCollator(processor)(caption_rows(x=b"broken"))
+    assert (batch["labels"][:2] == -100).all() and (batch["labels"][2] != -100).any()
+
+
+def test_captions_are_cleaned_as_in_the_original_unless_asked_not_to(processor):
+    assert clean_caption('A "Red" dog: it runs (fast)... #1!') == "a red dog it runs fast 1"
+    assert clean_caption("dog's black-and-white tail; " * 20) == " ".join(["dog's", "black-and-white", "tail"] * 10)
+    rows = [{"image_id": "x", "image": RED, "caption": "a dog , running ?"}]
+    kept = [CaptionCollator(processor, clean=clean)(rows)["input_ids"].shape[1] for clean in (True, False)]
+    assert kept == [10, 10]  # neither sign is among those that the original takes out
+    rows[0]["caption"] = "a dog . running !"
+    kept = [CaptionCollator(processor, clean=clean)(rows)["input_ids"].shape[1] for clean in (True, False)]
+    assert kept == [8, 10]
+
+
+def test_evaluation_of_pictures_holds_nothing_but_pictures(processor):
+    rows = [{"image_id": name, "image": RED, "captions": captions} for name, captions in CAPTIONS.items()]
+    batch = PictureCollator(processor)([*rows, {**rows[0], "image_id": "z", "image": b"broken"}])
+    assert set(batch) == {"pixel_values", "readable"}
+    assert len(batch["pixel_values"]) == 3 and batch["readable"].tolist() == [True, True, False]
+
+
+def test_retrieval_ids_are_equal_for_equal_pictures_in_every_batch(processor):
+    collate = RetrievalCollator(processor)
+    batch, other = collate(caption_rows()), collate(caption_rows()[2:])
+    assert batch["image_ids"].shape == (2,) and batch["image_ids"].dtype == torch.int64
+    assert batch["image_ids"][1] == other["image_ids"][0] != batch["image_ids"][0]
+    assert batch["image_index"].tolist() == [0, 0, 1]
+    # [CLS] first; forward puts [ENC] there where it is asked for
+    assert batch["input_ids"][:, 0].tolist() == [101] * 3
+
+
+def test_unreadable_picture_leaves_the_batch_of_retrieval(processor):
+    batch = RetrievalCollator(processor)(caption_rows(x=b"broken"))
+    assert len(batch["pixel_values"]) == len(batch["input_ids"]) == len(batch["image_ids"]) == 1
+    with pytest.raises(ValueError, match="No picture of a whole batch can be read"):
+        RetrievalCollator(processor)(caption_rows(x=b"broken", y=b"broken"))

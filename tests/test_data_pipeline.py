@@ -15,7 +15,7 @@ from PIL import Image
 
 from blip_ft import data_pipeline
 from blip_ft.arguments import DataArguments
-from blip_ft.data_pipeline import DataPipeline, GroupedSampler, load_vqa
+from blip_ft.data_pipeline import DataPipeline, GroupedSampler, load_captions, load_vqa
 from blip_ft.models import load_model
 
 ROWS = [
@@ -473,3 +473,132 @@ def test_grouped_pipeline_shuffles_anew_in_each_epoch(pipeline_settings, folder)
     first, second = (list(loader.sampler) for _ in range(2))
     assert first != second and sorted(first) == sorted(second)
     assert first == list(pipeline.get_train_dataloader().sampler)
+
+
+CAPTION_ROWS = [
+    {"file_name": "a.png", "caption": "a dog"},
+    {"file_name": "b.png", "caption": "a cat"},
+    {"file_name": "a.png", "caption": "a brown dog"},
+    {"file_name": "a.png", "caption": "a dog"},
+    {"file_name": "c.png", "caption": "a cat"},
+]
+CAPTIONS = {"a.png": ["a dog", "a brown dog"], "b.png": ["a cat"], "c.png": ["a cat"]}
+
+
+def captions_of(train, evaluation):
+    """What both parts hold together: picture -> captions."""
+    found = {row["image_id"]: row["captions"] for row in evaluation}
+    for row in train:
+        found.setdefault(row["image_id"], []).append(row["caption"])
+    return found
+
+
+@pytest.mark.parametrize("form", ["caption", "captions", "save_to_disk"])
+def test_captions_of_a_picture_are_put_together_from_all_its_rows(folder, tmp_path, form):
+    where = {"dataset_name": str(folder)}
+    if form == "captions":
+        write_metadata(folder, [{"file_name": name, "captions": captions} for name, captions in CAPTIONS.items()])
+    elif form == "caption":
+        write_metadata(folder, CAPTION_ROWS)
+    else:
+        Dataset.from_list(CAPTION_ROWS).save_to_disk(tmp_path / "saved")
+        where = {"dataset_name": str(tmp_path / "saved"), "image_folder": str(folder)}
+    train, evaluation = load_captions(DataArguments(**where))
+    assert len(evaluation) == 1
+    assert captions_of(train, evaluation) == CAPTIONS
+    assert len(train) == sum(len(captions) for captions in CAPTIONS.values()) - len(evaluation[0]["captions"])
+    assert train["image_id"] == [row["image_id"] for row in train]
+
+
+def test_caption_limits_count_captions_to_train_and_pictures_to_evaluate_on(folder):
+    write_metadata(folder, [{**row, "split": split} for split in ("train", "test") for row in CAPTION_ROWS])
+    args = DataArguments(dataset_name=str(folder), eval_split="test", max_train_samples=2, max_eval_samples=2)
+    train, evaluation = load_captions(args)
+    assert [row["caption"] for row in train] == ["a dog", "a brown dog"]
+    assert evaluation["captions"][:] == [["a dog", "a brown dog"], ["a cat"]]
+
+
+def test_row_without_caption_is_bad_and_leaves_its_picture_the_others(folder, tmp_path):
+    write_metadata(folder, [*CAPTION_ROWS, {"file_name": "a.png", "caption": " "}])
+    args = DataArguments(dataset_name=str(folder), max_bad_fraction=0.5)
+    train, evaluation = load_captions(args, tmp_path / "bad.jsonl")
+    assert captions_of(train, evaluation) == CAPTIONS
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["reason"] == "caption is empty or no text"
+
+
+def test_missing_caption_column_is_named(folder):
+    write_metadata(folder, [{"file_name": "a.png", "text": "a dog"}])
+    with pytest.raises(
+        ValueError, match="need the columns caption, file_name; .* has file_name, text. Set caption_column"
+    ):
+        load_captions(DataArguments(dataset_name=str(folder)))
+
+
+def test_coco_captions_and_their_subset_folders_are_read(folder, tmp_path):
+    names = [f"COCO_val2014_{number:012d}.jpg" for number in (7, 9)]
+    (folder / "val2014").mkdir()
+    os.rename(folder / "a.png", folder / "val2014" / names[0])
+    os.rename(folder / "b.png", folder / names[1])
+    content = {
+        "images": [{"id": number, "file_name": name} for number, name in zip((7, 9), names, strict=True)],
+        "annotations": [
+            {"image_id": 9, "caption": "a cat"},
+            {"image_id": 7, "caption": "a dog"},
+            {"image_id": 7, "caption": "a brown dog"},
+        ],
+    }
+    (tmp_path / "captions_val2014.json").write_text(json.dumps(content))
+    args = DataArguments(dataset_name=str(tmp_path / "captions_val2014.json"), image_folder=str(folder))
+    train, evaluation = load_captions(args)
+    assert captions_of(train, evaluation) == {"7": ["a dog", "a brown dog"], "9": ["a cat"]}
+    content["annotations"][0]["image_id"] = 8
+    (tmp_path / "captions_val2014.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="must hold COCO captions .* missing: 8"):
+        load_captions(args)
+
+
+def test_karpathy_splits_train_on_restval_too(folder, tmp_path):
+    splits = {"a.png": "train", "b.png": "restval", "c.png": "val"}
+    images = [
+        {"filepath": folder.name, "filename": name, "cocoid": number, "split": split, "sentences": [{"raw": name}]}
+        for number, (name, split) in enumerate(splits.items())
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    args = DataArguments(dataset_name=str(tmp_path / "dataset_coco.json"), image_folder=str(tmp_path), eval_split="val")
+    train, evaluation = load_captions(args)
+    assert [row["caption"] for row in train] == ["a.png", "b.png"] and evaluation["image_id"][:] == ["2"]
+
+
+def test_other_source_to_evaluate_on_starts_from_its_own_folder(folder, tmp_path):
+    write_metadata(folder, CAPTION_ROWS)
+    other = tmp_path / "other"
+    other.mkdir()
+    os.rename(folder / "c.png", other / "z.png")
+    write_metadata(folder, CAPTION_ROWS[:4])
+    write_metadata(other, [{"file_name": "z.png", "caption": "a cow"}])
+    train, evaluation = load_captions(DataArguments(dataset_name=str(folder), eval_dataset_name=str(other)))
+    assert [row["caption"] for row in train] == ["a dog", "a brown dog", "a cat"]
+    assert [(row["image"]["path"], row["captions"]) for row in evaluation] == [(str(other / "z.png"), ["a cow"])]
+    rows = [{"file_name": "z.png", "caption": split, "split": split} for split in ("dev", "test")]
+    write_metadata(other, rows)
+    where = {"dataset_name": str(folder), "eval_dataset_name": str(other)}
+    assert load_captions(DataArguments(**where, eval_split="test"))[1]["captions"][:] == [["test"]]
+    with pytest.raises(ValueError, match="the data has dev, test"):
+        load_captions(DataArguments(**where))
+
+
+def test_pictures_in_bytes_are_not_copied_when_captions_are_put_together(folder, tmp_path):
+    rows = [
+        {
+            "image": {"bytes": (folder / row["file_name"]).read_bytes(), "path": None},
+            "image_id": row["file_name"],
+            **row,
+        }
+        for row in CAPTION_ROWS
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    before = {path for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    train, evaluation = load_captions(DataArguments(dataset_name=str(tmp_path / "rows.parquet")))
+    assert captions_of(train, evaluation) == CAPTIONS
+    written = {path for path in (tmp_path / "cache").rglob("*.arrow")} - before
+    assert len(written) == 1  # the parquet file's own copy

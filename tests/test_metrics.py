@@ -14,10 +14,13 @@ from blip_ft.metrics import (
     CaptionScores,
     VqaAccuracy,
     answer_type,
+    caption_exact_match,
     caption_scores,
     most_frequent_answer,
     normalize_answer,
     recall_at_k,
+    retrieval_scores,
+    same_caption,
     scoring_rule,
     text_recall_at_k,
     vqa_accuracy,
@@ -421,6 +424,24 @@ def test_recall_takes_every_image_with_an_identical_caption_as_right():
     # text 1 is closer to image 2, which has the same caption; text 2 ties between the two
     assert recall_at_k(similarity, np.arange(3), ks=(1,))["recall@1"] == pytest.approx(100 / 3)
     assert recall_at_k(similarity, captions[:, None] == captions, ks=(1,)) == {"recall@1": 100}
+
+
+def test_texts_fit_every_image_that_has_the_same_caption():
+    right = same_caption(["a cat", "a dog", "a dog", "a cow"], np.array([0, 1, 0, 2]))
+    assert right.tolist() == [[True, True, True, False], [False, True, True, False], [False, False, False, True]]
+
+
+def test_retrieval_scores_take_pictures_and_texts_from_their_own_ranking():
+    scores = retrieval_scores(SIMILARITY, metrics._right_pairs(SIMILARITY, OWNER))
+    assert scores["image_recall@1"] == 50 and scores["text_recall@1"] == pytest.approx(100 / 3)
+    assert scores["recall_mean"] == pytest.approx((50 + 100 * 3 + 100 * 2 + 100 / 3 - 100) / 6)
+    other = retrieval_scores(SIMILARITY, metrics._right_pairs(SIMILARITY, OWNER), for_images=-SIMILARITY)
+    assert other["text_recall@1"] == scores["text_recall@1"] and other["image_recall@1"] == 25
+
+
+def test_exact_captions_are_counted_word_for_word():
+    predictions, references = ["A dog .", "a cat", "a"], [["two", "a dog"], ["a cat runs"], ["b", "a"]]
+    assert caption_exact_match(predictions, references) == pytest.approx(200 / 3)
 
 
 def test_recall_of_image_without_text_is_zero_at_any_k():

@@ -429,9 +429,9 @@ def test_hand_written_loop_learns_eight_rows_and_writes_them_back(checkpoint, pi
     assert len(rows) == 8 and answers == [answer for [answer] in rows["answers"]]
 
 
-def test_eight_bits_answer_as_full_precision_does(demo_checkpoint):
+def test_eight_bits_answer_as_full_precision_does(demo_run):
     rows = demo.load_demo()["validation"].select(range(200))
-    full, small = (load_model(str(demo_checkpoint), device="cpu", load_in_8bit=bits) for bits in (False, True))
+    full, small = (load_model(str(demo_run("vqa")), device="cpu", load_in_8bit=bits) for bits in (False, True))
     images = [image["bytes"] for image in rows["image"]]
     answers, others = (
         generate_answer_blip(loaded["model"], loaded["processor"], images, rows["question"]) for loaded in (full, small)

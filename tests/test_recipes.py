@@ -2,17 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import RECIPES, TASKS
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers.models.blip import modeling_blip
-
-ROOT = Path(__file__).parent.parent
 
 
 def results_of(folder: Path) -> dict:
@@ -26,65 +26,130 @@ def history_of(folder: Path) -> list[dict]:
 
 
 @pytest.fixture
-def data(checkpoint, picture_folder):
-    return [
-        *("--model_name_or_path", str(checkpoint), "--dataset_name", str(picture_folder)),
-        *("--eval_split", "test", "--learning_rate", "3e-3", "--per_device_train_batch_size", "8"),
-    ]
+def data_of(checkpoints, picture_folder):
+    """Flags that name a task's checkpoint and the eight rows."""
+
+    def flags(task: str) -> list[str]:
+        few_pairs = ["--queue_size", "24", "--k_test", "3"] if task == "retrieval" else []
+        return [
+            *("--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(picture_folder), *few_pairs),
+            *("--eval_split", "test", "--learning_rate", "3e-3", "--per_device_train_batch_size", "8"),
+        ]
+
+    return flags
 
 
-def test_eight_rows_are_learned_by_heart_and_every_file_is_written(recipe, data):
-    folder = recipe(*data, "--num_train_epochs", "40", "--logging_steps", "1", "--sample_steps", "20")
-    results = results_of(folder)
-    assert results["eval_exact_match"] == results["eval_vqa_accuracy"] == 100
-    assert results["scoring_rule"] == "match with any of the answers"
+@pytest.fixture
+def data(data_of):
+    return data_of("vqa")
+
+
+def predictions_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+# task -> epochs, and what the results then hold
+BY_HEART = {
+    "vqa": (40, {"eval_exact_match": 100, "eval_vqa_accuracy": 100, "scoring_rule": "match with any of the answers"}),
+    "captioning": (120, {"eval_exact_match": 100, "prompt": "a picture of "}),
+    "retrieval": (150, {"eval_text_recall@1": 100, "eval_image_recall@1": 100}),
+}
+
+
+@pytest.mark.parametrize("task", BY_HEART)
+def test_eight_rows_are_learned_by_heart_and_every_file_is_written(recipe, data_of, task):
+    epochs, wanted = BY_HEART[task]
+    flags = ["--num_train_epochs", str(epochs), "--logging_steps", "1", "--sample_steps", "20"]
+    folder = recipe(*data_of(task), *flags, task=task)
+    assert results_of(folder).items() >= wanted.items()
     losses = [entry["loss"] for entry in history_of(folder)]
     assert losses[-1] < losses[0] / 2
     written = {path.name for path in folder.iterdir()}
     assert written >= {
         *("model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "README.md"),
-        *("all_results.json", "trainer_state.json", "predictions.jsonl", "checkpoint-40"),
+        *("all_results.json", "trainer_state.json", "predictions.jsonl", f"checkpoint-{epochs}"),
     }
-    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    assert [row["prediction"] for row in predictions] == [row["answers"][0] for row in predictions]
-    assert "BlipForQuestionAnswering.from_pretrained" in (folder / "README.md").read_text()
-    _, info = modeling_blip.BlipForQuestionAnswering.from_pretrained(folder, output_loading_info=True)
+    for row in predictions_of(folder):
+        assert row["prediction"] in row["answers" if task == "vqa" else "captions"]
+    stock = getattr(modeling_blip, TASKS[task].__name__)
+    assert f"{stock.__name__}.from_pretrained" in (folder / "README.md").read_text()
+    _, info = stock.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def test_accumulation_gives_the_losses_and_gradient_norms_of_the_one_big_batch(recipe, data, tmp_path):
-    common = ["--max_steps", "4", "--logging_steps", "1", "--lr_scheduler_type", "constant"]
-    one = history_of(recipe(*data, *common, output_dir=tmp_path / "one"))
+def test_no_reference_caption_reaches_the_model_in_evaluation(recipe, data_of, picture_folder, tmp_path):
+    """Other references, and the same captions are written."""
+    written = []
+    rows = [json.loads(line) for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
+    for name in ("plain", "other"):
+        folder = shutil.copytree(picture_folder, tmp_path / name)
+        if name == "other":
+            rows = [{**row, "caption": "two giraffe"} if row["split"] == "test" else row for row in rows]
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = ["--dataset_name", str(folder), "--max_steps", "4"]
+        run = recipe(*data_of("captioning"), *flags, output_dir=tmp_path / f"run_{name}", task="captioning")
+        written.append([row["prediction"] for row in predictions_of(run)])
+        assert results_of(run)["eval_exact_match"] == 0
+    assert written[0] == written[1] and any(written[0])
+
+
+def test_retrieval_says_what_accumulation_means_and_trains_from_the_batch_alone(recipe, data_of, caplog):
+    flags = ["--queue_size", "0", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    folder = recipe(*data_of("retrieval"), *flags, "--max_steps", "2", task="retrieval")
+    assert "averages the contrastive loss over small batches" in caplog.text
+    state = load_file(folder / "checkpoint-2" / "contrastive.safetensors")
+    assert state["image_queue"].shape[0] == 0 and state["num_queued"] == 16
+    assert not any(name.startswith("momentum") or "queue" in name for name in load_file(folder / "model.safetensors"))
+
+
+def test_temperature_is_trained_and_saved_with_the_checkpoint(recipe, data_of):
+    folder = recipe(*data_of("retrieval"), "--max_steps", "3", task="retrieval")
+    state = load_file(folder / "checkpoint-3" / "contrastive.safetensors")
+    assert state["temperature"] != pytest.approx(0.07, abs=1e-4) and state["num_queued"] == 24
+
+
+# retrieval's negatives stand in the batch: there accumulation is another loss
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+def test_accumulation_gives_the_losses_and_gradient_norms_of_the_one_big_batch(recipe, data_of, tmp_path, task):
+    common = [*data_of(task), "--max_steps", "4", "--logging_steps", "1", "--lr_scheduler_type", "constant"]
+    one = history_of(recipe(*common, output_dir=tmp_path / "one", task=task))
     flags = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
-    four = history_of(recipe(*data, *common, *flags, output_dir=tmp_path / "four"))
+    four = history_of(recipe(*common, *flags, output_dir=tmp_path / "four", task=task))
     for name in ("loss", "grad_norm"):
         assert [entry[name] for entry in four] == pytest.approx([entry[name] for entry in one], rel=1e-4)
 
 
-def test_two_processes_give_the_losses_and_predictions_of_one(recipe, data, tmp_path):
-    common = ["--max_steps", "3", "--logging_steps", "1"]
-    one = recipe(*data, *common, output_dir=tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "recipes" / "vqa.py")]
-    flags = [*data, *common, "--per_device_train_batch_size", "4", "--use_cpu", "--dataloader_num_workers", "0"]
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_give_the_losses_and_predictions_of_one(recipe, data_of, tmp_path, task):
+    # retrieval draws its negatives on each process: only what it evaluates is the same
+    rate = ["--learning_rate", "0"] if task == "retrieval" else []
+    common = [*data_of(task), *rate, "--max_steps", "3", "--logging_steps", "1"]
+    one = recipe(*common, output_dir=tmp_path / "one", task=task)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(RECIPES / f"{task}.py")]
+    flags = ["--per_device_train_batch_size", "4", "--use_cpu", "--dataloader_num_workers", "0"]
     subprocess.run(
-        [*command, *flags, "--output_dir", str(tmp_path / "two")],
+        [*command, *common, *flags, "--output_dir", str(tmp_path / "two")],
         check=True,
         capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    for name in ("loss", "grad_norm"):
-        values = [[entry[name] for entry in history_of(tmp_path / run)] for run in ("one", "two")]
-        assert values[0] == pytest.approx(values[1], rel=1e-4)
-    rows, others = (
-        [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-        for folder in (one, tmp_path / "two")
-    )
-    assert [row.pop("loss") for row in rows] == pytest.approx([row.pop("loss") for row in others], rel=1e-4)
+    if task != "retrieval":
+        for name in ("loss", "grad_norm"):
+            values = [[entry[name] for entry in history_of(tmp_path / run)] for run in ("one", "two")]
+            assert values[0] == pytest.approx(values[1], rel=1e-4)
+    rows, others = predictions_of(one), predictions_of(tmp_path / "two")
+    losses = [[row.pop("loss", 0.0) for row in part] for part in (rows, others)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert rows == others
+    scores = [
+        {name: value for name, value in results_of(tmp_path / run).items() if "recall" in name or "cider" in name}
+        for run in ("one", "two")
+    ]
+    assert scores[0] == pytest.approx(scores[1])
 
 
 def test_launched_without_arguments_it_trains_the_demo_and_says_so(tmp_path):
-    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", str(ROOT / "recipes" / "vqa.py")]
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", str(RECIPES / "vqa.py")]
     done = subprocess.run(
         [*command, "--max_steps", "2", "--max_eval_samples", "60"], cwd=tmp_path, capture_output=True, text=True
     )
@@ -96,26 +161,48 @@ def test_launched_without_arguments_it_trains_the_demo_and_says_so(tmp_path):
     assert (tmp_path / "outputs" / "vqa" / "model.safetensors").is_file()
 
 
-def test_demo_learns_to_answer_nine_of_ten_questions_about_new_pictures(demo_checkpoint):
-    results = results_of(demo_checkpoint)
+def test_demo_learns_to_answer_nine_of_ten_questions_about_new_pictures(demo_run):
+    results = results_of(demo_run("vqa"))
     assert results["before_training_exact_match"] < 50
     assert results["eval_exact_match"] >= 90
     assert results["answer_types"] == "of the data"
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_adapter_trains_with_checkpointing_and_loads_in_stock(recipe, data, checkpoint, bits):
+def test_demo_learns_to_write_captions_of_new_pictures_exactly(demo_run):
+    results = results_of(demo_run("captioning"))
+    assert results["before_training_exact_match"] < 50
+    assert results["eval_exact_match"] >= 95
+
+
+def test_demo_learns_to_find_new_pictures_and_their_texts(demo_run):
+    results = results_of(demo_run("retrieval"))
+    for name in ("text_recall", "image_recall"):
+        assert results[f"before_training_{name}@10"] < 20
+        assert results[f"eval_{name}@10"] >= 95 and results[f"eval_{name}@1"] >= 50
+        for k in (1, 5, 10):
+            assert results[f"eval_{name}@{k}"] >= results[f"eval_itc_{name}@{k}"] - 2
+    assert len(predictions_of(demo_run("retrieval"))) == 200
+
+
+@pytest.mark.parametrize(
+    ("task", "bits"),
+    [
+        ("vqa", None),
+        ("vqa", 8),
+        ("vqa", 4),
+        ("captioning", None),
+        ("captioning", 4),
+        ("retrieval", None),
+        ("retrieval", 8),
+    ],
+)
+def test_adapter_trains_with_checkpointing_and_loads_in_stock(recipe, data_of, checkpoints, task, bits):
     quantized = [f"--load_in_{bits}bit"] if bits else []
     folder = recipe(
-        *data,
-        "--use_peft",
-        *quantized,
-        "--max_steps",
-        "3",
-        "--gradient_checkpointing",
-        "--logging_steps",
-        "1",
+        *data_of(task),
+        *("--use_peft", *quantized, "--max_steps", "3", "--gradient_checkpointing", "--logging_steps", "1"),
         *("--gradient_checkpointing_kwargs", '{"use_reentrant": false}'),
+        task=task,
     )
     assert not (folder / "model.safetensors").exists()
     adapter = load_file(folder / "adapter_model.safetensors")
@@ -124,17 +211,19 @@ def test_adapter_trains_with_checkpointing_and_loads_in_stock(recipe, data, chec
     losses = [entry["loss"] for entry in history_of(folder)]
     assert losses[-1] < losses[0]
 
-    stock = modeling_blip.BlipForQuestionAnswering.from_pretrained(checkpoint)
-    adapted = PeftModel.from_pretrained(stock, folder).eval()
-    inputs = {
-        "pixel_values": torch.randn(2, 3, 32, 32),
-        "input_ids": torch.tensor([[101, 6, 7, 102], [101, 8, 5, 102]]),
-        "decoder_input_ids": torch.tensor([[126, 28], [126, 9]]),
-        "labels": torch.tensor([[126, 28], [126, 9]]),
-    }
-    before = adapted(**inputs).loss
+    adapted = PeftModel.from_pretrained(
+        getattr(modeling_blip, TASKS[task].__name__).from_pretrained(checkpoints[task]), folder
+    ).eval()
+    ids = torch.tensor([[101, 6, 7, 102], [101, 8, 5, 102]])
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if task == "vqa":
+        inputs["labels"] = inputs["decoder_input_ids"] = torch.tensor([[126, 28], [126, 9]])
+    elif task == "captioning":
+        inputs["labels"] = ids
+    output = "itm_score" if task == "retrieval" else "loss"
+    before = adapted(**inputs)[output]
     merged = adapted.merge_and_unload()
-    torch.testing.assert_close(merged(**inputs).loss, before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged(**inputs)[output], before, atol=1e-5, rtol=1e-5)
 
 
 def test_frozen_parts_do_not_change(recipe, data, checkpoint):
@@ -160,15 +249,15 @@ def test_ranking_answers_only_from_the_list(recipe, data, tmp_path):
     assert {json.loads(line)["prediction"] for line in lines} <= {"red", "green", "two"}
 
 
-def test_resumed_run_equals_unbroken_run(recipe, data, tmp_path):
-    common = [*data, "--num_train_epochs", "4", "--per_device_train_batch_size", "4", "--save_strategy", "steps"]
-    whole = recipe(*common, "--save_steps", "4", output_dir=tmp_path / "whole")
-    cut = recipe(*common, "--save_steps", "3", "--max_steps", "8", output_dir=tmp_path / "cut")
-    for path in cut.glob("checkpoint-[68]"):
-        import shutil
-
-        shutil.rmtree(path)
-    recipe(*common, "--save_steps", "3", "--resume_from_checkpoint", "last", output_dir=cut)
+@pytest.mark.parametrize("task", TASKS)
+def test_resumed_run_equals_unbroken_run(recipe, data_of, tmp_path, task):
+    common = [*data_of(task), "--num_train_epochs", "4", "--per_device_train_batch_size", "4"]
+    common += ["--save_strategy", "steps", "--save_steps", "3", "--save_total_limit", "9"]
+    whole = recipe(*common, output_dir=tmp_path / "whole", task=task)
+    cut = shutil.copytree(whole, tmp_path / "cut")
+    for step in (6, 8):
+        shutil.rmtree(cut / f"checkpoint-{step}")
+    recipe(*common, "--resume_from_checkpoint", "last", output_dir=cut, task=task)
     a, b = load_file(whole / "model.safetensors"), load_file(cut / "model.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
 

@@ -9,7 +9,16 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments, parse
+from blip_ft.arguments import (
+    BlipTrainingArguments,
+    CaptioningArguments,
+    DataArguments,
+    ModelArguments,
+    PeftArguments,
+    RetrievalArguments,
+    VqaArguments,
+    parse,
+)
 
 ROOT = Path(__file__).parent.parent
 ARROWS = {
@@ -42,10 +51,14 @@ def test_module_imports_only_what_its_arrows_allow(module):
     assert imports_of(ROOT / "blip_ft" / f"{module}.py") <= ARROWS[module]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("vqa_*.yaml")), ids=lambda path: path.stem)
+TASK_ARGUMENTS = {"vqa": VqaArguments, "captioning": CaptioningArguments, "retrieval": RetrievalArguments}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipe_yaml_parses_for_its_recipe(path, tmp_path):
     # bf16 needs a device that has it; everything else is checked as it stands
-    types = (ModelArguments, DataArguments, VqaArguments, PeftArguments, BlipTrainingArguments)
+    task_arguments = TASK_ARGUMENTS[path.stem.split("_")[0]]
+    types = (ModelArguments, DataArguments, task_arguments, PeftArguments, BlipTrainingArguments)
     model, *_ = parse(*types, argv=["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu"])
     assert model.model_name_or_path
 
