@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
-from blip_ft.arguments import BlipTrainingArguments
+from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments
 from blip_ft.data_pipeline import GroupedSampler
 from blip_ft.hub import write_model_card
 
@@ -251,14 +251,16 @@ def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> st
 def run(
     trainer: BlipTrainer,
     checkpoint: str | None,
-    card: dict[str, Any],
+    pipeline_tag: str,
+    model_args: ModelArguments,
+    data_args: DataArguments,
     result_notes: dict[str, Any],
 ) -> dict[str, Any]:
     """Train, save, evaluate, and write what a run leaves behind into output_dir.
 
     Args:
         checkpoint: folder to resume from.
-        card: task, stock_class, base_model and dataset of write_model_card.
+        pipeline_tag: the Hub's name of the task, e.g. visual-question-answering.
         result_notes: what belongs beside the numbers in all_results.json, e.g. the scoring rule.
     Returns: the content of all_results.json.
     """
@@ -303,7 +305,10 @@ def run(
                     *("weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "bf16"),
                 )
             },
-            **card,
+            task=pipeline_tag,
+            stock_class=type(trainer.blip).__name__,
+            base_model=model_args.hub_id,
+            dataset=data_args.label,
         )
         logger.info("Results, %s:\n%s", folder / "all_results.json", json.dumps(results, indent=2))
     if args.push_to_hub:

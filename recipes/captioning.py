@@ -103,12 +103,9 @@ def main() -> None:
     run(
         trainer,
         checkpoint,
-        card={
-            "task": "image-to-text",
-            "stock_class": "BlipForConditionalGeneration",
-            "base_model": model_args.hub_id,
-            "dataset": data_args.label,
-        },
+        "image-to-text",
+        model_args,
+        data_args,
         result_notes={"prompt": caption_args.prompt},
     )
 

@@ -93,12 +93,9 @@ def main() -> None:
     run(
         trainer,
         checkpoint,
-        card={
-            "task": "zero-shot-image-classification",
-            "stock_class": "BlipForImageTextRetrieval",
-            "base_model": model_args.hub_id,
-            "dataset": data_args.label,
-        },
+        "zero-shot-image-classification",
+        model_args,
+        data_args,
         result_notes={
             "scores": "ranked by the matching head; itc_: by cosine alone",
             "identical_captions": "are right for each of their pictures",

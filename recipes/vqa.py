@@ -107,12 +107,9 @@ def main() -> None:
     run(
         trainer,
         checkpoint,
-        card={
-            "task": "visual-question-answering",
-            "stock_class": "BlipForQuestionAnswering",
-            "base_model": model_args.hub_id,
-            "dataset": data_args.label,
-        },
+        "visual-question-answering",
+        model_args,
+        data_args,
         result_notes={
             "scoring_rule": scoring_rule(eval_rows["answers"]),
             "answer_types": "of the data" if "answer_type" in eval_rows.column_names else "by rule",
