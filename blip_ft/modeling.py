@@ -6,6 +6,7 @@ A checkpoint saved here loads in stock transformers, and the other way round.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.func import functional_call
@@ -79,6 +80,27 @@ class _Blip:
             num_patches + 1,
         )
         self.config.vision_config.image_size = image_size
+
+    def _read_pictures(
+        self,
+        start_token: Literal["cls", "enc"],
+        image_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        image_index: torch.Tensor | None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """(num_texts, length, width): states of texts that have seen their pictures."""
+        if start_token == "enc":
+            input_ids = input_ids.clone()
+            input_ids[:, 0] = self.config.text_config.bos_token_id + 1  # the original adds [ENC] right after [DEC]
+        return self.text_encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=image_states,
+            image_index=self._match_texts(image_index, len(image_states), len(input_ids)),
+            **kwargs,
+        ).last_hidden_state
 
     def _match_texts(self, image_index: torch.Tensor | None, num_images: int, num_texts: int) -> torch.Tensor | None:
         """image_index, or None where the texts of each picture stand side by side, equally many for each."""
@@ -185,16 +207,8 @@ class BlipForQuestionAnswering(_Blip, modeling_blip.BlipForQuestionAnswering):
         **kwargs,
     ) -> torch.Tensor:
         """(num_questions, question_length, width): what the decoder reads of question and picture."""
-        if getattr(self.config, "question_start_token", "cls") == "enc":
-            input_ids = input_ids.clone()
-            input_ids[:, 0] = self.config.text_config.bos_token_id + 1  # the original adds [ENC] right after [DEC]
-        return self.text_encoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            encoder_hidden_states=image_states,
-            image_index=self._match_texts(image_index, len(image_states), len(input_ids)),
-            **kwargs,
-        ).last_hidden_state
+        start_token = getattr(self.config, "question_start_token", "cls")
+        return self._read_pictures(start_token, image_states, input_ids, attention_mask, image_index, **kwargs)
 
     def answer_losses(
         self,
@@ -515,16 +529,8 @@ class BlipForImageTextRetrieval(_Blip, modeling_blip.BlipForImageTextRetrieval):
         **kwargs,
     ) -> torch.Tensor:
         """(num_texts, length, width): the texts, having seen their pictures. itm_head reads position 0."""
-        if getattr(self.config, "itm_start_token", "cls") == "enc":
-            input_ids = input_ids.clone()
-            input_ids[:, 0] = self.config.text_config.bos_token_id + 1  # the original adds [ENC] right after [DEC]
-        return self.text_encoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            encoder_hidden_states=image_states,
-            image_index=self._match_texts(image_index, len(image_states), len(input_ids)),
-            **kwargs,
-        ).last_hidden_state
+        start_token = getattr(self.config, "itm_start_token", "cls")
+        return self._read_pictures(start_token, image_states, input_ids, attention_mask, image_index, **kwargs)
 
     def _losses(
         self,
