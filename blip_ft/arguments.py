@@ -146,7 +146,10 @@ class DataArguments:
     )
     group_questions: bool | None = field(
         default=None,
-        metadata={"help": "Keep a picture's questions in one batch. Default: on in recipes, off in DataPipeline."},
+        metadata={
+            "help": "Keep a picture's questions or captions in one batch. Default: on for questions and captions, off for "
+            "retrieval and in DataPipeline."
+        },
     )
 
     def __post_init__(self) -> None:
