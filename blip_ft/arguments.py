@@ -147,8 +147,8 @@ class DataArguments:
     group_questions: bool | None = field(
         default=None,
         metadata={
-            "help": "Keep a picture's questions or captions in one batch. Default: on for questions and captions, off for "
-            "retrieval and in DataPipeline."
+            "help": "Keep a picture's questions or captions in one batch. Default: on for questions and captions, "
+            "off for retrieval and in DataPipeline."
         },
     )
 
