@@ -50,6 +50,8 @@ class FusedTextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         is_cross = encoder_hidden_states is not None
         if _weights_wanted(self.config, kwargs):
             if is_cross and len(encoder_hidden_states) != len(hidden_states):
+                if encoder_attention_mask is not None and len(encoder_attention_mask) == len(encoder_hidden_states):
+                    encoder_attention_mask = _row_per_text(encoder_attention_mask, image_index, len(hidden_states))
                 encoder_hidden_states = _row_per_text(encoder_hidden_states, image_index, len(hidden_states))
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values
@@ -121,6 +123,23 @@ class FusedTextLayer(modeling_blip_text.BlipTextLayer):
         return self.feed_forward_chunk(states)
 
 
+class FusedTextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
+    """Beams that go on from one text share the keys and values of what they read: those are computed and kept once."""
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs) -> tuple[torch.Tensor, dict]:
+        shared = {name: kwargs.pop(name, None) for name in ("encoder_hidden_states", "encoder_attention_mask")}
+        states, mask = shared.values()
+        if mask is not None and mask.dim() == 2:
+            # transformers would make a mask with a row for each beam
+            shared["encoder_attention_mask"] = additive_mask(mask, states.dtype)
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        return input_ids, {**kwargs, **shared}
+
+    def _reorder_cache(self, past_key_values: EncoderDecoderCache, beam_idx: torch.Tensor) -> EncoderDecoderCache:
+        past_key_values.self_attention_cache.reorder_cache(beam_idx)  # a beam never moves to another text
+        return past_key_values
+
+
 class OutOfPlaceTextEmbeddings(modeling_blip_text.BlipTextEmbeddings):
     def forward(
         self,
@@ -145,8 +164,14 @@ _FUSED = {
     modeling_blip_text.BlipTextSelfAttention: FusedTextSelfAttention,
     modeling_blip_text.BlipTextAttention: FusedTextAttention,
     modeling_blip_text.BlipTextLayer: FusedTextLayer,
+    modeling_blip_text.BlipTextLMHeadModel: FusedTextLMHeadModel,
     modeling_blip_text.BlipTextEmbeddings: OutOfPlaceTextEmbeddings,
 }
+
+
+def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(rows, 1, 1, length) to be added to attention scores, of a mask (rows, length) of ones and zeros."""
+    return (1 - mask[:, None, None].to(dtype)) * torch.finfo(dtype).min
 
 
 def _weights_wanted(config, kwargs: dict) -> bool:

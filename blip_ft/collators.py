@@ -21,11 +21,12 @@ logger = logging.getLogger(__name__)
 IGNORED = -100  # label of a position that has no target
 
 
-def open_image(image: Any) -> Image.Image:
+def open_image(image: Any, size: int | None = None) -> Image.Image:
     """An upright RGB picture of any mode.
 
     Args:
         image: a path, encoded bytes, a PIL image, or datasets' {"bytes": ..., "path": ...}.
+        size: pixels a side that are enough: a larger JPEG is decoded at a half, quarter or eighth of its size.
     Raises: OSError where it cannot be read, ValueError where it is none of these.
     """
     if isinstance(image, dict):
@@ -36,6 +37,8 @@ def open_image(image: Any) -> Image.Image:
         raise ValueError("A picture is a path, bytes or a PIL image; this row has none.")
     if not isinstance(image, Image.Image):
         image = Image.open(image)
+        if size is not None:
+            image.draft(image.mode, (size, size))
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         # convert() would clip 16 bits to white
@@ -44,6 +47,11 @@ def open_image(image: Any) -> Image.Image:
     elif image.mode == "P":
         image = image.convert("RGBA")  # a palette may hold transparency, which convert("RGB") warns about
     return image.convert("RGB")
+
+
+def longest_side(image_processor: BlipImageProcessor) -> int:
+    """Pixels of the longer side of what encode_images gives."""
+    return max(image_processor.size["width"], image_processor.size["height"])
 
 
 def encode_images(images: Sequence[Image.Image], image_processor: BlipImageProcessor) -> torch.Tensor:
@@ -91,7 +99,7 @@ def encode_row_images(rows: Sequence[dict[str, Any]], image_processor: BlipImage
     images, unreadable = [], set()
     for image_id, row in first_row.items():
         try:
-            images.append(open_image(row["image"]))
+            images.append(open_image(row["image"], longest_side(image_processor)))
         # decoders raise what they like on broken input: OSError, SyntaxError, ValueError, struct.error, zlib.error
         except Exception as error:
             logger.warning("picture %s cannot be read and counts for nothing: %s", image_id, error)

@@ -15,6 +15,7 @@ from blip_ft.collators import (
     encode_labels,
     encode_prompt,
     encode_texts,
+    longest_side,
     open_image,
 )
 
@@ -194,7 +195,8 @@ def answer_questions(
     groups = list(asked.values())
     for start in range(0, len(groups), images_at_once):
         chunk = groups[start : start + images_at_once]
-        pixels = encode_images([open_image(images[group[0]]) for group in chunk], processor.image_processor)
+        size = longest_side(processor.image_processor)
+        pixels = encode_images([open_image(images[group[0]], size) for group in chunk], processor.image_processor)
         pairs = [(row, position) for row, group in enumerate(chunk) for position in group]
         with torch.no_grad():
             states = model.encode_images(pixels.to(model.device)).last_hidden_state

@@ -17,7 +17,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.blip import modeling_blip
 from transformers.utils import can_return_tuple
 
-from blip_ft.attention import fuse_attention
+from blip_ft.attention import additive_mask, fuse_attention
 from blip_ft.contrastive import Contrastive, draw_negatives, gather
 
 IGNORED = -100  # label of a position that has no target
@@ -222,13 +222,14 @@ class BlipForQuestionAnswering(_Blip, modeling_blip.BlipForQuestionAnswering):
     ) -> torch.Tensor:
         """(num_answers,): smoothed cross-entropy of each answer, summed over its tokens. Arguments as in forward."""
         text = self.config.text_config
-        if question_index is not None:
-            question_states = question_states[question_index]
-            attention_mask = None if attention_mask is None else attention_mask[question_index]
-        elif len(labels) != len(question_states):
+        if question_index is None and len(labels) != len(question_states):
             raise ValueError(
                 f"{len(question_states)} questions and {len(labels)} answers: pass question_index, that of each."
             )
+        question_index = self._match_texts(question_index, len(question_states), len(labels))
+        if attention_mask is not None:
+            attention_mask = additive_mask(attention_mask, question_states.dtype)
+            attention_mask = attention_mask if question_index is None else attention_mask[question_index]
         targets = labels.masked_fill(labels == text.pad_token_id, IGNORED)[:, 1:]
         if decoder_input_ids is None:
             decoder_input_ids = labels.masked_fill(labels == IGNORED, text.pad_token_id)
@@ -239,6 +240,7 @@ class BlipForQuestionAnswering(_Blip, modeling_blip.BlipForQuestionAnswering):
             attention_mask=None if decoder_attention_mask is None else decoder_attention_mask[:, :-1],
             encoder_hidden_states=question_states,
             encoder_attention_mask=attention_mask,
+            image_index=question_index,
             is_decoder=True,
             **kwargs,
         ).last_hidden_state

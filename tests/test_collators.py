@@ -75,6 +75,19 @@ def test_path_bytes_and_picture_are_the_same(tmp_path):
         open_image({"bytes": None, "path": None})
 
 
+def test_large_jpeg_is_decoded_no_larger_than_needed():
+    gradient = np.linspace(0, 255, 400 * 300 * 3).reshape(300, 400, 3).astype(np.uint8)
+    encoded = as_bytes(Image.fromarray(gradient), "JPEG", quality=95)
+    assert open_image(encoded).size == (400, 300)
+    assert open_image(encoded, size=64).size == (100, 75)  # a quarter; an eighth would be 50 x 37
+    assert open_image(encoded, size=200).size == (400, 300)
+    resized = [np.asarray(open_image(encoded, size).resize((64, 64)), int) for size in (None, 64)]
+    assert np.abs(resized[0] - resized[1]).max() <= 4
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_image(as_bytes(Image.fromarray(gradient), "JPEG", exif=exif), size=64).size == (75, 100)
+
+
 def test_encoded_pictures_equal_the_stock_processor(processor):
     images = [
         Image.fromarray(np.random.default_rng(0).integers(0, 256, size, np.uint8)) for size in ((50, 70, 3), (20, 9, 3))

@@ -74,6 +74,51 @@ def test_each_picture_is_encoded_once(golden):
     assert rows == [2] and keys == [2, 2]
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_beams_share_keys_and_values_of_what_they_read(golden, task, num_beams):
+    model, batch = load(golden, task), grouped_batch(task, [2, 1])
+    decoder, rows = model.text_decoder, []
+    layers = decoder.bert.encoder.layer
+    for layer in layers:
+        layer.crossattention.self.key.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    if task == "captioning":
+        ids = model.generate(batch["pixel_values"], max_new_tokens=6, num_beams=num_beams)
+    else:
+        text = {name: batch[name] for name in ("input_ids", "attention_mask", "image_index")}
+        ids = model.generate(pixel_values=batch["pixel_values"], **text, max_new_tokens=6, num_beams=num_beams)
+    # once for all steps, a row for each picture or question
+    assert rows == [len(ids)] * len(layers)
+
+
+def test_answers_to_one_question_share_its_keys_and_values(golden):
+    model, batch = load(golden, "vqa"), grouped_batch("vqa", [2, 1])
+    rows = []
+    for layer in model.text_decoder.bert.encoder.layer:
+        layer.crossattention.self.key.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    losses = []
+    for questions in (batch["question_index"], torch.tensor([0, 0, 1, 1, 2, 2])):
+        pairs = {**batch, "question_index": questions}
+        for name in ("labels", "answer_weights"):
+            pairs[name] = batch[name][: len(questions)]
+        pairs["labels"] = pairs["labels"].repeat(len(questions), 1)[: len(questions)]
+        pairs["answer_weights"] = torch.ones(len(questions), dtype=torch.float64)
+        rows.clear()
+        shared = model(**pairs).loss
+        assert set(rows) == {3}
+        alone = [
+            model(
+                pixel_values=batch["pixel_values"][batch["image_index"][question]][None],
+                input_ids=batch["input_ids"][question : question + 1],
+                attention_mask=batch["attention_mask"][question : question + 1],
+                labels=pairs["labels"][answer : answer + 1],
+            ).loss
+            for answer, question in enumerate(questions.tolist())
+        ]
+        losses.append((shared.item(), sum(alone).item() / 3))
+    for shared, alone in losses:
+        assert shared == pytest.approx(alone, abs=1e-10)
+
+
 def split(batch, task, at):
     """The batch's first `at` texts and the rest, each with its own pictures, padded to its own longest."""
     halves = []
