@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers.models.blip import modeling_blip
 
+from blip_ft import attention
 from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 CLASSES = {"vqa": BlipForQuestionAnswering, "captioning": BlipForConditionalGeneration}
@@ -279,6 +280,24 @@ def test_autocast_with_padding_gives_finite_loss_near_full_precision(golden, tas
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(**batch).loss
     assert rough.item() == pytest.approx(exact.item(), rel=0.05)
+
+
+def fused(query, key, value, mask, dropout):
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+
+
+def test_bfloat16_gradient_is_near_full_precision(golden, task):
+    """On the CPU attention is then not fused, and no further from it than the fused kernel is."""
+    model, batch = CLASSES[task].from_pretrained(golden / task), grouped_batch(task, [2, 3])
+    batch["pixel_values"] = batch["pixel_values"].float()
+    _, exact = gradient(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, rough = gradient(model, batch)
+    with torch.autocast("cpu", torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_attend", fused)
+        _, rough_and_fused = gradient(model, batch)
+    error, fused_error = ((grad - exact).norm() for grad in (rough, rough_and_fused))
+    assert error < 1.2 * fused_error < 0.05 * exact.norm()
 
 
 def test_enc_start_token_equals_writing_it(golden):

@@ -262,6 +262,23 @@ def test_resumed_run_equals_unbroken_run(recipe, data_of, tmp_path, task):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
+def test_compiled_run_gives_the_same_losses_and_stops_compiling(recipe, data, tmp_path):
+    flags = ["--per_device_train_batch_size", "3", "--logging_steps", "1", "--sample_steps", "0"]
+    stats = torch._dynamo.utils.counters["stats"]
+    graphs = []
+    for steps in ("6", "12"):
+        torch._dynamo.reset()
+        stats.clear()
+        flags_now = [*flags, "--torch_compile", "--max_steps", steps, "--lr_scheduler_type", "constant"]
+        compiled = history_of(recipe(*data, *flags_now, output_dir=tmp_path / steps))
+        graphs.append(stats["unique_graphs"])
+    constant = [*flags, "--max_steps", "12", "--lr_scheduler_type", "constant"]
+    plain = history_of(recipe(*data, *constant, output_dir=tmp_path / "constant"))
+    assert [entry["loss"] for entry in compiled] == pytest.approx([entry["loss"] for entry in plain], rel=1e-4)
+    assert graphs[0] == graphs[1]
+
+
 MISTAKES = {
     "unknown flag": (["--learning_rat", "1"], "Did you mean learning_rate"),
     "no such model": (["--model_name_or_path", "/no/such/model"], "There is no folder /no/such/model"),
