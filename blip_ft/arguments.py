@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,15 @@ import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+
+def _check_ranges(arguments: Any, **ranges: tuple[float, float]) -> None:
+    """Raise ValueError for a value outside its (least, most); None passes."""
+    for name, (least, most) in ranges.items():
+        value = getattr(arguments, name)
+        if value is not None and not least <= value <= most:
+            wanted = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise ValueError(f"{name} must be {wanted}, found {value}.")
 
 
 @dataclass
@@ -49,6 +59,9 @@ class ModelArguments:
         },
     )
 
+    def __post_init__(self) -> None:
+        _check_ranges(self, image_size=(1, math.inf), label_smoothing=(0, 1), dropout=(0, 1))
+
     @property
     def hub_id(self) -> str | None:
         """The checkpoint's id where it lies on the Hub, None for a folder and for the demo."""
@@ -78,6 +91,7 @@ class PeftArguments:
     load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 weights (bitsandbytes); needs --use_peft."})
 
     def __post_init__(self) -> None:
+        _check_ranges(self, lora_r=(1, math.inf), lora_dropout=(0, 1))
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("Choose one width: load_in_8bit and load_in_4bit are both on.")
         if (self.load_in_8bit or self.load_in_4bit) and not self.use_peft:
@@ -167,6 +181,7 @@ class DataArguments:
             raise ValueError("questions_file needs image_folder: the folder that holds the COCO pictures.")
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction is a share between 0 and 1, found {self.eval_fraction}.")
+        _check_ranges(self, max_train_samples=(1, math.inf), max_eval_samples=(1, math.inf), max_bad_fraction=(0, 1))
 
     @property
     def label(self) -> str:
@@ -199,6 +214,8 @@ class VqaArguments:
     )
 
     def __post_init__(self) -> None:
+        # [CLS], a word and [SEP]
+        _check_ranges(self, max_question_tokens=(3, 512), max_answer_tokens=(3, 512), k_test=(1, math.inf))
         if (self.answer_mode == "rank") != (self.answer_list is not None):
             raise ValueError(
                 "answer_mode rank and answer_list go together: give --answer_mode rank --answer_list FILE."
@@ -227,6 +244,11 @@ class CaptioningArguments:
     generation_min_length: int = field(default=5, metadata={"help": "Tokens of a caption at least, prompt included."})
     repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1: words already written become rarer."})
 
+    def __post_init__(self) -> None:
+        _check_ranges(self, max_caption_tokens=(3, 512), generation_min_length=(0, 512))
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be above 0, found {self.repetition_penalty}; 1 changes nothing.")
+
 
 @dataclass
 class RetrievalArguments:
@@ -254,6 +276,10 @@ class RetrievalArguments:
         default=256,
         metadata={"help": "Candidates that the matching head ranks again. Paper: 256 for COCO, 128 for Flickr."},
     )
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, queue_size=(0, math.inf), momentum=(0, 1), alpha=(0, 1), k_test=(1, math.inf))
+        _check_ranges(self, max_caption_tokens=(3, 512))
 
 
 @dataclass
@@ -287,6 +313,15 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self) -> None:
         self.output_dir_was_given = self.output_dir is not None
+        at_least_one = (1, math.inf)
+        _check_ranges(
+            self,
+            per_device_train_batch_size=at_least_one,
+            per_device_eval_batch_size=at_least_one,
+            gradient_accumulation_steps=at_least_one,
+            generation_num_beams=at_least_one,
+            sample_steps=(0, math.inf),
+        )
         if self.label_smoothing_factor:
             raise ValueError(
                 "label_smoothing_factor smooths the wrong tokens for BLIP: the Trainer does not shift its labels. "

@@ -92,6 +92,8 @@ class ModelLoader:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, found {task!r}.")
         if model_type not in (None, "auto", *self.MODEL_REGISTRY):
             raise ValueError(f"model_type must be one of auto, {', '.join(self.MODEL_REGISTRY)}; found {model_type!r}.")
+        if model_name == "demo" and (load_in_8bit or load_in_4bit):
+            raise ValueError("The demo's new weights are trained from nothing; 8 and 4 bits are for a checkpoint.")
         self.model_name, self.task = model_name, task
         self.device = _existing_device(device or _best_device())
         self.bits = 8 if load_in_8bit else 4 if load_in_4bit else None

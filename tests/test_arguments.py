@@ -4,7 +4,16 @@ from dataclasses import dataclass
 
 import pytest
 
-from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments, parse
+from blip_ft.arguments import (
+    BlipTrainingArguments,
+    CaptioningArguments,
+    DataArguments,
+    ModelArguments,
+    PeftArguments,
+    RetrievalArguments,
+    VqaArguments,
+    parse,
+)
 
 ALL = (ModelArguments, DataArguments, VqaArguments, PeftArguments, BlipTrainingArguments)
 
@@ -67,6 +76,19 @@ def test_overridden_default_keeps_its_help(capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "flags", "message"),
+    [
+        (CaptioningArguments, ["--repetition_penalty", "0"], "repetition_penalty must be above 0, found 0.0"),
+        (RetrievalArguments, ["--queue_size", "-1"], "queue_size must be at least 0, found -1"),
+        (RetrievalArguments, ["--momentum", "1.5"], "momentum must be between 0 and 1"),
+    ],
+)
+def test_settings_of_a_task_that_cannot_work_are_refused(arguments, flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse(arguments, argv=flags)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--hub_token", "x"], "HF_TOKEN"),
@@ -74,6 +96,13 @@ def test_overridden_default_keeps_its_help(capsys):
         (["--questions_file", "q.json"], "come in pairs"),
         (["--questions_file", "q", "--annotations_file", "a"], "needs image_folder"),
         (["--eval_fraction", "1.5"], "between 0 and 1"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1, found 0"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1"),
+        (["--max_eval_samples", "0"], "max_eval_samples must be at least 1"),
+        (["--label_smoothing", "nan"], "label_smoothing must be between 0 and 1, found nan"),
+        (["--dropout", "-0.1"], "dropout must be between 0 and 1"),
+        (["--lora_r", "0"], "lora_r must be at least 1"),
+        (["--max_answer_tokens", "2"], "max_answer_tokens must be between 3 and 512"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path, flags, message):
