@@ -53,6 +53,8 @@ from blip_ft.collators import VqaCollator, encode_labels, encode_texts, open_ima
 
 logger = logging.getLogger(__name__)
 
+# a column of datasets is read as rows[name][:]: without [:] it comes row by row, which takes a minute for a million
+
 Row = dict[str, Any]
 Table = Dataset | list[Row]
 
@@ -123,7 +125,7 @@ class CaptionRows(torch.utils.data.Dataset):
 
     def __init__(self, pictures: Dataset, limit: int | None = None) -> None:
         self.pictures = pictures
-        counts = [len(captions) for captions in pictures["captions"]]
+        counts = [len(captions) for captions in pictures["captions"][:]]
         self.picture = np.repeat(np.arange(len(counts)), counts)[:limit]
         self.place = np.concatenate([np.arange(count) for count in counts])[:limit]  # among its picture's captions
 
@@ -133,7 +135,7 @@ class CaptionRows(torch.utils.data.Dataset):
     def __getitem__(self, key: int | str) -> Row | list[str]:
         """A row, or the column image_id."""
         if key == "image_id":
-            image_ids = self.pictures["image_id"]
+            image_ids = self.pictures["image_id"][:]
             return [image_ids[picture] for picture in self.picture.tolist()]
         row = self.pictures[int(self.picture[key])]
         return {"image": row["image"], "image_id": row["image_id"], "caption": row["captions"][self.place[key]]}
@@ -222,7 +224,7 @@ class DataPipeline:
         if not self.data_args.group_questions:
             shuffle = torch.Generator().manual_seed(args.seed)
             return self._loader(self.train_rows, args.per_device_train_batch_size, shuffle=True, generator=shuffle)
-        sampler = _NextEpochSampler(self.train_rows["image_id"], args.per_device_train_batch_size, args.seed)
+        sampler = _NextEpochSampler(self.train_rows["image_id"][:], args.per_device_train_batch_size, args.seed)
         return self._loader(self.train_rows, args.per_device_train_batch_size, sampler=sampler)
 
     def get_eval_dataloader(self) -> DataLoader:
@@ -472,7 +474,7 @@ def _split_by_column(table: Table, args: DataArguments) -> tuple[Table, Table | 
                 "Leave them out: a part of the pictures is then held out."
             )
         return table, None
-    values = table["split"] if isinstance(table, Dataset) else [row.get("split") for row in table]
+    values = table["split"][:] if isinstance(table, Dataset) else [row.get("split") for row in table]
     positions: dict[str, list[int]] = {}
     for position, value in enumerate(values):
         positions.setdefault(str(value), []).append(position)
@@ -504,7 +506,7 @@ def _require_split(split: str, there: Iterable[str]) -> None:
 
 
 def _hold_out_pictures(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    image_ids = np.asarray(rows["image_id"])
+    image_ids = np.asarray(rows["image_id"][:])
     pictures = np.unique(image_ids)
     if len(pictures) < 2:
         raise ValueError(f"Holding out pictures needs two or more, found {len(pictures)}. Give an eval_split.")
@@ -558,7 +560,7 @@ class _Rows:
         return len(self.rows)
 
     def bad_rows(self, unreadable: dict[str, str]) -> Iterator[Row]:
-        for position, (image_id, reason) in enumerate(zip(self.rows["image_id"], self.reasons, strict=True)):
+        for position, (image_id, reason) in enumerate(zip(self.rows["image_id"][:], self.reasons, strict=True)):
             if reason or image_id in unreadable:
                 yield {
                     "split": self.name,
@@ -590,7 +592,7 @@ class _Rows:
             if folder is None or len(paths) < len(values):
                 return values
         else:
-            paths = values[column] if values is not None else [row.get(column) for row in table]
+            paths = values[column][:] if values is not None else [row.get(column) for row in table]
         images, self.made_ids = [], []
         for position, path in enumerate(paths):
             located, reason = _locate(path, folder) if isinstance(path, str) else (None, "picture is no path")
@@ -639,7 +641,9 @@ class _CaptionRows(_Rows):
         """One row a picture, in order of first appearance, with the different captions of all its good rows."""
         first: dict[str, int] = {}
         captions: list[dict[str, None]] = [{} for _ in range(len(self))]
-        for position, (image_id, texts) in enumerate(zip(self.rows["image_id"], self.rows["captions"], strict=True)):
+        for position, (image_id, texts) in enumerate(
+            zip(self.rows["image_id"][:], self.rows["captions"][:], strict=True)
+        ):
             if not self.reasons[position]:
                 captions[first.setdefault(image_id, position)].update(dict.fromkeys(texts))
         # put together before rows are selected: after it, datasets would copy every picture
@@ -713,7 +717,7 @@ def _unreadable_pictures(parts: Iterable[_VqaRows], mode: str) -> dict[str, str]
     found, fresh = {}, []
     for part in parts:
         first = {}
-        for position, (image_id, reason) in enumerate(zip(part.rows["image_id"], part.reasons, strict=True)):
+        for position, (image_id, reason) in enumerate(zip(part.rows["image_id"][:], part.reasons, strict=True)):
             if not reason:
                 first.setdefault(image_id, position)
         ordered = list(first)
@@ -744,7 +748,9 @@ def _unreadable_pictures(parts: Iterable[_VqaRows], mode: str) -> dict[str, str]
 def _without_pictures(rows: Dataset, unreadable: dict[str, str]) -> Dataset:
     if not unreadable:
         return rows
-    return rows.select([position for position, image_id in enumerate(rows["image_id"]) if image_id not in unreadable])
+    return rows.select(
+        [position for position, image_id in enumerate(rows["image_id"][:]) if image_id not in unreadable]
+    )
 
 
 def _picture_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None, str | None]:

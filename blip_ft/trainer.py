@@ -83,7 +83,7 @@ class BlipTrainer(Trainer):
         args = self.args
         global_batch = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.seed if args.data_seed is None else args.data_seed
-        return GroupedSampler(rows["image_id"], global_batch, seed, self.group)
+        return GroupedSampler(rows["image_id"][:], global_batch, seed, self.group)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | None:
         """What the loss of a whole step is divided by: the Trainer would count label tokens, BLIP counts questions."""
@@ -118,7 +118,7 @@ class BlipTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """This process's rows, each row of the whole in one process only; those of a picture side by side."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        picture = pa.array(rows["image_id"], pa.string()).dictionary_encode().indices.to_numpy()
+        picture = pa.array(rows["image_id"][:], pa.string()).dictionary_encode().indices.to_numpy()
         order = np.argsort(picture, kind="stable")
         share = np.array_split(order, self.args.world_size)[self.args.process_index].tolist()
         loader = DataLoader(

@@ -78,7 +78,7 @@ def main() -> None:
     def evaluate(rows, collect):
         results = collect(predict, "Writing captions")
         texts = [result["prediction"] if result else "" for result in results]
-        references = list(rows["captions"])
+        references = rows["captions"][:]
         scores = CaptionScores().compute(predictions=texts, references=references)
         return results, {**scores, "exact_match": caption_exact_match(texts, references)}
 

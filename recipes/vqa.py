@@ -85,8 +85,8 @@ def main() -> None:
     def evaluate(rows, collect):
         results = collect(predict, "Answering")
         texts = [result["prediction"] if result else "" for result in results]
-        types = rows["answer_type"] if "answer_type" in rows.column_names else None
-        scores = VqaAccuracy().compute(predictions=texts, references=list(rows["answers"]), answer_types=types)
+        types = rows["answer_type"][:] if "answer_type" in rows.column_names else None
+        scores = VqaAccuracy().compute(predictions=texts, references=rows["answers"][:], answer_types=types)
         return results, {**scores, "loss": fmean(result["loss"] for result in results if result)}
 
     def describe(row, result):
@@ -111,7 +111,7 @@ def main() -> None:
         model_args,
         data_args,
         result_notes={
-            "scoring_rule": scoring_rule(eval_rows["answers"]),
+            "scoring_rule": scoring_rule(eval_rows["answers"][:]),
             "answer_types": "of the data" if "answer_type" in eval_rows.column_names else "by rule",
         },
     )
