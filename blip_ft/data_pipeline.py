@@ -173,7 +173,8 @@ class GroupedSampler(Sampler[int]):
         generator = np.random.default_rng((self.seed, self.epoch))
         place = generator.permutation(int(self.picture.max()) + 1)[self.picture]
         order = np.lexsort((generator.random(len(place)), place))
-        yield from order[: self.length].tolist()
+        for start in range(0, self.length, 1 << 16):  # all at once, a list of Python's integers is the larger part
+            yield from order[start : min(start + (1 << 16), self.length)].tolist()
 
 
 class _NextEpochSampler(GroupedSampler):
