@@ -62,6 +62,20 @@ class _Blip:
             pixel_values = (pixel_values / 255 - mean) / std
         return self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
 
+    def _see_pictures(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_states: torch.Tensor | None,
+        interpolate_pos_encoding: bool,
+        **kwargs,
+    ) -> modeling_blip.BaseModelOutputWithPooling:
+        """encode_images, or image_states as what it gave earlier, in the weights' dtype."""
+        if (pixel_values is None) == (image_states is None):
+            raise ValueError("forward takes pixel_values or image_states: one of them, found both or neither.")
+        if image_states is None:
+            return self.encode_images(pixel_values, interpolate_pos_encoding, **kwargs)
+        return modeling_blip.BaseModelOutputWithPooling(last_hidden_state=image_states.to(self.dtype))
+
     def resize_images(self, image_size: int) -> None:
         """Take pictures of image_size x image_size from now on: the position table is interpolated once and stored."""
         embeddings = self.vision_model.embeddings
@@ -138,8 +152,8 @@ class BlipForQuestionAnswering(_Blip, modeling_blip.BlipForQuestionAnswering):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -149,6 +163,7 @@ class BlipForQuestionAnswering(_Blip, modeling_blip.BlipForQuestionAnswering):
         decoder_attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
+        image_states: torch.Tensor | None = None,
         **kwargs,
     ) -> modeling_blip.BlipTextVisionModelOutput:
         """Loss: sum over answers of weight x summed smoothed cross-entropy of its tokens, over the number of questions.
@@ -162,12 +177,13 @@ class BlipForQuestionAnswering(_Blip, modeling_blip.BlipForQuestionAnswering):
             answer_weights: (num_answers,); None: 1 each.
             decoder_input_ids, decoder_attention_mask: (num_answers, answer_length) instead of those made from labels.
             num_items_in_batch: questions of the whole step, all processes and accumulation; default: of this batch.
+            image_states: (num_images, patches + 1, width), what encode_images gave, instead of pixel_values.
         Source: BLIP models/blip_vqa.py and train_vqa.py.
         """
         kwargs.pop("readable", None)  # what a collator tells evaluation
         if labels is None and decoder_input_ids is None:
             raise ValueError("forward needs labels to compute a loss; to answer questions call generate.")
-        vision = self.encode_images(pixel_values, interpolate_pos_encoding, **kwargs)
+        vision = self._see_pictures(pixel_values, image_states, interpolate_pos_encoding, **kwargs)
         question_states = self.encode_questions(
             vision.last_hidden_state, input_ids, attention_mask, image_index, **kwargs
         )
@@ -321,13 +337,14 @@ class BlipForConditionalGeneration(_Blip, modeling_blip.BlipForConditionalGenera
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
+        image_states: torch.Tensor | None = None,
         **kwargs,
     ) -> modeling_blip.BlipForConditionalGenerationModelOutput:
         """Loss: mean smoothed cross-entropy over the target tokens of all captions.
@@ -338,19 +355,20 @@ class BlipForConditionalGeneration(_Blip, modeling_blip.BlipForConditionalGenera
             image_index: (num_captions,), the picture of each caption; None: one each.
             labels: (num_captions, length), -100 on prompt and padding; what attention_mask hides is not counted.
             num_items_in_batch: targets of the whole step, over accumulation and processes; default those of this batch.
+            image_states: (num_images, patches + 1, width), what encode_images gave, instead of pixel_values.
         Returns: loss, and logits (num_captions, length, vocabulary) where there are no labels.
         Source: BLIP models/blip.py BLIP_Decoder.forward.
         """
         kwargs.pop("readable", None)  # what a collator tells evaluation
         text = self.config.text_config
-        vision = self.encode_images(pixel_values, interpolate_pos_encoding, **kwargs)
+        vision = self._see_pictures(pixel_values, image_states, interpolate_pos_encoding, **kwargs)
         input_ids = input_ids.clone()
         input_ids[:, 0] = text.bos_token_id
         states = self.text_decoder.bert(
             input_ids=input_ids,
             attention_mask=attention_mask,
             encoder_hidden_states=vision.last_hidden_state,
-            image_index=self._match_texts(image_index, len(pixel_values), len(input_ids)),
+            image_index=self._match_texts(image_index, len(vision.last_hidden_state), len(input_ids)),
             is_decoder=True,
             **kwargs,
         ).last_hidden_state

@@ -331,3 +331,16 @@ def test_caption_generation_needs_no_prompt_and_leaves_inputs_alone(golden):
     assert model.generate(pixels, ids, max_new_tokens=3)[:, :3].tolist() == [[126, 1, 2]] * 2
     assert torch.equal(ids, before)
     assert model.generate(pixels, max_new_tokens=3)[:, 0].tolist() == [126, 126]
+
+
+def test_image_states_take_the_place_of_pixel_values(golden, task):
+    model, batch = load(golden, task), grouped_batch(task, [3, 1])
+    wanted = model(**batch).loss
+    pixel_values = batch.pop("pixel_values")
+    image_states = model.encode_images(pixel_values).last_hidden_state
+    assert torch.equal(model(**batch, image_states=image_states).loss, wanted)
+    # bfloat16 keeps 8 bits
+    torch.testing.assert_close(model(**batch, image_states=image_states.bfloat16()).loss, wanted, rtol=2**-8, atol=0)
+    for pictures in ({}, {"pixel_values": pixel_values, "image_states": image_states}):
+        with pytest.raises(ValueError, match="pixel_values or image_states: one of them"):
+            model(**batch, **pictures)
