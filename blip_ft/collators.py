@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,17 @@ def open_image(image: Any, size: int | None = None) -> Image.Image:
     elif image.mode == "P":
         image = image.convert("RGBA")  # a palette may hold transparency, which convert("RGB") warns about
     return image.convert("RGB")
+
+
+def picture_key(image: dict[str, Any]) -> str:
+    """A name for the content of datasets' {"bytes": ..., "path": ...}: another one where a picture has changed.
+
+    Raises: OSError where its file is not there.
+    """
+    if image["bytes"] is not None:
+        return hashlib.sha1(image["bytes"]).hexdigest()
+    status = os.stat(image["path"])
+    return hashlib.sha1(f"{image['path']} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
 
 
 def longest_side(image_processor: BlipImageProcessor) -> int:
@@ -112,21 +124,26 @@ def encode_row_images(rows: Sequence[dict[str, Any]], image_processor: BlipImage
     }
 
 
+# rows with image and image_id -> what encode_row_images gives, or image_states in the place of its pixel_values
+LookUp = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
+
+
 @dataclass
 class VqaCollator:
     """Rows of image, image_id, question and answers to a batch in which each picture stands once.
 
     Returns pixel_values (I, 3, H, W) uint8; input_ids and attention_mask (Q, Lq); image_index (Q,);
     labels (A, La); question_index (A,); answer_weights (A,): count / number of that question's answers; readable (Q,).
-    The answers to a picture that cannot be read weigh 0.
+    The answers to a picture that cannot be read weigh 0. look_up takes the place of encode_row_images.
     """
 
     processor: BlipProcessor
     max_question_tokens: int = 35
     max_answer_tokens: int = 30
+    look_up: LookUp | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pictures = encode_row_images(rows, self.processor.image_processor)
+        pictures = self.look_up(rows) if self.look_up else encode_row_images(rows, self.processor.image_processor)
         answers, question_index, weights = [], [], []
         for index, (row, readable) in enumerate(zip(rows, pictures["readable"].tolist(), strict=True)):
             for answer, count in Counter(row["answers"]).items():
@@ -149,6 +166,7 @@ class CaptionCollator:
 
     Returns pixel_values (I, 3, H, W) uint8; image_index (C,); input_ids and attention_mask (C, L) of prompt and
     caption; labels (C, L), -100 on the prompt, on padding and for a picture that cannot be read; readable (C,).
+    look_up takes the place of encode_row_images.
     Source: BLIP models/blip.py BLIP_Decoder.forward.
     """
 
@@ -156,9 +174,10 @@ class CaptionCollator:
     prompt: str = "a picture of "
     max_tokens: int = 40
     clean: bool = True
+    look_up: LookUp | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pictures = encode_row_images(rows, self.processor.image_processor)
+        pictures = self.look_up(rows) if self.look_up else encode_row_images(rows, self.processor.image_processor)
         captions = [clean_caption(row["caption"]) if self.clean else row["caption"] for row in rows]
         tokenizer = self.processor.tokenizer
         tokens = encode_texts([self.prompt + caption for caption in captions], tokenizer, self.max_tokens)

@@ -49,7 +49,7 @@ from blip_ft.arguments import (
     VqaArguments,
     parse,
 )
-from blip_ft.collators import VqaCollator, encode_labels, encode_texts, open_image
+from blip_ft.collators import VqaCollator, encode_labels, encode_texts, open_image, picture_key
 
 logger = logging.getLogger(__name__)
 
@@ -761,8 +761,7 @@ def _picture_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None
         return "picture is missing", None
     try:
         if image["bytes"] is None:
-            status = os.stat(image["path"])
-            key = hashlib.sha1(f"{image['path']} {status.st_size} {status.st_mtime_ns} {mode}".encode()).hexdigest()
+            key = f"{picture_key(image)} {mode}"
             if key in known:
                 return None, key
         source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])

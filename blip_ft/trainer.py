@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments
 from blip_ft.data_pipeline import GroupedSampler
+from blip_ft.feature_store import store_pictures
 from blip_ft.hub import write_model_card
 
 logger = logging.getLogger(__name__)
@@ -266,6 +268,13 @@ def run(
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
     results: dict[str, Any] = {}
+    if args.cache_image_features:
+        if checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            # train() would load it too late for a vision model that is new in each run; those two load it wrapped
+            trainer._load_from_checkpoint(checkpoint)
+        # evaluation keeps its own collator, which decodes
+        pictures = store_pictures(trainer.blip, trainer.processing_class, trainer.train_dataset, args)
+        trainer.data_collator = replace(trainer.data_collator, look_up=pictures)
     if args.eval_on_start and checkpoint is None:
         # before the clock of training starts; the Trainer's own would run inside it
         results |= trainer.evaluate(metric_key_prefix="before_training")

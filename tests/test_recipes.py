@@ -14,6 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers.models.blip import modeling_blip
 
+from blip_ft import feature_store
+
 
 def results_of(folder: Path) -> dict:
     return json.loads((folder / "all_results.json").read_text())
@@ -233,6 +235,45 @@ def test_frozen_parts_do_not_change(recipe, data, checkpoint):
     assert changed and not any(name.startswith(("vision_model.", "text_encoder.embeddings.")) for name in changed)
 
 
+@pytest.mark.parametrize(("dtype", "rel"), [("fp32", 1e-5), ("bf16", 2**-8)])
+@pytest.mark.parametrize("task", ["vqa", "captioning"])
+def test_cached_features_give_the_losses_of_the_vision_model_without_running_it(
+    recipe, data_of, tmp_path, monkeypatch, task, dtype, rel
+):
+    monkeypatch.setattr(feature_store, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    in_training = []
+    monkeypatch.setattr(
+        *(modeling_blip.BlipVisionModel, "forward"),
+        lambda self, *args, run=modeling_blip.BlipVisionModel.forward, **kwargs: (
+            in_training.append(self.training) or run(self, *args, **kwargs)
+        ),
+    )
+    common = [*data_of(task), "--freeze", "vision_model", "--num_train_epochs", "3", "--logging_steps", "1"]
+    plain = recipe(*common, output_dir=tmp_path / "plain", task=task)
+    assert in_training.count(True) == 3
+    in_training.clear()
+    flags = ["--cache_image_features", "--cache_dtype", dtype]
+    cached = recipe(*common, *flags, output_dir=tmp_path / "cached", task=task)
+    assert in_training and not any(in_training)
+    losses = [[entry["loss"] for entry in history_of(folder)] for folder in (plain, cached)]
+    assert losses[1] == pytest.approx(losses[0], rel=rel)
+
+
+def test_cached_features_are_those_of_the_checkpoint_that_a_run_goes_on_from(recipe, data, tmp_path, monkeypatch):
+    """The demo's model is another one in each run until then."""
+    monkeypatch.setattr(feature_store, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    common = [*data, "--model_name_or_path", "demo", "--freeze", "vision_model", "--max_steps", "3"]
+    common += ["--save_steps", "1", "--save_strategy", "steps", "--save_total_limit", "9", "--logging_steps", "1"]
+    whole = recipe(*common, output_dir=tmp_path / "whole")
+    cut = shutil.copytree(whole, tmp_path / "cut")
+    for step in (2, 3):
+        shutil.rmtree(cut / f"checkpoint-{step}")
+    flags = ["--cache_image_features", "--cache_dtype", "fp32", "--resume_from_checkpoint", "last"]
+    recipe(*common, *flags, output_dir=cut)
+    losses = [[entry["loss"] for entry in history_of(folder)] for folder in (whole, cut)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_model_flags_are_stored_in_the_checkpoint(recipe, data):
     flags = ["--image_size", "48", "--dropout", "0.2", "--label_smoothing", "0.3", "--question_start_token", "enc"]
     config = json.loads((recipe(*data, *flags, "--max_steps", "1") / "config.json").read_text())
@@ -292,6 +333,7 @@ MISTAKES = {
     "freeze all": (["--freeze", "vision_model,text_encoder,text_decoder"], "Everything is frozen"),
     "batch too large": (["--per_device_train_batch_size", "64"], "Choose at most 8"),
     "rank without list": (["--answer_mode", "rank"], "give --answer_mode rank --answer_list FILE"),
+    "cache without freeze": (["--cache_image_features"], "Add --freeze vision_model"),
     "odd size": (["--image_size", "50"], "multiple of the patch size 8"),
 }
 

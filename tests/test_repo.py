@@ -33,7 +33,8 @@ ARROWS = {
     "inference": {"collators"},
     "models": {"arguments", "collators", "demo", "inference", "modeling"},
     "data_pipeline": {"arguments", "demo", "collators"},
-    "trainer": {"arguments", "data_pipeline", "hub"},
+    "feature_store": {"arguments", "collators", "modeling"},
+    "trainer": {"arguments", "data_pipeline", "feature_store", "hub"},
 }
 
 

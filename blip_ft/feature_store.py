@@ -1,0 +1,260 @@
+"""What a frozen vision model makes of each picture, computed once and read from a memory-mapped file ever after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import compress, islice, takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets.config import HF_CACHE_HOME
+from filelock import FileLock, Timeout
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import distributed, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers import BlipProcessor, PreTrainedModel
+
+from blip_ft.arguments import BlipTrainingArguments
+from blip_ft.collators import PictureCollator, picture_key
+from blip_ft.modeling import BlipForImageTextRetrieval
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # to be raised where a picture would be decoded or resized in another way: old features are then not read
+KEY_BYTES = 41  # 40 hexadecimal digits and a newline
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+GB = 10**9
+
+
+@dataclass
+class FeatureStore:
+    """Image states in a folder: `states`, a row of fixed size for each picture, and `keys`, a line for each row.
+
+    A key is written after its row has reached the disk. What a killed run leaves is whole up to the last key.
+
+    Args:
+        shape: (patches + 1, width) of a row.
+    """
+
+    folder: Path
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """The only process that may append; others wait here. What a killed one left half written is cut off."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / "lock")  # it falls open when its process ends, however that ends
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("Another process is encoding pictures into %s: waiting for it.", self.folder)
+            held = lock.acquire()
+        with held:
+            for name in ("states", "keys"):
+                (self.folder / name).touch()
+            num_rows = len(self.rows())
+            os.truncate(self.folder / "states", num_rows * self.row_bytes)
+            os.truncate(self.folder / "keys", num_rows * KEY_BYTES)
+            yield
+
+    def rows(self) -> dict[str, int]:
+        """Key -> row of all that is whole."""
+        lines = (self.folder / "keys").read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
+        num_rows = (self.folder / "states").stat().st_size // self.row_bytes
+        keys = takewhile(re.compile(rb"[0-9a-f]{40}").fullmatch, lines[:num_rows])
+        return {key.decode(): row for row, key in enumerate(keys)}
+
+    def append(self, keys: Sequence[str], states: torch.Tensor) -> None:
+        """Add a row for each key, none of which may be there. states: (len(keys), patches + 1, width), any float."""
+        content = states.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
+        lines = "".join(f"{key}\n" for key in keys).encode()
+        for name, part in (("states", content), ("keys", lines)):
+            with (self.folder / name).open("ab") as file:
+                file.write(part)
+                file.flush()
+                os.fsync(file.fileno())  # a key that outlives a power cut before its row would stand for zeros
+
+    def read(self, rows: Sequence[int | None]) -> torch.Tensor:
+        """(len(rows), patches + 1, width) in the store's dtype; zeros for None."""
+        content = np.zeros((len(rows), self.row_bytes), np.uint8)  # numpy has no bfloat16
+        for place, row in enumerate(rows):
+            if row is not None:
+                # mapped anew each time, in microseconds: pickle would copy a lasting map into every worker
+                offset = row * self.row_bytes
+                content[place] = np.memmap(self.folder / "states", np.uint8, "r", offset, (self.row_bytes,))
+        return torch.from_numpy(content).view(self.dtype).view(-1, *self.shape)
+
+
+@dataclass
+class StoredPictures:
+    """Looks up the pictures of a batch, in the place of decoding them.
+
+    Args:
+        row_of: image_id -> row in store; a picture that could not be read is not among them.
+    """
+
+    store: FeatureStore
+    row_of: dict[str, int]
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """image_states (I, patches + 1, width), each picture once; image_index (rows,); readable (rows,)."""
+        image_ids = [row["image_id"] for row in rows]
+        position = {image_id: index for index, image_id in enumerate(dict.fromkeys(image_ids))}
+        return {
+            "image_states": self.store.read([self.row_of.get(image_id) for image_id in position]),
+            "image_index": torch.tensor([position[image_id] for image_id in image_ids]),
+            "readable": torch.tensor([image_id in self.row_of for image_id in image_ids]),
+        }
+
+
+def store_pictures(
+    model: PreTrainedModel, processor: BlipProcessor, rows: Any, args: BlipTrainingArguments
+) -> StoredPictures:
+    """Encode those pictures of rows that no earlier run has stored; a picture is then neither decoded nor encoded.
+
+    Of several processes that share the folder one encodes and the others wait for it.
+
+    Args:
+        rows: with image and image_id, and a column of image_id.
+    Raises: ValueError where features are not constant, and before anything is encoded where they need too much space.
+    """
+    _require_constant_features(model)
+    if distributed.is_initialized():
+        for tensor in model.vision_model.state_dict().values():
+            # DDP will give all processes the first one's weights; those of a new model differ until then
+            distributed.broadcast(tensor, 0)
+    vision = model.config.vision_config
+    shape = (model.vision_model.embeddings.num_positions, vision.hidden_size)
+    home = Path(HF_CACHE_HOME) / "blip_ft" / "image_features"
+    store = FeatureStore(home / _digest(model, processor, args), shape, DTYPES[args.cache_dtype])
+
+    ids = pa.array(rows["image_id"], pa.string()).dictionary_encode()  # numbered as they appear
+    _, first_rows = np.unique(ids.indices.to_numpy(), return_index=True)
+    key_of, row_of_key = {}, {}
+    for image_id, row in zip(ids.dictionary.to_pylist(), first_rows.tolist(), strict=True):
+        try:
+            key = key_of[image_id] = picture_key(rows[row]["image"])
+            row_of_key[key] = row
+        except OSError as error:
+            logger.warning("picture %s cannot be read and counts for nothing: %s", image_id, error)
+
+    with store.writing():
+        found = store.rows()
+        missing = {key: row for key, row in row_of_key.items() if key not in found}
+        if missing:
+            _require_space(home, len(missing) * store.row_bytes, len(missing), args)
+            _encode(model, processor, rows, missing, store, args)
+        stored = store.rows()
+    logger.info(
+        "Image features of %d pictures, %d of them encoded now: %s (%.1f GB)",
+        *(len(row_of_key), len(stored) - len(found), store.folder, len(stored) * store.row_bytes / GB),
+    )
+    return StoredPictures(store, {image_id: stored[key] for image_id, key in key_of.items() if key in stored})
+
+
+@torch.no_grad()
+def _encode(
+    model: PreTrainedModel,
+    processor: BlipProcessor,
+    rows: Any,
+    missing: dict[str, int],
+    store: FeatureStore,
+    args: BlipTrainingArguments,
+) -> None:
+    """missing: key of a picture -> a row of it."""
+    loader = DataLoader(
+        Subset(rows, list(missing.values())),
+        args.per_device_eval_batch_size,
+        collate_fn=PictureCollator(processor),
+        num_workers=args.dataloader_num_workers,
+    )
+    keys = iter(missing)
+    model.eval()
+    with tqdm(total=len(missing), desc="Encoding pictures, once for all epochs") as progress:
+        for batch in loader:
+            with torch.autocast(model.device.type, _autocast_dtype(args), enabled=args.bf16 or args.fp16):
+                states = model.encode_images(batch["pixel_values"].to(model.device)).last_hidden_state
+            readable = batch["readable"]
+            here = list(islice(keys, len(readable)))
+            store.append(list(compress(here, readable)), states.cpu()[readable])
+            progress.update(len(here))
+
+
+def _autocast_dtype(args: BlipTrainingArguments) -> torch.dtype:
+    return torch.float16 if args.fp16 else torch.bfloat16
+
+
+def _require_constant_features(model: PreTrainedModel) -> None:
+    """Raises: ValueError with the way out where the vision model would not give the same features in every epoch."""
+    if isinstance(model, BlipForImageTextRetrieval):
+        raise ValueError(
+            "cache_image_features is for questions and captions: in retrieval the momentum encoder sees pictures too. "
+            "Leave it out."
+        )
+    vision = model.vision_model
+    if any(isinstance(module, BaseTunerLayer) for module in vision.modules()):
+        raise ValueError(
+            "cache_image_features needs a vision model that stays as it is, and the adapter has layers there. Put it "
+            "on the text layers alone: --lora_target_modules query key value dense"
+        )
+    trained = [name for name, parameter in vision.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise ValueError(
+            f"cache_image_features needs a vision model that stays as it is; {len(trained)} of its weights are "
+            f"trained, e.g. vision_model.{trained[0]}. Add --freeze vision_model."
+        )
+    if any(module.p > 0 for module in vision.modules() if isinstance(module, nn.Dropout)):
+        raise ValueError(
+            "cache_image_features needs features that are the same in every epoch, and the checkpoint has dropout in "
+            "its vision model. Set attention_dropout to 0 under vision_config in its config.json."
+        )
+
+
+def _digest(model: PreTrainedModel, processor: BlipProcessor, args: BlipTrainingArguments) -> str:
+    """A name for all that the features depend on beside the picture, and the form in which they are stored."""
+    vision = model.config.vision_config
+    settings = {
+        name: getattr(vision, name)
+        for name in ("image_size", "num_attention_heads", "hidden_act", "layer_norm_eps", "image_mean", "image_std")
+    }
+    settings |= {"format": FORMAT, "resample": int(processor.image_processor.resample), "dtype": args.cache_dtype}
+    settings["autocast"] = str(_autocast_dtype(args)) if args.bf16 or args.fp16 else None
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, tensor in model.vision_model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def _require_space(home: Path, needed: int, num_pictures: int, args: BlipTrainingArguments) -> None:
+    """Raises: ValueError where needed bytes would go beyond the limit or the disk."""
+    # of all weights and sizes
+    used = sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
+    free = shutil.disk_usage(home).free
+    if used + needed > args.cache_limit_gb * GB or needed > free:
+        halve = " --cache_dtype bf16 halves it;" if args.cache_dtype == "fp32" else ""
+        raise ValueError(
+            f"cache_image_features needs {needed / GB:.3g} GB for {num_pictures} pictures. {home} holds "
+            f"{used / GB:.3g} GB, cache_limit_gb is {args.cache_limit_gb:g} for both, and the disk has {free / GB:.3g} "
+            f"GB free.{halve} --max_train_samples and a smaller --image_size need less; --cache_limit_gb "
+            f"{(used + needed) / GB:.3g} allows it; HF_HOME moves it to another disk. Folders there that other weights "
+            "or sizes have left can be deleted."
+        )

@@ -1,0 +1,301 @@
+"""Features of a frozen vision model: what is stored, what is encoded again, and what is refused."""
+
+import os
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PillowImage
+from transformers import BlipProcessor
+
+from blip_ft import feature_store
+from blip_ft.arguments import BlipTrainingArguments, PeftArguments
+from blip_ft.collators import CaptionCollator, VqaCollator, encode_row_images
+from blip_ft.feature_store import FeatureStore, store_pictures
+from blip_ft.modeling import BlipForImageTextRetrieval, BlipForQuestionAnswering
+from blip_ft.models import add_lora, freeze_model
+
+ROW_BYTES = 17 * 32 * 2  # 16 patches and [CLS], width 32, bf16
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path):
+    monkeypatch.setattr(feature_store, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "blip_ft" / "image_features"
+
+
+@pytest.fixture
+def load(golden):
+    def load() -> BlipForQuestionAnswering:
+        model = BlipForQuestionAnswering.from_pretrained(golden / "vqa").eval()
+        freeze_model(model, ["vision_model"])
+        return model
+
+    return load
+
+
+@pytest.fixture
+def model(load):
+    return load()
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Five pictures, the first with two rows."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(5):
+        pixels = torch.randint(256, (40, 36, 3), generator=generator, dtype=torch.uint8)
+        PillowImage.fromarray(pixels.numpy()).save(tmp_path / f"{number}.png")
+    numbers = [0, 0, 1, 2, 3, 4]
+    return as_dataset([tmp_path / f"{number}.png" for number in numbers], [f"id-{number}" for number in numbers])
+
+
+def as_dataset(paths, image_ids):
+    images = [{"bytes": None, "path": str(path)} for path in paths]
+    features = Features({"image": Image(decode=False), "image_id": Value("string")})
+    return Dataset.from_dict({"image": images, "image_id": image_ids}, features)
+
+
+@pytest.fixture
+def store(processor, tmp_path):
+    """store_pictures with a batch of two pictures, and flags over the defaults."""
+
+    def store(model, rows, **flags):
+        fixed = {"use_cpu": True, "dataloader_num_workers": 0, "per_device_eval_batch_size": 2}
+        args = BlipTrainingArguments(str(tmp_path / "run"), **{**fixed, **flags})
+        return store_pictures(model, processor, rows, args)
+
+    return store
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The number of pictures of each batch that the vision model has seen."""
+    sizes = []
+    encode = BlipForQuestionAnswering.encode_images
+
+    def count(self, pixel_values, *args, **kwargs):
+        sizes.append(len(pixel_values))
+        return encode(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(BlipForQuestionAnswering, "encode_images", count)
+    return sizes
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_stored_states_are_those_of_the_vision_model(model, rows, store, processor, dtype, torch_dtype):
+    batch = store(model, rows, cache_dtype=dtype)(list(rows))
+    decoded = encode_row_images(list(rows), processor.image_processor)
+    with torch.no_grad():
+        wanted = model.encode_images(decoded["pixel_values"]).last_hidden_state
+    # the pass encodes two pictures at once and this test five, which rounds the sums otherwise
+    torch.testing.assert_close(batch["image_states"].float(), wanted, rtol=2**-8 if dtype == "bf16" else 0, atol=2e-6)
+    assert batch["image_states"].dtype == torch_dtype
+    assert torch.equal(batch["image_index"], decoded["image_index"]) and batch["readable"].all()
+
+
+def test_only_pictures_that_are_not_stored_are_encoded(load, rows, store, encoded, tmp_path):
+    store(load(), rows.select(range(3)))
+    assert encoded == [2]
+    store(load(), rows)
+    assert encoded == [2, 2, 1]
+    store(load(), rows)
+    assert encoded == [2, 2, 1]
+    os.utime(tmp_path / "3.png", (0, 0))  # a file that has been written since
+    store(load(), rows)
+    assert encoded == [2, 2, 1, 1]
+
+
+def test_equal_bytes_under_two_ids_are_encoded_once(model, rows, store, encoded, tmp_path):
+    content = (tmp_path / "0.png").read_bytes()
+    images = [{"bytes": content, "path": None}] * 2
+    features = Features({"image": Image(decode=False), "image_id": Value("string")})
+    pictures = store(model, Dataset.from_dict({"image": images, "image_id": ["a", "b"]}, features))
+    assert encoded == [1]
+    states = pictures([{"image_id": "a"}, {"image_id": "b"}])["image_states"]
+    assert torch.equal(states[0], states[1]) and states.any()
+
+
+def test_interrupted_pass_goes_on_where_it_was(model, rows, store, encoded, monkeypatch):
+    whole = store(model, rows)(list(rows))["image_states"]
+    shutil.rmtree(feature_store.HF_CACHE_HOME)
+
+    append = FeatureStore.append
+
+    def interrupt(self, keys, states):
+        if len(self.rows()) == 2:
+            raise KeyboardInterrupt
+        append(self, keys, states)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureStore, "append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store(model, rows)
+    encoded.clear()
+    torch.testing.assert_close(store(model, rows)(list(rows))["image_states"], whole)
+    assert sum(encoded) == 3
+
+
+# what is done to a store of five rows -> how many of them are lost
+TORN = {
+    "row without a key": (lambda folder: extend(folder / "states", b"\1" * ROW_BYTES), 0),
+    "half a row": (lambda folder: extend(folder / "states", b"\1" * 100), 0),
+    "half a key": (lambda folder: extend(folder / "keys", b"0123"), 0),
+    "key without a row": (lambda folder: extend(folder / "keys", b"0" * 40 + b"\n"), 0),
+    "zeros after a power cut": (lambda folder: extend(folder / "keys", b"\0" * 41 * 3), 0),
+    "lost rows": (lambda folder: os.truncate(folder / "states", 3 * ROW_BYTES + 5), 2),
+    "lost keys": (lambda folder: os.truncate(folder / "keys", 41 * 2 + 7), 3),
+    "lost file": (lambda folder: (folder / "states").unlink(), 5),
+}
+
+
+def extend(path, content: bytes):
+    with path.open("ab") as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("damage", TORN)
+def test_torn_store_is_mended(model, rows, store, encoded, home, damage):
+    whole = store(model, rows)(list(rows))["image_states"]
+    harm, num_lost = TORN[damage]
+    harm(next(home.iterdir()))
+    encoded.clear()
+    torch.testing.assert_close(store(model, rows)(list(rows))["image_states"], whole)
+    assert sum(encoded) == num_lost
+    folder = next(home.iterdir())
+    assert (folder / "states").stat().st_size == 5 * ROW_BYTES and (folder / "keys").stat().st_size == 5 * 41
+
+
+def change_weights(model, processor):
+    model.vision_model.encoder.layers[0].mlp.fc1.weight.data[0, 0] += 1
+
+
+def change_size(model, processor):
+    model.resize_images(48)
+    freeze_model(model, ["vision_model"])
+    processor.image_processor.size = {"height": 48, "width": 48}
+
+
+def change_mean(model, processor):
+    model.config.vision_config.image_mean = [0.5, 0.5, 0.5]
+
+
+def change_resampling(model, processor):
+    processor.image_processor.resample = PillowImage.Resampling.NEAREST
+
+
+@pytest.mark.parametrize("change", [change_weights, change_size, change_mean, change_resampling])
+def test_other_weights_or_preprocessing_use_another_store(load, rows, store, encoded, home, processor, change):
+    size, resample = processor.image_processor.size, processor.image_processor.resample
+    store(load(), rows)
+    other = load()
+    try:
+        change(other, processor)
+        store(other, rows)
+    finally:
+        processor.image_processor.size, processor.image_processor.resample = size, resample
+    assert sum(encoded) == 10 and len(list(home.iterdir())) == 2
+
+
+@pytest.mark.parametrize("flags", [{"cache_dtype": "fp32"}, {"bf16": True}])
+def test_other_precision_uses_another_store(model, rows, store, encoded, flags):
+    store(model, rows)
+    store(model, rows, **flags)
+    assert sum(encoded) == 10
+
+
+def test_unreadable_pictures_count_for_nothing(model, rows, store, processor, tmp_path):
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    (tmp_path / "2.png").unlink()
+    pictures = store(model, rows)
+    readable = [True, True, False, False, True, True]
+    asked = [{**row, "question": "is it ?", "answers": ["yes", "no"], "caption": "a dog"} for row in rows]
+    batch = VqaCollator(processor, look_up=pictures)(asked)
+    assert batch["readable"].tolist() == readable
+    assert batch["answer_weights"].view(6, 2).sum(1).tolist() == [float(good) for good in readable]
+    assert not batch["image_states"][1:3].any() and "pixel_values" not in batch
+    captioned = CaptionCollator(processor, look_up=pictures)(asked)
+    assert (captioned["labels"] != -100).any(1).tolist() == readable
+
+
+def test_of_two_at_once_one_encodes_and_the_other_waits(model, rows, store, encoded):
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(partial(store, model), [rows, rows])
+    assert sum(encoded) == 5
+    assert torch.equal(first(list(rows))["image_states"], second(list(rows))["image_states"])
+
+
+def states_of_a_new_model(rank, golden, rows, run, home):
+    feature_store.HF_CACHE_HOME = home
+    model = BlipForQuestionAnswering.from_pretrained(golden / "vqa")
+    freeze_model(model, ["vision_model"])
+    model.vision_model.embeddings.class_embedding.data += rank
+    processor = BlipProcessor.from_pretrained(golden.parent / "processor")
+    args = BlipTrainingArguments(str(run), use_cpu=True, dataloader_num_workers=0)
+    return store_pictures(model, processor, rows, args)(list(rows))["image_states"].float().sum(-1).tolist()
+
+
+def test_processes_share_the_first_ones_weights(golden, rows, processor, on_two_processes, tmp_path, home):
+    processor.save_pretrained(tmp_path / "processor")
+    shutil.copytree(golden / "vqa", tmp_path / "golden" / "vqa")
+    cache = str(home.parent.parent)
+    first, second = on_two_processes(states_of_a_new_model, tmp_path / "golden", rows, tmp_path / "run", cache)
+    assert first == second and len(list(home.iterdir())) == 1
+
+
+def test_a_worker_gets_the_place_and_not_the_features(model, rows, store):
+    pictures = store(model, rows)
+    content = pickle.dumps(pictures)
+    assert len(content) < ROW_BYTES
+    assert torch.equal(pickle.loads(content)(list(rows))["image_states"], pictures(list(rows))["image_states"])
+
+
+def test_too_small_a_limit_is_refused_before_anything_is_encoded(model, rows, store, encoded):
+    limit = 4.5 * ROW_BYTES / 1e9
+    with pytest.raises(ValueError, match=r"needs 5.44e-06 GB for 5 pictures.*--cache_limit_gb 5.44e-06 allows it"):
+        store(model, rows, cache_limit_gb=limit)
+    assert encoded == []
+    store(model, rows.select([0, 2]), cache_limit_gb=limit)
+    with pytest.raises(ValueError, match=r"needs 3.26e-06 GB for 3 pictures.*holds 2.26e-06 GB"):
+        store(model, rows, cache_limit_gb=limit)
+    with pytest.raises(ValueError, match="--cache_dtype bf16 halves it"):
+        store(model, rows, cache_limit_gb=limit, cache_dtype="fp32")
+    assert sum(encoded) == 2
+
+
+def test_too_full_a_disk_is_refused_before_anything_is_encoded(model, rows, store, encoded, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(ValueError, match="the disk has 1e-06 GB free.*HF_HOME moves it to another disk"):
+        store(model, rows)
+    assert encoded == []
+
+
+def test_trained_vision_model_is_refused(model, rows, store):
+    model.vision_model.post_layernorm.bias.requires_grad = True
+    with pytest.raises(ValueError, match="1 of its weights are trained.*Add --freeze vision_model"):
+        store(model, rows)
+
+
+def test_adapter_on_the_vision_model_is_refused_and_one_on_texts_is_not(load, rows, store, encoded):
+    adapted = add_lora(load(), PeftArguments(use_peft=True))
+    with pytest.raises(ValueError, match="--lora_target_modules query key value dense"):
+        store(adapted.get_base_model(), rows)
+    of_texts = PeftArguments(use_peft=True, lora_target_modules=["query", "key", "value", "dense"])
+    store(add_lora(load(), of_texts).get_base_model(), rows)
+    store(load(), rows)  # the same weights, the same store
+    assert sum(encoded) == 5
+
+
+def test_vision_dropout_is_refused(model, rows, store):
+    model.vision_model.encoder.layers[0].self_attn.dropout.p = 0.1
+    with pytest.raises(ValueError, match="Set attention_dropout to 0"):
+        store(model, rows)
+
+
+def test_retrieval_is_refused(golden, rows, store):
+    with pytest.raises(ValueError, match="for questions and captions"):
+        store(BlipForImageTextRetrieval.from_pretrained(golden / "retrieval"), rows)
