@@ -146,7 +146,7 @@ def store_pictures(
     home = Path(HF_CACHE_HOME) / "blip_ft" / "image_features"
     store = FeatureStore(home / _digest(model, processor, args), shape, DTYPES[args.cache_dtype])
 
-    ids = pa.array(rows["image_id"], pa.string()).dictionary_encode()  # numbered as they appear
+    ids = pa.array(rows["image_id"][:], pa.string()).dictionary_encode()  # numbered as they appear
     _, first_rows = np.unique(ids.indices.to_numpy(), return_index=True)
     key_of, row_of_key = {}, {}
     for image_id, row in zip(ids.dictionary.to_pylist(), first_rows.tolist(), strict=True):

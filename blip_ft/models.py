@@ -29,12 +29,13 @@ from transformers import (
     BlipProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    set_seed,
 )
 from transformers.models.blip import modeling_blip
 from transformers.utils import CONFIG_NAME
 
 from blip_ft import demo, inference
-from blip_ft.arguments import ModelArguments, PeftArguments
+from blip_ft.arguments import BlipTrainingArguments, ModelArguments, PeftArguments
 from blip_ft.collators import open_image
 from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
@@ -204,13 +205,15 @@ def load_model(
 
 
 def load_for_training(
-    task: str, model_args: ModelArguments, peft_args: PeftArguments, device: torch.device
+    task: str, model_args: ModelArguments, peft_args: PeftArguments, training_args: BlipTrainingArguments
 ) -> tuple[PreTrainedModel | PeftModel, BlipProcessor]:
     """Model and processor as the arguments say: resized, smoothed, frozen, in few bits, with an adapter."""
+    # the Trainer seeds after the weights of an adapter, of the demo and of a head that a checkpoint lacks are drawn
+    set_seed(training_args.seed)
     loaded = load_model(
         model_args.model_name_or_path,
         task=task,
-        device=device,
+        device=training_args.device,
         load_in_8bit=peft_args.load_in_8bit,
         load_in_4bit=peft_args.load_in_4bit,
         image_size=model_args.image_size,

@@ -60,7 +60,7 @@ def main() -> None:
     output_dir = Path(training_args.output_dir)
     train_rows, eval_rows = load_captions(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
 
-    model, processor = load_for_training("conditional_generation", model_args, peft_args, training_args.device)
+    model, processor = load_for_training("conditional_generation", model_args, peft_args, training_args)
 
     def predict(model, batch, positions):
         texts = inference.caption(

@@ -62,7 +62,7 @@ def main() -> None:
     output_dir = Path(training_args.output_dir)
     train_rows, eval_rows = load_captions(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
 
-    model, processor = load_for_training("image_text_retrieval", model_args, peft_args, training_args.device)
+    model, processor = load_for_training("image_text_retrieval", model_args, peft_args, training_args)
     model.config.itm_start_token = retrieval_args.itm_start_token
 
     def evaluate(rows, collect):

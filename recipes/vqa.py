@@ -65,7 +65,7 @@ def main() -> None:
     output_dir = Path(training_args.output_dir)
     train_rows, eval_rows = load_vqa(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
 
-    model, processor = load_for_training("vqa", model_args, peft_args, training_args.device)
+    model, processor = load_for_training("vqa", model_args, peft_args, training_args)
     model.config.question_start_token = vqa_args.question_start_token
 
     def predict(model, batch, positions):

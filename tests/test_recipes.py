@@ -228,6 +228,16 @@ def test_adapter_trains_with_checkpointing_and_loads_in_stock(recipe, data_of, c
     torch.testing.assert_close(merged(**inputs)[output], before, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("flags", [["--use_peft"], ["--model_name_or_path", "demo"]])
+def test_same_seed_gives_the_same_weights_and_another_does_not(recipe, data, tmp_path, flags):
+    losses = []
+    for number, seed in enumerate(("1", "1", "2")):
+        torch.manual_seed(number)
+        few = [*data, *flags, "--max_steps", "2", "--logging_steps", "1", "--seed", seed]
+        losses.append([entry["loss"] for entry in history_of(recipe(*few, output_dir=tmp_path / str(number)))])
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_frozen_parts_do_not_change(recipe, data, checkpoint):
     folder = recipe(*data, "--max_steps", "2", "--freeze", "vision_model,text_encoder.embeddings")
     before, after = load_file(checkpoint / "model.safetensors"), load_file(folder / "model.safetensors")
