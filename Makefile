@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 # on a CUDA machine install the torch you want into .venv before
 TORCH := 2.13.0
 
-.PHONY: demo test style format
+.PHONY: demo test style format benchmark
 
 demo: $(VENV)/installed
 	$(VENV)/bin/accelerate launch --quiet recipes/vqa.py
@@ -19,6 +19,9 @@ style: $(VENV)/installed-dev
 format: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+benchmark: $(VENV)/installed
+	$(PYTHON) recipes/benchmark.py
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	test -x $(PYTHON) || python3 -m venv $(VENV)

@@ -1,0 +1,330 @@
+"""Stock transformers against blip_ft on equal work: one process, taking turns, medians and spread.
+
+    python recipes/benchmark.py             all of it, about seven minutes on two cores
+    python recipes/benchmark.py --quick     within three minutes: one round, and no 13 questions a picture
+    python recipes/benchmark.py --only steps --output table.md
+
+The models have the architecture of Salesforce/blip-vqa-base and the same random weights. Questions have 12 tokens and
+no padding, whose mask stock loses, and answers 4; before anything is timed both must give the same loss. A step is
+forward and backward; the optimiser's part is the same for both. On CUDA times are the card's own.
+"""
+
+import argparse
+import io
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BlipConfig, BlipImageProcessor
+from transformers.models.blip import modeling_blip
+
+from blip_ft.collators import encode_row_images
+from blip_ft.data_pipeline import GroupedSampler
+from blip_ft.modeling import BlipForQuestionAnswering
+
+QUESTION_TOKENS, ANSWER_TOKENS = 12, 4
+
+
+def blip_base() -> BlipConfig:
+    size = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    ids = {"vocab_size": 30524, "bos_token_id": 30522, "pad_token_id": 0, "sep_token_id": 102, "eos_token_id": 102}
+    text = {**size, **ids, "encoder_hidden_size": 768, "max_position_embeddings": 512, "label_smoothing": 0.1}
+    return BlipConfig(vision_config={**size, "image_size": 384, "patch_size": 16}, text_config=text)
+
+
+class Pair:
+    """Stock's and our model with the same weights, and the same work for both.
+
+    Args:
+        num_images: pictures in each batch.
+    """
+
+    def __init__(self, config: BlipConfig, device: torch.device, num_images: int) -> None:
+        torch.manual_seed(0)
+        self.device, self.num_images = device, num_images
+        self.ours = BlipForQuestionAnswering(config).to(device)
+        self.stock = modeling_blip.BlipForQuestionAnswering(config).to(device)
+        self.stock.load_state_dict(self.ours.state_dict())
+        size, self.vocabulary = config.vision_config.image_size, config.text_config.vocab_size
+        self.decoder_start = config.text_config.bos_token_id
+        self.pixels = torch.randn(num_images, 3, size, size, device=device)
+
+    def batches(self, questions: int) -> dict[str, dict[str, torch.Tensor]]:
+        """For each model the inputs of `questions` questions a picture."""
+        image_index = torch.arange(self.num_images, device=self.device).repeat_interleave(questions)
+        ids = torch.randint(1, 100, (len(image_index), QUESTION_TOKENS), device=self.device)
+        answers = torch.randint(1, 100, (len(image_index), ANSWER_TOKENS), device=self.device)
+        answers[:, 0] = self.decoder_start
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": answers}
+        repeated = {"pixel_values": self.pixels[image_index], "decoder_input_ids": answers}
+        return {
+            "stock": {**repeated, **text},
+            "ours": {"pixel_values": self.pixels, "image_index": image_index, **text},
+        }
+
+    def step(self, name: str, batch: dict[str, torch.Tensor], bf16: bool = False) -> float:
+        model = getattr(self, name).train()
+        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+            loss = model(**batch).loss
+        loss.backward()
+        model.zero_grad()
+        return loss.item()
+
+    def require_equal_losses(self) -> None:
+        batches = self.batches(questions=2)
+        stock, ours = (self.step(name, batches[name]) for name in ("stock", "ours"))
+        ours /= ANSWER_TOKENS - 1  # ours is a sum over an answer's tokens, stock's a mean over all
+        if abs(stock - ours) > 1e-3:
+            raise ValueError(f"The models do different work: stock's loss is {stock:.5f}, ours {ours:.5f}.")
+
+
+def seconds(work: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each piece of work in each round, taking turns, after one round that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 1):
+        for name, run in work.items():
+            if device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                run()
+                end.record()
+                torch.cuda.synchronize()
+                spent = start.elapsed_time(end) / 1000
+            else:
+                begun = time.perf_counter()
+                run()
+                spent = time.perf_counter() - begun
+            if number:
+                taken[name].append(spent)
+    return taken
+
+
+def row(work: str, taken: dict[str, list[float]], scale: float = 1.0, unit: str = "s") -> str:
+    """A line of the table. scale: what a figure is multiplied with, e.g. 1 / questions."""
+
+    def cell(values: list[float]) -> str:
+        low, middle, high = (scale * f(values) for f in (min, median, max))
+        return f"{middle:.3g} {unit} ({low:.3g} to {high:.3g})"
+
+    ratio = median(taken["stock"]) / median(taken["ours"])
+    return f"| {work} | {cell(taken['stock'])} | {cell(taken['ours'])} | {ratio:.2f} x |"
+
+
+def matmul_rate(config: BlipConfig, device: torch.device, dtype: torch.dtype) -> float:
+    """The machine's best rate in operations a second, of a product as the vision model has it."""
+    width, inner = config.vision_config.hidden_size, config.vision_config.intermediate_size
+    rows = 2 * ((config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1)
+    rows *= 16 if device.type == "cuda" else 1
+    left = torch.randn(rows, width, device=device, dtype=dtype)
+    right = torch.randn(width, inner, device=device, dtype=dtype)
+    best = min(seconds({"mm": lambda: left @ right}, device, rounds=20)["mm"])
+    return 2 * rows * width * inner / best
+
+
+def steps(pair: Pair, config: BlipConfig, rounds: int, questions_per_image: Sequence[int] = (1, 5, 13)) -> list[str]:
+    lines = []
+    for bf16 in (False, True):
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        rate = matmul_rate(config, pair.device, dtype)
+        for questions in questions_per_image:
+            batches = pair.batches(questions)
+            work = {name: lambda n=name, b=batches, h=bf16: pair.step(n, b[n], h) for name in batches}
+            taken = seconds(work, pair.device, rounds)
+            label = (
+                f"step, {questions} question{'s' * (questions > 1)} a picture, {'bf16' if bf16 else 'fp32'}, a question"
+            )
+            lines.append(row(label, taken, 1 / (questions * pair.num_images)))
+            if questions == 5:
+                # fused attention is no product to the counter; the kernel that it can take the place of is
+                with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                    pair.step("ours", batches["ours"])
+                share = counter.get_total_flops() / median(taken["ours"]) / rate
+                rates = f"{rate / 1e9:.0f} GFLOP/s, of which ours reaches"
+                lines.append(f"| matmul rate, {str(dtype).removeprefix('torch.')} | {rates} | {100 * share:.0f} % | |")
+    return lines
+
+
+def frozen(pair: Pair, rounds: int) -> list[str]:
+    """From the second epoch on: stock with a frozen vision model, ours with the stored features of its pictures."""
+    batches = pair.batches(questions=5)
+    for model in (pair.stock, pair.ours):
+        model.vision_model.requires_grad_(False)
+    with torch.no_grad():
+        batches["ours"]["image_states"] = pair.ours.encode_images(batches["ours"].pop("pixel_values")).last_hidden_state
+    taken = seconds({name: lambda n=name: pair.step(n, batches[n]) for name in batches}, pair.device, rounds)
+    for model in (pair.stock, pair.ours):
+        model.vision_model.requires_grad_(True)
+    return [
+        row(
+            "step, frozen vision, ours with cached features, 5 questions, fp32, a question",
+            taken,
+            0.2 / pair.num_images,
+        )
+    ]
+
+
+def answers(pair: Pair, rounds: int) -> list[str]:
+    batches = pair.batches(questions=5)
+    work = {}
+    for name, batch in batches.items():
+        inputs = {
+            key: batch[key] for key in ("pixel_values", "input_ids", "attention_mask", "image_index") if key in batch
+        }
+        model = getattr(pair, name).eval()
+        # no answer ends early, so that both write equally many tokens
+        settings = {"num_beams": 3, "max_length": 10, "min_length": 10, "do_sample": False}
+        work[name] = lambda m=model, i=inputs, s=settings: m.generate(**i, **s)
+    taken = seconds(work, pair.device, rounds)
+    return [row("answers, 3 beams, 5 questions a picture, fp32, a question", taken, 0.2 / pair.num_images)]
+
+
+def pictures(config: BlipConfig, rounds: int) -> list[str]:
+    """Decoding and resizing on one core. Stock ends with floats; ours with bytes, which the device normalises."""
+    size = config.vision_config.image_size
+    processor = BlipImageProcessor(size={"height": size, "width": size})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    lines = []
+    for width, height in ((640, 480), (4000, 3000)):
+        encoded = smooth_noise(width, height)
+        rows = [{"image_id": "", "image": {"bytes": encoded, "path": None}}]
+        work = {
+            "stock": lambda e=encoded: processor(Image.open(io.BytesIO(e)), return_tensors="pt"),
+            "ours": lambda r=rows: encode_row_images(r, processor),
+        }
+        taken = seconds(work, torch.device("cpu"), 5 * rounds)
+        label = f"JPEG of {width} x {height} ({len(encoded) // 1024} kB) to {size} x {size}"
+        lines.append(row(label, taken, 1000, "ms"))
+        per_second = [f"{1 / median(taken[name]):.0f}" for name in ("stock", "ours")]
+        lines.append(f"| the same, pictures a second and core | {per_second[0]} | {per_second[1]} | |")
+    torch.set_num_threads(threads)
+    return lines
+
+
+def smooth_noise(width: int, height: int) -> bytes:
+    """A JPEG of quality 90 with detail at all scales, as a photograph has."""
+    generator, content = np.random.default_rng(0), np.zeros((height, width, 3))
+    for cells, weight in ((8, 0.5), (32, 0.25), (128, 0.15), (512, 0.1)):
+        shape = (max(2, height * cells // 2048), max(2, width * cells // 2048), 3)
+        coarse = Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8))
+        content += weight * np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), float)
+    file = io.BytesIO()
+    Image.fromarray(content.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def peak_memory(name: str, pair: Pair) -> float:
+    """MiB that one step at 5 questions a picture takes beside the model, its gradients included."""
+    batch = pair.batches(questions=5)[name]
+    if pair.device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        pair.step(name, batch)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = status_of_process("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the models
+    pair.step(name, batch)
+    return status_of_process("VmHWM") - before
+
+
+def memory(pair: Pair) -> list[str]:
+    if pair.device.type == "cuda":
+        peaks = {name: peak_memory(name, pair) for name in ("stock", "ours")}
+    else:  # a process has one peak
+        command = [sys.executable, __file__, "--images", str(pair.num_images), "--peak"]
+        peaks = {
+            name: float(subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout.split()[-1])
+            for name in ("stock", "ours")
+        }
+    stock, ours = (f"{peaks[name] / 1024:.2f} GiB" for name in ("stock", "ours"))
+    label = "peak memory over the model, step, 5 questions, fp32"
+    return [f"| {label} | {stock} | {ours} | {100 * peaks['ours'] / peaks['stock']:.0f} % |"]
+
+
+def status_of_process(name: str) -> float:
+    """MiB of memory that the process holds now (VmRSS) or held at most (VmHWM). Linux."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) / 1024
+
+
+def order() -> list[str]:
+    lines = []
+    for number in (10_000, 1_000_000):
+        image_ids = [str(position // 5) for position in range(number)]
+        before, begun = status_of_process("VmRSS"), time.perf_counter()
+        rows = iter(GroupedSampler(image_ids, 32, seed=0))
+        next(rows)
+        spent = time.perf_counter() - begun
+        lines.append(
+            f"| order of an epoch, {number:,} rows | | {spent:.2g} s, {status_of_process('VmRSS') - before:.0f} MiB | |"
+        )
+    return lines
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "blip_ft"))
+    return f"{name}; {versions}; {date.today()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one round, and no 13 questions a picture")
+    parser.add_argument("--only", default="", help="steps, frozen, answers, pictures, memory or order")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--images", type=int, help="pictures in a batch; default 1, on CUDA 32")
+    parser.add_argument("--output", type=Path, help="write the table there too")
+    parser.add_argument("--peak", choices=("stock", "ours"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device, config = torch.device(args.device), blip_base()
+    images = args.images or (32 if device.type == "cuda" else 1)
+    rounds = 1 if args.quick else 3
+    pair = Pair(config, device, images)
+    if args.peak:
+        print(peak_memory(args.peak, pair))
+        return
+    pair.require_equal_losses()
+    groups = {
+        "steps": lambda: steps(pair, config, rounds, (1, 5) if args.quick else (1, 5, 13)),
+        "frozen": lambda: frozen(pair, rounds),
+        "answers": lambda: answers(pair, rounds),
+        "pictures": lambda: pictures(config, rounds),
+        "memory": lambda: memory(pair),
+        "order": order,
+    }
+    lines = [
+        f"{machine(device)}; pictures in a batch: {images}",
+        "",
+        "| work | stock | ours | ratio |",
+        "|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    for name, group in groups.items():
+        if args.only in name:
+            found = group()
+            lines += found
+            print("\n".join(found), flush=True)
+    if args.output:
+        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
