@@ -445,6 +445,9 @@ def _flags_of_yaml(path: str | Path, parser: HfArgumentParser) -> list[str]:
         if isinstance(value, dict):
             value = json.dumps(yaml.safe_load(yaml.safe_dump(value)))
         # `=`: a value may begin with a dash
+        action = parser._option_string_actions[f"--{key}"]
+        if isinstance(value, list) and action.nargs is None:
+            value = ",".join(map(str, value))  # freeze: [vision_model, text_encoder]
         flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return flags
 

@@ -26,7 +26,8 @@ def open_image(image: Any, size: int | None = None) -> Image.Image:
     """An upright RGB picture of any mode.
 
     Args:
-        image: a path, encoded bytes, a PIL image, or datasets' {"bytes": ..., "path": ...}.
+        image: a path, encoded bytes, a PIL image, an array (height, width, 3) of bytes, or datasets' {"bytes": ...,
+            "path": ...}.
         size: pixels a side that are enough: a larger JPEG is decoded at a half, quarter or eighth of its size.
     Raises: OSError where it cannot be read, ValueError where it is none of these.
     """
@@ -36,7 +37,11 @@ def open_image(image: Any, size: int | None = None) -> Image.Image:
         image = io.BytesIO(image)
     if image is None:
         raise ValueError("A picture is a path, bytes or a PIL image; this row has none.")
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
+        if not isinstance(image, (str, os.PathLike, io.BytesIO)):
+            raise ValueError(f"A picture is a path, bytes, a PIL image or an array; this is a {type(image).__name__}.")
         image = Image.open(image)
         if size is not None:
             image.draft(image.mode, (size, size))
@@ -76,6 +81,9 @@ def encode_images(images: Sequence[Image.Image], image_processor: BlipImageProce
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask, (num_texts, longest), [CLS] ... [SEP], cut at max_tokens."""
     tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+    # the tokenizer would keep both and be saved with them
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 

@@ -49,7 +49,7 @@ from blip_ft.arguments import (
     VqaArguments,
     parse,
 )
-from blip_ft.collators import VqaCollator, encode_labels, encode_texts, open_image, picture_key
+from blip_ft.collators import VqaCollator, encode_labels, encode_row_images, encode_texts, picture_key
 
 logger = logging.getLogger(__name__)
 
@@ -213,20 +213,25 @@ class DataPipeline:
         """Read the rows, and the processor of model_name_or_path, by default that of the recipe's checkpoint."""
         name = self.model_args.model_name_or_path or "Salesforce/blip-vqa-base"
         self.train_rows, self.eval_rows = load_vqa(self.data_args, seed=self.training_args.seed)
-        processor = demo.build_demo_processor() if name == "demo" else BlipProcessor.from_pretrained(name)
+        if name == "demo":
+            processor = demo.build_demo_processor()
+        else:
+            processor = BlipProcessor.from_pretrained(name, revision=self.model_args.model_revision)
         if size := self.model_args.image_size:
             processor.image_processor.size = {"height": size, "width": size}
         self.processor = processor
+        args = self.training_args
+        self._shuffle = torch.Generator().manual_seed(args.seed)
+        self._sampler = None
+        if self.data_args.group_questions:
+            ids = self.train_rows["image_id"][:]
+            self._sampler = _NextEpochSampler(ids, args.per_device_train_batch_size, args.seed)
 
     def get_train_dataloader(self) -> DataLoader:
         """Shuffled anew in each epoch; with grouping, cut to whole batches."""
         self._require_setup()
-        args = self.training_args
-        if not self.data_args.group_questions:
-            shuffle = torch.Generator().manual_seed(args.seed)
-            return self._loader(self.train_rows, args.per_device_train_batch_size, shuffle=True, generator=shuffle)
-        sampler = _NextEpochSampler(self.train_rows["image_id"][:], args.per_device_train_batch_size, args.seed)
-        return self._loader(self.train_rows, args.per_device_train_batch_size, sampler=sampler)
+        order = {"sampler": self._sampler} if self._sampler else {"shuffle": True, "generator": self._shuffle}
+        return self._loader(self.train_rows, self.training_args.per_device_train_batch_size, **order)
 
     def get_eval_dataloader(self) -> DataLoader:
         """Every row once, in the data's order."""
@@ -249,11 +254,13 @@ class DataPipeline:
         )
 
     def _collate_pairs(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        images = [open_image(row["image"]) for row in rows]
         answers = [max(row["answers"], key=row["answers"].count) for row in rows]  # max gives the first on ties
-        task, tokenizer = self.task_args, self.processor.tokenizer
+        task, tokenizer, images = self.task_args, self.processor.tokenizer, self.processor.image_processor
+        pictures = encode_row_images(rows, images)
+        pixels = pictures["pixel_values"][pictures["image_index"]]
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (images.image_mean, images.image_std))
         return {
-            "pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"],
+            "pixel_values": (pixels / 255 - mean) / std,
             **encode_texts([row["question"] for row in rows], tokenizer, task.max_question_tokens),
             "labels": encode_labels(answers, tokenizer, task.max_answer_tokens),
         }
@@ -532,6 +539,8 @@ class _Rows:
         image_column = args.image_column or ("image" if "image" in columns else "file_name")
         text_columns = self._text_columns(args, columns)
         _require_columns({"image_column": image_column, **text_columns}, columns)
+        if args.image_id_column != "image_id":
+            _require_columns({"image_id_column": args.image_id_column}, columns)
         texts = table
         if isinstance(table, Dataset):  # another column of pictures would be decoded with each row
             wanted = {*text_columns.values(), args.image_id_column, "question_id", "answer_type"}

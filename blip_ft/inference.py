@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,7 +187,7 @@ def answer_questions(
         images_at_once, questions_at_once: bound the memory; the answers do not depend on them.
     """
     # PIL images cannot be hashed
-    keys = [image if isinstance(image, (str, bytes)) else id(image) for image in images]
+    keys = [image if isinstance(image, (str, bytes, Path)) else id(image) for image in images]
     asked: dict[Any, list[int]] = {}
     for position, key in enumerate(keys):
         asked.setdefault(key, []).append(position)

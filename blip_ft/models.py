@@ -6,8 +6,9 @@ import errno
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
@@ -62,7 +63,7 @@ class ModelLoader:
         load_in_8bit, load_in_4bit: weights in few bits by bitsandbytes.
         torch_dtype: of the weights, also as a string; `dtype` is its newer name. Default float32.
         merge: for an adapter, add it into the weights.
-        image_size, label_smoothing, dropout: change the checkpoint's own.
+        image_size, label_smoothing, dropout, question_start_token, itm_start_token: change the checkpoint's own.
         kwargs: for from_pretrained, e.g. revision, token, local_files_only.
     Raises: ValueError with what to check when loading fails.
     """
@@ -85,6 +86,8 @@ class ModelLoader:
         image_size: int | None = None,
         label_smoothing: float | None = None,
         dropout: float | None = None,
+        question_start_token: Literal["cls", "enc"] | None = None,
+        itm_start_token: Literal["cls", "enc"] | None = None,
         **kwargs: Any,
     ) -> None:
         if load_in_8bit and load_in_4bit:
@@ -93,14 +96,15 @@ class ModelLoader:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, found {task!r}.")
         if model_type not in (None, "auto", *self.MODEL_REGISTRY):
             raise ValueError(f"model_type must be one of auto, {', '.join(self.MODEL_REGISTRY)}; found {model_type!r}.")
-        if model_name == "demo" and (load_in_8bit or load_in_4bit):
+        if str(model_name) == "demo" and (load_in_8bit or load_in_4bit):
             raise ValueError("The demo's new weights are trained from nothing; 8 and 4 bits are for a checkpoint.")
-        self.model_name, self.task = model_name, task
+        self.model_name, self.task = str(model_name), task
         self.device = _existing_device(device or _best_device())
         self.bits = 8 if load_in_8bit else 4 if load_in_4bit else None
-        self.dtype = _dtype(dtype or torch_dtype or torch.float32)
+        self.dtype = _dtype(dtype or torch_dtype) if dtype or torch_dtype else None
         self.device_map, self.merge = device_map, merge
         self.image_size, self.label_smoothing, self.dropout = image_size, label_smoothing, dropout
+        self.start_tokens = {"question_start_token": question_start_token, "itm_start_token": itm_start_token}
         self.kwargs = {"trust_remote_code": trust_remote_code, **kwargs}
         self.model: PreTrainedModel | PeftModel | None = None
         self.processor: BlipProcessor | None = None
@@ -111,7 +115,10 @@ class ModelLoader:
         try:
             if name != "demo" and (base := _base_of_adapter(name, kwargs)):
                 name, kwargs = base
+                self._take_over(_download(self.model_name, CONFIG_NAME, self.kwargs))
             self.model = self._load_model(name, kwargs)
+            if base:
+                self.model = _save_for_stock(PeftModel.from_pretrained(self.model, self.model_name, **self.kwargs))
             if load_processor:
                 self.processor = (
                     demo.build_demo_processor() if name == "demo" else BlipProcessor.from_pretrained(name, **kwargs)
@@ -119,21 +126,32 @@ class ModelLoader:
         except (OSError, EntryNotFoundError, HFValidationError, SafetensorError) as error:
             of = f"The base checkpoint of the adapter {self.model_name}: " if base else ""
             raise ValueError(of + _what_to_check(name, error)) from error
-        if base:
-            self.model = PeftModel.from_pretrained(self.model, self.model_name, **self.kwargs)
-            self.model = self.model.merge_and_unload() if self.merge else _save_for_stock(self.model)
+        if self.merge and base:
+            self.model = self.model.merge_and_unload()
+            unfreeze_model(self.model)  # PEFT leaves the base frozen
         self.model.eval()
         if not load_processor:
             return {"model": self.model}
         vision, image_processor = self.model.config.vision_config, self.processor.image_processor
+        tokenizer = self.processor.tokenizer
+        longest = self.model.config.text_config.max_position_embeddings
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
         image_processor.size = {"height": vision.image_size, "width": vision.image_size}
         vision.image_mean, vision.image_std = list(image_processor.image_mean), list(image_processor.image_std)
         return {
             "model": self.model,
             "processor": self.processor,
-            "tokenizer": self.processor.tokenizer,
+            "tokenizer": tokenizer,
             "image_processor": image_processor,
         }
+
+    def _take_over(self, config_file: Path | None) -> None:
+        """What an adapter was trained with and its base does not know."""
+        if config_file is None:
+            return
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        self.image_size = self.image_size or config.get("vision_config", {}).get("image_size")
+        self.start_tokens = {name: token or config.get(name) for name, token in self.start_tokens.items()}
 
     def get_model(self) -> PreTrainedModel | PeftModel:
         return self._loaded(self.model)
@@ -159,15 +177,20 @@ class ModelLoader:
         text = config.text_config
         if self.label_smoothing is not None:
             # read when the decoder is built; config.label_smoothing never reaches it
-            text.label_smoothing = self.label_smoothing
+            text.label_smoothing = float(self.label_smoothing)
         if self.dropout is not None:
-            text.hidden_dropout_prob = text.attention_probs_dropout_prob = self.dropout
+            text.hidden_dropout_prob = text.attention_probs_dropout_prob = float(self.dropout)
+        for key, token in self.start_tokens.items():
+            if token is not None:
+                setattr(config, key, token)
+        # weights stored in few bits go with the dtype that they were stored with
+        dtype = self.dtype or ("auto" if getattr(config, "quantization_config", None) else torch.float32)
         if name == "demo":
             model = TASKS[self.task](config)
             demo.set_apart_positions(model)
-            model = model.to(None if self.dtype == "auto" else self.dtype)
+            model = model.to(self.device, None if dtype == "auto" else dtype)
         else:
-            settings = {"config": config, "dtype": self.dtype, **kwargs}
+            settings = {"config": config, "dtype": dtype, **kwargs}
             if self.bits or self.device_map:
                 settings["device_map"] = self.device_map or {"": self.device}
             if self.bits:
@@ -175,12 +198,13 @@ class ModelLoader:
             model = TASKS[self.task].from_pretrained(name, **settings)
         if self.image_size and self.image_size != config.vision_config.image_size:
             model.resize_images(self.image_size)
-        if self.bits == 4 and self.device.type == "cpu":
+        if self.device.type == "cpu":
             for module in model.modules():
                 # with AVX512-BF16, bitsandbytes 0.50 repacks the weights in evaluation and then fails in training
                 if hasattr(module, "support_avx512bf16_for_cpu"):
                     module.support_avx512bf16_for_cpu = False
-        return model if self.bits or self.device_map else model.to(self.device)
+        placed = self.bits or self.device_map or getattr(config, "quantization_config", None)
+        return model if placed else model.to(self.device)
 
 
 def load_model(
@@ -210,6 +234,13 @@ def load_for_training(
     """Model and processor as the arguments say: resized, smoothed, frozen, in few bits, with an adapter."""
     # the Trainer seeds after the weights of an adapter, of the demo and of a head that a checkpoint lacks are drawn
     set_seed(training_args.seed)
+    name = model_args.model_name_or_path
+    if peft_args.use_peft and (name == "demo" or _base_of_adapter(name, {"revision": model_args.model_revision})):
+        raise ValueError(
+            f"use_peft needs a checkpoint that can be loaded again under the adapter; {name} is "
+            + ("made of new weights each time." if name == "demo" else "an adapter itself. Merge it first: load_model(")
+            + ("" if name == "demo" else f'"{name}", merge=True), then save_model(...).')
+        )
     loaded = load_model(
         model_args.model_name_or_path,
         task=task,
@@ -220,10 +251,11 @@ def load_for_training(
         label_smoothing=model_args.label_smoothing,
         dropout=model_args.dropout,
         revision=model_args.model_revision,
-        # an adapter given to start from becomes part of the weights, and a new one is trained
-        merge=True,
+        merge=True,  # an adapter given to start from becomes part of the weights
     )
-    model = add_lora(loaded["model"], peft_args) if peft_args.use_peft else loaded["model"]
+    model = loaded["model"]
+    if peft_args.use_peft:
+        model = add_lora(model, peft_args, model_args.model_revision)
     frozen = model_args.frozen_parts
     unknown = unknown_layers(model, frozen)
     if unknown:
@@ -244,8 +276,11 @@ def load_for_training(
     return model, loaded["processor"]
 
 
-def add_lora(model: PreTrainedModel, args: PeftArguments) -> PeftModel:
-    """The model with a new trainable LoRA adapter, and all else frozen. It saves for stock PEFT and transformers."""
+def add_lora(model: PreTrainedModel, args: PeftArguments, revision: str | None = None) -> PeftModel:
+    """The model with a new trainable LoRA adapter, and all else frozen. It saves for stock PEFT and transformers.
+
+    revision: the branch, tag or commit of the base that the adapter belongs to.
+    """
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -253,6 +288,7 @@ def add_lora(model: PreTrainedModel, args: PeftArguments) -> PeftModel:
         target_modules=list(args.lora_target_modules or LORA_TARGETS),
         # the head's transform; its output layer is the embedding table
         exclude_modules=r".*\.cls\..*" if hasattr(model, "text_decoder") else None,
+        revision=revision,
         task_type=None,  # every other one makes PEFT pass inputs_embeds, which BLIP has no place for
     )
     try:
@@ -262,19 +298,22 @@ def add_lora(model: PreTrainedModel, args: PeftArguments) -> PeftModel:
     return _save_for_stock(adapted)
 
 
-def freeze_model(model: nn.Module, freeze_layers: list[str] | None = None) -> None:
-    """Stop training the named parts, or all. A name matches whole dotted parts of parameter names."""
+def freeze_model(model: nn.Module, freeze_layers: Sequence[str] | str | None = None) -> None:
+    """Stop training the named parts, or all for None. A name matches whole dotted parts of parameter names."""
     _set_requires_grad(model, freeze_layers, False)
 
 
-def unfreeze_model(model: nn.Module, unfreeze_layers: list[str] | None = None) -> None:
-    """Train the named parts, or all. A name matches whole dotted parts of parameter names."""
+def unfreeze_model(model: nn.Module, unfreeze_layers: Sequence[str] | str | None = None) -> None:
+    """Train the named parts, or all for None. A name matches whole dotted parts of parameter names.
+
+    Of a model with an adapter only the adapter is trained: nothing else of it would be saved.
+    """
     _set_requires_grad(model, unfreeze_layers, True)
 
 
 def unknown_layers(model: nn.Module, names: list[str]) -> list[str]:
     """Those names that match no parameter of the model."""
-    parameters = [f".{name}." for name, _ in model.named_parameters()]
+    parameters = [f".{name}." for name, _ in model.named_parameters(remove_duplicate=False)]
     return [name for name in names if not any(f".{name}." in parameter for parameter in parameters)]
 
 
@@ -371,15 +410,19 @@ def generate_answer_blip(
             'Load it with load_model(..., task="vqa").'
         )
     questions = [question] if isinstance(question, str) else list(question)
-    images = list(image) if isinstance(image, (list, tuple)) else [image] * len(questions)
-    if isinstance(question, str):
+    images = list(image) if isinstance(image, (list, tuple)) else [image]
+    if len(images) == 1:
+        images *= len(questions)
+    elif len(questions) == 1:
         questions *= len(images)
     if len(images) != len(questions):
         raise ValueError(f"{len(images)} pictures and {len(questions)} questions: give equally many, or one of either.")
     training = model.training
     model.eval()
-    answers = inference.answer_questions(blip, processor, images, questions, max_length, num_beams)
-    model.train(training)
+    try:
+        answers = inference.answer_questions(blip, processor, images, questions, max_length, num_beams)
+    finally:
+        model.train(training)
     return answers[0] if isinstance(question, str) and not isinstance(image, (list, tuple)) else answers
 
 
@@ -455,12 +498,15 @@ def print_model_summary(model: PreTrainedModel | PeftModel, detailed: bool = Fal
         print("  ".join([name, *numbers, dtype, device]).rstrip())  # noqa: T201 (the one function that prints)
 
 
-def _set_requires_grad(model: nn.Module, names: list[str] | None, value: bool) -> None:
+def _set_requires_grad(model: nn.Module, names: Sequence[str] | str | None, value: bool) -> None:
+    names = [names] if isinstance(names, str) else names
     unknown = unknown_layers(model, names or [])
     if unknown:
         logger.warning("No parameter is named %s; the parts are %s.", ", ".join(unknown), ", ".join(part_names(model)))
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and (not names or any(f".{part}." in f".{name}." for part in names)):
+        if value and isinstance(model, PeftModel) and model.base_model.prefix not in name:
+            continue
+        if parameter.is_floating_point() and (names is None or any(f".{part}." in f".{name}." for part in names)):
             parameter.requires_grad = value
 
 
@@ -529,34 +575,50 @@ def _read_config(name: str, kwargs: dict[str, Any]) -> BlipConfig:
     return BlipConfig.from_pretrained(name, **kwargs)
 
 
+def _stock_class(stock: type, is_prompt_tuning: bool = False) -> type:
+    return stock
+
+
 def _save_for_stock(adapted: PeftModel) -> PeftModel:
     # peft 0.21 saves the class's module as `parent_library`, and AutoPeftModel refuses all but those it knows: stock's
     # class of the same name has the same weights
     stock = getattr(modeling_blip, type(adapted.get_base_model()).__name__)
-    adapted._get_base_model_class = lambda is_prompt_tuning=False: stock
+    adapted._get_base_model_class = partial(_stock_class, stock)
     return adapted
 
 
 def _base_of_adapter(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """The base checkpoint and the arguments to load it with, where name is a folder or Hub id of a PEFT adapter."""
-    path = Path(name) / ADAPTER_FILE
-    if Path(name).exists():
-        if not path.is_file():
-            return None
-    else:
-        known = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-        try:
-            path = hf_hub_download(name, ADAPTER_FILE, **known)
-        except LocalEntryNotFoundError:  # the Hub was not reached; a checkpoint may still be in the cache
-            known = {key: known[key] for key in ("revision", "cache_dir") if key in known}
-            if not isinstance(try_to_load_from_cache(name, CONFIG_NAME, **known), str):
-                raise
-            return None
-        except EntryNotFoundError:
-            return None
-    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    file = _download(name, ADAPTER_FILE, kwargs)
+    if file is None:
+        return None
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if not config.get("base_model_name_or_path"):
+        raise ValueError(f"The adapter {name} does not say which checkpoint it belongs to (base_model_name_or_path).")
     # the adapter's own revision is not its base's
     return config["base_model_name_or_path"], {**kwargs, "revision": config.get("revision")}
+
+
+def _download(name: str, file: str, kwargs: dict[str, Any]) -> Path | None:
+    """A file of a folder or of the Hub; None where there is none.
+
+    Raises: LocalEntryNotFoundError where the Hub is not reached and the cache has no checkpoint of that name either.
+    """
+    if Path(name).exists():
+        path = Path(name) / file
+        return path if path.is_file() else None
+    known = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    try:
+        return Path(hf_hub_download(name, file, **known))
+    except LocalEntryNotFoundError:  # the Hub was not reached; a checkpoint may still be in the cache
+        known = {key: known[key] for key in ("revision", "cache_dir") if key in known}
+        if not any(
+            isinstance(try_to_load_from_cache(name, other, **known), str) for other in (CONFIG_NAME, ADAPTER_FILE)
+        ):
+            raise
+        return None
+    except EntryNotFoundError:
+        return None
 
 
 def _what_to_check(name: str, error: Exception) -> str:

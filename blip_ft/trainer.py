@@ -237,7 +237,10 @@ def prepare_output_dir(args: BlipTrainingArguments, recipe: str) -> str | None:
 
 def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> str:
     if given is not None:
-        if Path(given).is_dir() and any(Path(given).iterdir()) and not resume:
+        if Path(given).is_file():
+            raise ValueError(f"output_dir {given} is a file. Choose another.")
+        # the list that a run stopped for bad rows leaves is no run
+        if Path(given).is_dir() and {path.name for path in Path(given).iterdir()} - {"bad_rows.jsonl"} and not resume:
             raise ValueError(
                 f"output_dir {given} is not empty. Choose another, remove it, or go on with what is there: "
                 "--resume_from_checkpoint last"
@@ -287,6 +290,9 @@ def run(
         raise
     results |= trained.metrics
     trainer.save_model(_internal_call=True)
+    if hasattr(trainer.model, "peft_config") and trainer.is_world_process_zero():
+        # an adapter's folder tells nothing else of picture size and start tokens
+        trainer.blip.config.save_pretrained(folder)
     trainer.save_state()
     results |= trainer.evaluate()
     if trainer.is_world_process_zero():

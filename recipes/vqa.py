@@ -123,7 +123,7 @@ def read_answer_list(path: str | None) -> list[str]:
         return []
     text = Path(path).read_text(encoding="utf-8")
     answers = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    answers = [answer.strip() for answer in answers if answer.strip()]
+    answers = [str(answer).strip() for answer in answers if str(answer).strip()]
     if not answers:
         raise ValueError(f"answer_list {path} holds no answer: it needs a JSON list of strings, or one answer a line.")
     return answers

@@ -472,7 +472,11 @@ def test_grouped_pipeline_shuffles_anew_in_each_epoch(pipeline_settings, folder)
     loader = pipeline.get_train_dataloader()
     first, second = (list(loader.sampler) for _ in range(2))
     assert first != second and sorted(first) == sorted(second)
-    assert first == list(pipeline.get_train_dataloader().sampler)
+    # a loader made anew goes on, another pipeline begins again
+    assert list(pipeline.get_train_dataloader().sampler) not in (first, second)
+    again = DataPipeline({**pipeline_settings, "group_questions": True})
+    again.setup()
+    assert first == list(again.get_train_dataloader().sampler)
 
 
 CAPTION_ROWS = [
@@ -602,3 +606,27 @@ def test_pictures_in_bytes_are_not_copied_when_captions_are_put_together(folder,
     assert captions_of(train, evaluation) == CAPTIONS
     written = {path for path in (tmp_path / "cache").rglob("*.arrow")} - before
     assert len(written) == 1  # the parquet file's own copy
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_pipeline_that_is_asked_for_a_loader_in_each_epoch_shuffles_anew(pipeline_settings, folder, group):
+    write_metadata(folder, [{**ROWS[number % 3], "question": "dog " * (number + 1)} for number in range(30)])
+    pipeline = DataPipeline({**pipeline_settings, "group_questions": group})
+    pipeline.setup()
+    first, second = ([batch["input_ids"].tolist() for batch in pipeline.get_train_dataloader()] for _ in range(2))
+    assert first != second
+
+
+def test_pipeline_pixels_are_those_of_the_processor(pipeline_settings, processor, folder):
+    pipeline = DataPipeline(pipeline_settings)
+    pipeline.setup()
+    batch = next(iter(pipeline.get_eval_dataloader()))
+    path = pipeline.eval_rows[0]["image"]["path"]
+    stock = processor.image_processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(batch["pixel_values"][:1], stock, atol=1e-6, rtol=0)
+
+
+def test_image_id_column_that_is_not_there_is_named(folder):
+    write_metadata(folder, ROWS)
+    with pytest.raises(ValueError, match="Set image_id_column"):
+        load_vqa(DataArguments(dataset_name=str(folder), image_id_column="foo"))

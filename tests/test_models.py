@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModel
@@ -437,3 +438,51 @@ def test_eight_bits_answer_as_full_precision_does(demo_run):
         generate_answer_blip(loaded["model"], loaded["processor"], images, rows["question"]) for loaded in (full, small)
     )
     assert sum(a == b for a, b in zip(answers, others, strict=True)) >= 190
+
+
+def test_freezing_nothing_changes_nothing_and_a_string_is_one_name(checkpoint):
+    model = load_model(str(checkpoint))["model"]
+    freeze_model(model, [])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    freeze_model(model, "text_encoder.encoder.layer.0")
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen and all(name.startswith("text_encoder.encoder.layer.0.") for name in frozen)
+
+
+def test_unfreezing_an_adapted_model_trains_the_adapter_alone(checkpoint):
+    adapted = add_lora(load_model(str(checkpoint))["model"], PeftArguments(use_peft=True))
+    freeze_model(adapted)
+    unfreeze_model(adapted)
+    assert {"lora_" in name for name, parameter in adapted.named_parameters() if parameter.requires_grad} == {True}
+
+
+def test_merged_adapter_can_be_trained(checkpoint, tmp_path):
+    add_lora(load_model(str(checkpoint))["model"], PeftArguments(use_peft=True), "main").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "main"
+    merged = load_model(str(tmp_path), merge=True)["model"]
+    assert count_parameters(merged)["frozen"] == 0
+    merged.train()(
+        torch.randn(1, 3, 32, 32), torch.tensor([[101, 5, 102]]), labels=torch.tensor([[101, 5, 102]])
+    ).loss.backward()
+
+
+def test_answering_takes_arrays_and_paths_and_comes_back_from_errors(checkpoint, picture_folder):
+    loaded = load_model(checkpoint)
+    model, processor = loaded["model"].train(), loaded["processor"]
+    image = Image.open(picture_folder / "1.png")
+    answers = [generate_answer_blip(model, processor, picture, QUESTIONS[0]) for picture in (image, np.asarray(image))]
+    assert answers[0] == answers[1] == generate_answer_blip(model, processor, [image], [QUESTIONS[0]] * 2)[1]
+    with pytest.raises(ValueError, match="this is a float"):
+        generate_answer_blip(model, processor, 1.5, QUESTIONS[0])
+    assert model.training
+    long = prepare_inputs_for_blip(processor, image, "dog " * 1000)
+    assert long["input_ids"].shape[1] == model.config.text_config.max_position_embeddings
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_weights_saved_in_few_bits_answer_and_train_when_loaded_again(checkpoint, tmp_path, dtype):
+    first = load_model(str(checkpoint), load_in_8bit=True, torch_dtype=dtype)
+    save_model(first["model"], tmp_path, processor=first["processor"])
+    again = load_model(str(tmp_path))
+    answers = [generate_answer_blip(part["model"], part["processor"], RED, QUESTIONS) for part in (first, again)]
+    assert answers[0] == answers[1]

@@ -12,9 +12,11 @@ import torch
 from conftest import RECIPES, TASKS
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import BlipProcessor
 from transformers.models.blip import modeling_blip
 
 from blip_ft import feature_store
+from blip_ft.models import load_model
 
 
 def results_of(folder: Path) -> dict:
@@ -228,7 +230,7 @@ def test_adapter_trains_with_checkpointing_and_loads_in_stock(recipe, data_of, c
     torch.testing.assert_close(merged(**inputs)[output], before, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("flags", [["--use_peft"], ["--model_name_or_path", "demo"]])
+@pytest.mark.parametrize("flags", [["--use_peft"], ["--model_name_or_path", "demo"]], ids=["adapter", "demo"])
 def test_same_seed_gives_the_same_weights_and_another_does_not(recipe, data, tmp_path, flags):
     losses = []
     for number, seed in enumerate(("1", "1", "2")):
@@ -236,6 +238,34 @@ def test_same_seed_gives_the_same_weights_and_another_does_not(recipe, data, tmp
         few = [*data, *flags, "--max_steps", "2", "--logging_steps", "1", "--seed", seed]
         losses.append([entry["loss"] for entry in history_of(recipe(*few, output_dir=tmp_path / str(number)))])
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_adapter_remembers_picture_size_and_start_token(recipe, data, tmp_path):
+    flags = ["--use_peft", "--image_size", "48", "--question_start_token", "enc", "--max_steps", "2"]
+    folder = recipe(*data, *flags)
+    loaded = load_model(folder)
+    config = loaded["model"].get_base_model().config
+    assert config.vision_config.image_size == loaded["image_processor"].size["width"] == 48
+    assert config.question_start_token == "enc"
+
+
+def test_saved_tokenizer_does_not_cut(recipe, data):
+    folder = recipe(*data, "--max_steps", "1")
+    assert len(BlipProcessor.from_pretrained(folder)(text="dog " * 60)["input_ids"]) == 62
+
+
+def test_adapter_on_an_adapter_and_on_new_weights_is_refused(recipe, data, tmp_path, caplog):
+    first = recipe(*data, "--use_peft", "--max_steps", "1", output_dir=tmp_path / "first")
+    for name, message in (
+        (str(first), "is an adapter itself. Merge it first"),
+        ("demo", "made of new weights each time"),
+    ):
+        with pytest.raises(SystemExit):
+            recipe(*data, "--use_peft", "--model_name_or_path", name, output_dir=tmp_path / "second")
+        assert message in caplog.text
+    # without --use_peft it becomes part of the weights, and all of them are trained
+    folder = recipe(*data, "--model_name_or_path", str(first), "--max_steps", "1", output_dir=tmp_path / "third")
+    assert (folder / "model.safetensors").is_file()
 
 
 def test_frozen_parts_do_not_change(recipe, data, checkpoint):
