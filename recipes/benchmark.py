@@ -41,7 +41,9 @@ def blip_base() -> BlipConfig:
     size = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     ids = {"vocab_size": 30524, "bos_token_id": 30522, "pad_token_id": 0, "sep_token_id": 102, "eos_token_id": 102}
     text = {**size, **ids, "encoder_hidden_size": 768, "max_position_embeddings": 512, "label_smoothing": 0.1}
-    return BlipConfig(vision_config={**size, "image_size": 384, "patch_size": 16}, text_config=text)
+    # its default deviation of 1e-10 would hide the pictures from the comparison of losses
+    vision = {**size, "image_size": 384, "patch_size": 16, "initializer_range": 0.02}
+    return BlipConfig(vision_config=vision, text_config=text)
 
 
 class Pair:
