@@ -47,6 +47,7 @@ TASKS: dict[str, type[PreTrainedModel]] = {
     "conditional_generation": BlipForConditionalGeneration,
     "image_text_retrieval": BlipForImageTextRetrieval,
 }
+TASK_OF_CLASS = {cls.__name__: task for task, cls in TASKS.items()}
 # every linear layer of attention and feed-forward; the head is tied to the embeddings, and merging into it changes both
 LORA_TARGETS = ("query", "key", "value", "dense", "qkv", "projection", "fc1", "fc2")
 ADAPTER_FILE = "adapter_config.json"
@@ -234,15 +235,14 @@ def load_for_training(
     """Model and processor as the arguments say: resized, smoothed, frozen, in few bits, with an adapter."""
     # the Trainer seeds after the weights of an adapter, of the demo and of a head that a checkpoint lacks are drawn
     set_seed(training_args.seed)
-    name = model_args.model_name_or_path
-    if peft_args.use_peft and (name == "demo" or _base_of_adapter(name, {"revision": model_args.model_revision})):
-        raise ValueError(
-            f"use_peft needs a checkpoint that can be loaded again under the adapter; {name} is "
-            + ("made of new weights each time." if name == "demo" else "an adapter itself. Merge it first: load_model(")
-            + ("" if name == "demo" else f'"{name}", merge=True), then save_model(...).')
-        )
-    loaded = load_model(
+    name, needed = (
         model_args.model_name_or_path,
+        "use_peft needs a checkpoint that can be loaded again under the adapter",
+    )
+    if peft_args.use_peft and name == "demo":
+        raise ValueError(f"{needed}; demo is made of new weights each time.")
+    loaded = load_model(
+        name,
         task=task,
         device=training_args.device,
         load_in_8bit=peft_args.load_in_8bit,
@@ -251,9 +251,14 @@ def load_for_training(
         label_smoothing=model_args.label_smoothing,
         dropout=model_args.dropout,
         revision=model_args.model_revision,
-        merge=True,  # an adapter given to start from becomes part of the weights
+        merge=not peft_args.use_peft,  # an adapter given to start from becomes part of the weights
     )
     model = loaded["model"]
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f'{needed}; {name} is an adapter itself. Merge it first: load_model("{name}", merge=True), then '
+            "save_model(...)."
+        )
     if peft_args.use_peft:
         model = add_lora(model, peft_args, model_args.model_revision)
     frozen = model_args.frozen_parts
@@ -319,7 +324,7 @@ def unknown_layers(model: nn.Module, names: list[str]) -> list[str]:
 
 def part_names(model: nn.Module) -> list[str]:
     """The model's largest named parts, e.g. vision_model, text_encoder, text_decoder."""
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = _without_adapter(model)
     return [name for name, _ in model.named_children()]
 
 
@@ -381,10 +386,10 @@ def load_model_from_path(
         device: None is CUDA, else MPS, else CPU.
     Raises: ValueError for another class, and with what to check when loading fails.
     """
-    tasks = {cls.__name__: task for task, cls in TASKS.items()}
-    if model_class.__name__ not in tasks:
-        raise ValueError(f"model_class must be one of {', '.join(tasks)}, found {model_class.__name__}.")
-    return load_model(str(model_path), task=tasks[model_class.__name__], device=device, load_processor=False)["model"]
+    if model_class.__name__ not in TASK_OF_CLASS:
+        raise ValueError(f"model_class must be one of {', '.join(TASK_OF_CLASS)}, found {model_class.__name__}.")
+    task = TASK_OF_CLASS[model_class.__name__]
+    return load_model(str(model_path), task=task, device=device, load_processor=False)["model"]
 
 
 def generate_answer_blip(
@@ -403,7 +408,7 @@ def generate_answer_blip(
         max_length: tokens of an answer, [DEC] and [SEP] among them.
     Raises: ValueError for lists of different lengths, and for a model that answers no questions.
     """
-    blip = model.get_base_model() if isinstance(model, PeftModel) else model
+    blip = _without_adapter(model)
     if not isinstance(blip, BlipForQuestionAnswering):
         raise ValueError(
             f"Answering needs blip_ft's BlipForQuestionAnswering, found {type(blip).__module__}.{type(blip).__name__}. "
@@ -449,11 +454,11 @@ def prepare_inputs_for_blip(
 
 def get_model_info(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """Class, task, numbers of parameters, size in MiB, device, dtype and picture size of a model."""
-    blip = model.get_base_model() if isinstance(model, PeftModel) else model
+    blip = _without_adapter(model)
     counts = count_parameters(model)
     return {
         "model_class": type(blip).__name__,
-        "task": next((task for task, cls in TASKS.items() if cls.__name__ == type(blip).__name__), None),
+        "task": TASK_OF_CLASS.get(type(blip).__name__),
         "total_parameters": counts["total"],
         "total_parameters_millions": counts["total_millions"],
         "trainable_parameters": counts["trainable"],
@@ -468,7 +473,7 @@ def get_model_info(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
 
 def print_model_summary(model: PreTrainedModel | PeftModel, detailed: bool = False) -> None:
     """Print a table of the model's parts; detailed also shows what each part is made of."""
-    blip = model.get_base_model() if isinstance(model, PeftModel) else model
+    blip = _without_adapter(model)
     parts = dict(blip.named_children())
     if detailed:
         parts = {
@@ -508,6 +513,11 @@ def _set_requires_grad(model: nn.Module, names: Sequence[str] | str | None, valu
             continue
         if parameter.is_floating_point() and (names is None or any(f".{part}." in f".{name}." for part in names)):
             parameter.requires_grad = value
+
+
+def _without_adapter(model: nn.Module) -> nn.Module:
+    """The BLIP model itself; an adapter's layers are part of it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _best_device() -> str:
@@ -550,9 +560,9 @@ def _quantization(bits: int, device: torch.device) -> BitsAndBytesConfig:
 
 
 def _task_of(config: Any) -> str:
-    for task, cls in TASKS.items():
-        if cls.__name__ in (config.architectures or ()):
-            return task
+    for name in config.architectures or ():
+        if name in TASK_OF_CLASS:
+            return TASK_OF_CLASS[name]
     logger.warning("The checkpoint names no BLIP architecture; taking the task vqa. Set task to choose another.")
     return "vqa"
 

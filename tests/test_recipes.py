@@ -363,6 +363,7 @@ def test_compiled_run_gives_the_same_losses_and_stops_compiling(recipe, data, tm
 MISTAKES = {
     "unknown flag": (["--learning_rat", "1"], "Did you mean learning_rate"),
     "no such model": (["--model_name_or_path", "/no/such/model"], "There is no folder /no/such/model"),
+    "no such model for an adapter": (["--use_peft", "--model_name_or_path", "owner/none"], "or check the name"),
     "no such data": (["--dataset_name", "/no/such/data"], "Check the path"),
     "no such column": (["--question_column", "q"], "Set question_column, e.g. --question_column question"),
     "no such split": (["--eval_split", "dev"], "the data has train, test"),
