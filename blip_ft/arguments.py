@@ -278,8 +278,14 @@ class RetrievalArguments:
     )
 
     def __post_init__(self) -> None:
-        _check_ranges(self, queue_size=(0, math.inf), momentum=(0, 1), alpha=(0, 1), k_test=(1, math.inf))
-        _check_ranges(self, max_caption_tokens=(3, 512))
+        _check_ranges(
+            self,
+            queue_size=(0, math.inf),
+            momentum=(0, 1),
+            alpha=(0, 1),
+            max_caption_tokens=(3, 512),
+            k_test=(1, math.inf),
+        )
 
 
 @dataclass
@@ -444,10 +450,9 @@ def _flags_of_yaml(path: str | Path, parser: HfArgumentParser) -> list[str]:
             continue
         if isinstance(value, dict):
             value = json.dumps(yaml.safe_load(yaml.safe_dump(value)))
-        # `=`: a value may begin with a dash
-        action = parser._option_string_actions[f"--{key}"]
-        if isinstance(value, list) and action.nargs is None:
+        if isinstance(value, list) and parser._option_string_actions[f"--{key}"].nargs is None:
             value = ",".join(map(str, value))  # freeze: [vision_model, text_encoder]
+        # `=`: a value may begin with a dash
         flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return flags
 

@@ -53,8 +53,6 @@ from blip_ft.collators import VqaCollator, encode_labels, encode_row_images, enc
 
 logger = logging.getLogger(__name__)
 
-# a column of datasets is read as rows[name][:]: without [:] it comes row by row, which takes a minute for a million
-
 Row = dict[str, Any]
 Table = Dataset | list[Row]
 
@@ -470,6 +468,14 @@ def _columns(table: Table) -> list[str]:
     )
 
 
+def _column(table: Table, name: str) -> list[Any]:
+    """A whole column, None in the rows that lack it."""
+    if not isinstance(table, Dataset):
+        return [row.get(name) for row in table]
+    # without [:] a column of datasets 5 comes row by row, which takes a minute for a million
+    return table[name][:] if name in table.column_names else [None] * len(table)
+
+
 def _select_splits(tables: dict[str, Table], args: DataArguments) -> tuple[Table, Table | None]:
     return _split_by_column(tables[""], args) if list(tables) == [""] else _named_splits(tables, args)
 
@@ -482,9 +488,8 @@ def _split_by_column(table: Table, args: DataArguments) -> tuple[Table, Table | 
                 "Leave them out: a part of the pictures is then held out."
             )
         return table, None
-    values = table["split"][:] if isinstance(table, Dataset) else [row.get("split") for row in table]
     positions: dict[str, list[int]] = {}
-    for position, value in enumerate(values):
+    for position, value in enumerate(_column(table, "split")):
         positions.setdefault(str(value), []).append(position)
 
     def rows_of(split: str) -> Table:
@@ -543,14 +548,14 @@ class _Rows:
             _require_columns({"image_id_column": args.image_id_column}, columns)
         texts = table
         if isinstance(table, Dataset):  # another column of pictures would be decoded with each row
-            wanted = {*text_columns.values(), args.image_id_column, "question_id", "answer_type"}
+            wanted = {*text_columns.values(), "question_id", "answer_type"}
             texts = table.select_columns([name for name in columns if name in wanted - {image_column}])
         self.reasons: list[str | None] = [None] * len(table)
         images = self._images(table, image_column, folder)
         image_ids = [
             # an empty cell of a csv is no id
-            made if (given := row.get(args.image_id_column)) in (None, "") else str(given)
-            for made, row in zip(self.made_ids, texts, strict=True)
+            made if given in (None, "") else str(given)
+            for made, given in zip(self.made_ids, _column(table, args.image_id_column), strict=True)
         ]
         ids = Dataset.from_dict({"image_id": image_ids}, Features(image_id=Value("string")))
         self.rows = concatenate_datasets([images, ids, self._texts(texts, **text_columns)], axis=1)
@@ -602,7 +607,7 @@ class _Rows:
             if folder is None or len(paths) < len(values):
                 return values
         else:
-            paths = values[column][:] if values is not None else [row.get(column) for row in table]
+            paths = _column(table, column)
         images, self.made_ids = [], []
         for position, path in enumerate(paths):
             located, reason = _locate(path, folder) if isinstance(path, str) else (None, "picture is no path")
@@ -641,7 +646,7 @@ class _CaptionRows(_Rows):
         return {"caption_column": args.caption_column or ("captions" if "captions" in columns else "caption")}
 
     def _texts(self, table: Table, caption_column: str) -> Dataset:
-        captions = [_as_texts(row.get(caption_column), "caption") for row in table]
+        captions = [_as_texts(value, "caption") for value in _column(table, caption_column)]
         for position, texts in enumerate(captions):
             if not texts:
                 self._refuse(position, "caption is empty or no text")
@@ -720,7 +725,7 @@ def _locate(path: str, folder: Path | None) -> tuple[str | None, str | None]:
 # ---- pictures that cannot be read ----
 
 
-def _unreadable_pictures(parts: Iterable[_VqaRows], mode: str) -> dict[str, str]:
+def _unreadable_pictures(parts: Iterable[_Rows], mode: str) -> dict[str, str]:
     """image_id -> reason, of the pictures whose header, or in mode `full` whose pixels, cannot be read."""
     remembered = Path(HF_CACHE_HOME) / "blip_ft" / "readable_images.txt"
     known = set(remembered.read_text().split("\n")) if remembered.is_file() else set()

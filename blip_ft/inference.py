@@ -191,12 +191,11 @@ def answer_questions(
     asked: dict[Any, list[int]] = {}
     for position, key in enumerate(keys):
         asked.setdefault(key, []).append(position)
-    longest = model.config.text_config.max_position_embeddings
+    longest, size = model.config.text_config.max_position_embeddings, longest_side(processor.image_processor)
     answers = [""] * len(questions)
     groups = list(asked.values())
     for start in range(0, len(groups), images_at_once):
         chunk = groups[start : start + images_at_once]
-        size = longest_side(processor.image_processor)
         pixels = encode_images([open_image(images[group[0]], size) for group in chunk], processor.image_processor)
         pairs = [(row, position) for row, group in enumerate(chunk) for position in group]
         with torch.no_grad():

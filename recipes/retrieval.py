@@ -66,8 +66,9 @@ def main() -> None:
     model.config.itm_start_token = retrieval_args.itm_start_token
 
     def evaluate(rows, collect):
-        captions = [caption for captions in rows["captions"][:] for caption in captions]
-        owner = np.repeat(np.arange(len(rows)), [len(captions) for captions in rows["captions"][:]])
+        by_picture = rows["captions"][:]
+        captions = [caption for own in by_picture for caption in own]
+        owner = np.repeat(np.arange(len(rows)), [len(own) for own in by_picture])
         texts = [clean_caption(caption) for caption in captions] if retrieval_args.clean_captions else captions
         tokens = encode_texts(texts, processor.tokenizer, retrieval_args.max_caption_tokens)
         cosines, for_texts, for_images = inference.rank_pairs(collect, owner, **tokens, k=retrieval_args.k_test)
