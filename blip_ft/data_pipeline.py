@@ -12,10 +12,12 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,6 @@ from blip_ft.collators import VqaCollator, encode_labels, encode_row_images, enc
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-Table = Dataset | list[Row]
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 COCO_FILE = re.compile(r"COCO_(\w+)_\d{12}\.jpg")
@@ -62,6 +63,34 @@ VQA_FEATURES = {
     **{name: Value("string") for name in ("question", "question_id", "answer_type")},
     "answers": List(Value("string")),
 }
+
+
+class RowsOfFile:
+    """Rows that are read again at each pass: held as Python objects, a million with ten answers take 3 GB.
+
+    Args:
+        read: gives the rows from the beginning.
+        split: only those with this value of the column `split`.
+    """
+
+    def __init__(self, read: Callable[[], Iterable[Row]], split: str | None = None) -> None:
+        self.read, self.split = read, split
+        self.length, columns = 0, {}
+        for row in self:
+            self.length += 1
+            columns |= dict.fromkeys(row)
+        self.column_names = list(columns)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self.read():
+            if self.split is None or str(row.get("split")) == self.split:
+                yield row
+
+
+Table = Dataset | RowsOfFile
 
 
 def load_vqa(args: DataArguments, bad_rows_file: Path | None = None, seed: int = 42) -> tuple[Dataset, Dataset]:
@@ -73,7 +102,7 @@ def load_vqa(args: DataArguments, bad_rows_file: Path | None = None, seed: int =
 
     Raises: ValueError for a source, column or split that is not there, and where more than max_bad_fraction is bad.
     """
-    rows = _load(_VqaRows, args, bad_rows_file, seed)
+    rows = _load(_VqaSchema, args, bad_rows_file, seed)
     return _first(rows["train"], args.max_train_samples), _first(rows["eval"], args.max_eval_samples)
 
 
@@ -85,13 +114,16 @@ def load_captions(
     Columns: image ({"bytes", "path"}, not decoded), image_id, and caption to train, captions (strings) to evaluate on.
     What a picture's rows in the source say is put together, each caption once. Bad rows and errors as in load_vqa.
     """
-    rows = _load(_CaptionRows, args, bad_rows_file, seed)
+    rows = _load(_CaptionSchema, args, bad_rows_file, seed)
     return CaptionRows(rows["train"], args.max_train_samples), _first(rows["eval"], args.max_eval_samples)
 
 
-def _load(rows_of: type[_Rows], args: DataArguments, bad_rows_file: Path | None, seed: int) -> dict[str, Dataset]:
+def _load(schema: type[_Schema], args: DataArguments, bad_rows_file: Path | None, seed: int) -> dict[str, Dataset]:
     """The good rows of `train` and `eval`."""
-    parts = {name: rows_of(table, args, folder, name) for name, (table, folder) in _read_splits(args).items()}
+    parts = {
+        name: _Part(table, schema(args, table.column_names, folder, name))
+        for name, (table, folder) in _read_splits(args).items()
+    }
     unreadable = _unreadable_pictures(parts.values(), args.check_images)
 
     bad = [row for part in parts.values() for row in part.bad_rows(unreadable)]
@@ -130,35 +162,40 @@ class CaptionRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.picture)
 
-    def __getitem__(self, key: int | str) -> Row | list[str]:
-        """A row, or the column image_id."""
-        if key == "image_id":
-            image_ids = self.pictures["image_id"][:]
-            return [image_ids[picture] for picture in self.picture.tolist()]
-        row = self.pictures[int(self.picture[key])]
-        return {"image": row["image"], "image_id": row["image_id"], "caption": row["captions"][self.place[key]]}
+    def __getitem__(self, position: int) -> Row:
+        row = self.pictures[int(self.picture[position])]
+        return {"image": row["image"], "image_id": row["image_id"], "caption": row["captions"][self.place[position]]}
+
+
+def number_pictures(rows: Dataset | CaptionRows) -> np.ndarray:
+    """(rows,) from 0 in order of first appearance, equal where the image_id is."""
+    if isinstance(rows, CaptionRows):
+        return number_pictures(rows.pictures)[rows.picture]
+    # as Arrow and in portions: as Python's strings the ids of a million rows are the larger part of all memory
+    portions = rows.select_columns("image_id").with_format("arrow").iter(10_000)
+    ids = pa.chunked_array([table["image_id"].combine_chunks() for table in portions], pa.string())
+    return ids.combine_chunks().dictionary_encode().indices.to_numpy()
 
 
 class GroupedSampler(Sampler[int]):
     """Row positions of one epoch in random order, the rows of a picture side by side, cut to whole global batches.
 
     Args:
-        image_ids: the picture of each row.
+        pictures: (rows,), the number of each row's picture, as number_pictures gives it.
         global_batch_size: rows of one optimiser step: per device x processes x accumulation.
         group: False shuffles rows, whatever their picture.
     Source: the original drops the last batch (utils.py create_loader, drop_last); what is cut differs per epoch.
     """
 
-    def __init__(self, image_ids: Sequence[str], global_batch_size: int, seed: int, group: bool = True) -> None:
-        if len(image_ids) < global_batch_size:
+    def __init__(self, pictures: np.ndarray, global_batch_size: int, seed: int, group: bool = True) -> None:
+        if len(pictures) < global_batch_size:
             raise ValueError(
                 f"One step takes {global_batch_size} rows (per_device_train_batch_size x processes x "
-                f"gradient_accumulation_steps) and there are {len(image_ids)}. Choose at most {len(image_ids)}, e.g. "
-                f"--per_device_train_batch_size {len(image_ids)} --gradient_accumulation_steps 1 on one process."
+                f"gradient_accumulation_steps) and there are {len(pictures)}. Choose at most {len(pictures)}, e.g. "
+                f"--per_device_train_batch_size {len(pictures)} --gradient_accumulation_steps 1 on one process."
             )
-        codes = pa.array(image_ids, pa.string()).dictionary_encode().indices.to_numpy() if group else None
-        self.picture = codes if group else np.arange(len(image_ids))
-        self.length = len(image_ids) // global_batch_size * global_batch_size
+        self.pictures = pictures if group else np.arange(len(pictures))
+        self.length = len(pictures) // global_batch_size * global_batch_size
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -169,7 +206,7 @@ class GroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng((self.seed, self.epoch))
-        place = generator.permutation(int(self.picture.max()) + 1)[self.picture]
+        place = generator.permutation(int(self.pictures.max()) + 1)[self.pictures]
         order = np.lexsort((generator.random(len(place)), place))
         for start in range(0, self.length, 1 << 16):  # all at once, a list of Python's integers is the larger part
             yield from order[start : min(start + (1 << 16), self.length)].tolist()
@@ -222,8 +259,8 @@ class DataPipeline:
         self._shuffle = torch.Generator().manual_seed(args.seed)
         self._sampler = None
         if self.data_args.group_questions:
-            ids = self.train_rows["image_id"][:]
-            self._sampler = _NextEpochSampler(ids, args.per_device_train_batch_size, args.seed)
+            pictures = number_pictures(self.train_rows)
+            self._sampler = _NextEpochSampler(pictures, args.per_device_train_batch_size, args.seed)
 
     def get_train_dataloader(self) -> DataLoader:
         """Shuffled anew in each epoch; with grouping, cut to whole batches."""
@@ -286,9 +323,10 @@ def _read(args: DataArguments) -> tuple[dict[str, Table], Path | None]:
     if folder and not folder.is_dir():
         raise ValueError(f"image_folder must be a folder, {folder} is none.")
     if args.questions_file:
-        tables = {"train": _read_vqa_v2(args.questions_file, args.annotations_file)}
+        files = {"train": (args.questions_file, args.annotations_file)}
         if args.eval_questions_file:
-            tables["eval"] = _read_vqa_v2(args.eval_questions_file, args.eval_annotations_file)
+            files["eval"] = (args.eval_questions_file, args.eval_annotations_file)
+        tables = {name: RowsOfFile(partial(iter, _read_vqa_v2(*pair))) for name, pair in files.items()}
         return tables, folder
     name = args.dataset_name
     if name is None:
@@ -323,16 +361,19 @@ def _read_file(path: Path) -> Table:
     }
     if path.suffix not in readers:
         raise ValueError(f"{path} must end in .json, .jsonl, .csv or .parquet.")
+    read = partial(readers[path.suffix], path)
     try:
-        rows = list(readers[path.suffix](path))
+        if path.suffix == ".json":  # one document, which is read as a whole
+            read = partial(iter, read())
+        rows = RowsOfFile(read)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be text in UTF-8: {error}") from error
-    if not rows:
+    if not len(rows):
         raise ValueError(f"{path} holds no row.")
     return rows
 
 
-def _read_json(path: Path) -> Iterable[Row]:
+def _read_json(path: Path) -> list[Row]:
     content = _load_json(path)
     if isinstance(content, dict) and "images" in content:
         return _rows_of_coco(content, path)
@@ -462,41 +503,27 @@ def _read_vqa_v2(questions_file: str, annotations_file: str) -> list[Row]:
 # ---- splits ----
 
 
-def _columns(table: Table) -> list[str]:
-    return (
-        table.column_names if isinstance(table, Dataset) else list(dict.fromkeys(name for row in table for name in row))
-    )
-
-
-def _column(table: Table, name: str) -> list[Any]:
-    """A whole column, None in the rows that lack it."""
-    if not isinstance(table, Dataset):
-        return [row.get(name) for row in table]
-    # without [:] a column of datasets 5 comes row by row, which takes a minute for a million
-    return table[name][:] if name in table.column_names else [None] * len(table)
-
-
 def _select_splits(tables: dict[str, Table], args: DataArguments) -> tuple[Table, Table | None]:
     return _split_by_column(tables[""], args) if list(tables) == [""] else _named_splits(tables, args)
 
 
 def _split_by_column(table: Table, args: DataArguments) -> tuple[Table, Table | None]:
-    if "split" not in _columns(table):
+    if "split" not in table.column_names:
         if args.eval_split or args.train_split != "train":
             raise ValueError(
                 "train_split and eval_split need a column `split` or a source with named splits; this one has neither. "
                 "Leave them out: a part of the pictures is then held out."
             )
         return table, None
-    positions: dict[str, list[int]] = {}
-    for position, value in enumerate(_column(table, "split")):
-        positions.setdefault(str(value), []).append(position)
+    in_rows = isinstance(table, Dataset)
+    # without [:] a column of datasets 5 comes row by row, which takes a minute for a million
+    values = [str(value) for value in (table["split"][:] if in_rows else (row.get("split") for row in table))]
 
     def rows_of(split: str) -> Table:
-        _require_split(split, positions)
-        if isinstance(table, Dataset):
-            return table.select(positions[split])
-        return [table[position] for position in positions[split]]
+        _require_split(split, dict.fromkeys(values))
+        if not in_rows:
+            return RowsOfFile(table.read, split)
+        return table.select([position for position, value in enumerate(values) if value == split])
 
     return rows_of(args.train_split), rows_of(args.eval_split) if args.eval_split else None
 
@@ -519,15 +546,15 @@ def _require_split(split: str, there: Iterable[str]) -> None:
 
 
 def _hold_out_pictures(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    image_ids = np.asarray(rows["image_id"][:])
-    pictures = np.unique(image_ids)
-    if len(pictures) < 2:
-        raise ValueError(f"Holding out pictures needs two or more, found {len(pictures)}. Give an eval_split.")
-    number = min(max(1, round(fraction * len(pictures))), len(pictures) - 1)
-    held_out = np.isin(image_ids, np.random.default_rng(seed).choice(pictures, number, replace=False))
+    pictures = number_pictures(rows)
+    total = int(pictures.max(initial=-1)) + 1
+    if total < 2:
+        raise ValueError(f"Holding out pictures needs two or more, found {total}. Give an eval_split.")
+    number = min(max(1, round(fraction * total)), total - 1)
+    held_out = np.isin(pictures, np.random.default_rng(seed).choice(total, number, replace=False))
     logger.info(
         "No eval_split: %d of %d pictures with %d of %d rows are held out to evaluate on.",
-        *(number, len(pictures), held_out.sum(), len(rows)),
+        *(number, total, held_out.sum(), len(rows)),
     )
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
@@ -535,46 +562,133 @@ def _hold_out_pictures(rows: Dataset, fraction: float, seed: int) -> tuple[Datas
 # ---- raw tables to the schema ----
 
 
-class _Rows:
-    """One split in the schema, with the reason for which each row cannot be used, if any."""
+class _Schema:
+    """From the rows of a source, whatever its columns are called, to ours."""
 
-    def __init__(self, table: Table, args: DataArguments, folder: Path | None, name: str) -> None:
-        self.name = name
-        columns = _columns(table)
-        image_column = args.image_column or ("image" if "image" in columns else "file_name")
-        text_columns = self._text_columns(args, columns)
-        _require_columns({"image_column": image_column, **text_columns}, columns)
-        if args.image_id_column != "image_id":
-            _require_columns({"image_id_column": args.image_id_column}, columns)
-        texts = table
-        if isinstance(table, Dataset):  # another column of pictures would be decoded with each row
-            wanted = {*text_columns.values(), "question_id", "answer_type"}
-            texts = table.select_columns([name for name in columns if name in wanted - {image_column}])
-        self.reasons: list[str | None] = [None] * len(table)
-        images = self._images(table, image_column, folder)
-        image_ids = [
-            # an empty cell of a csv is no id
-            made if given in (None, "") else str(given)
-            for made, given in zip(self.made_ids, _column(table, args.image_id_column), strict=True)
-        ]
-        ids = Dataset.from_dict({"image_id": image_ids}, Features(image_id=Value("string")))
-        self.rows = concatenate_datasets([images, ids, self._texts(texts, **text_columns)], axis=1)
+    def __init__(self, args: DataArguments, columns: list[str], folder: Path | None, name: str) -> None:
+        self.folder, self.name, self.id_column = folder, name, args.image_id_column
+        self.image_column = args.image_column or ("image" if "image" in columns else "file_name")
+        self.text_columns = self._text_columns(args, columns)
+        _require_columns({"image_column": self.image_column, **self.text_columns}, columns)
+        if self.id_column != "image_id":
+            _require_columns({"image_id_column": self.id_column}, columns)
+        self.has_type = "answer_type" in columns
+        self.in_place = False  # whether the pictures stay in the table that they came in
+        self.features = Features({"image": Image(decode=False), "image_id": Value("string"), **self._text_features()})
+        self.needed = {self.image_column, self.id_column, *self.text_columns.values(), "question_id", "answer_type"}
 
     def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
         """Argument -> the column that it names, of those that are needed."""
         raise NotImplementedError
 
-    def _texts(self, table: Table, **columns: str) -> Dataset:
-        """The schema's other columns; the reason why a row is of no use is left in self.reasons."""
+    def _text_features(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _refuse(self, position: int, reason: str) -> None:
-        self.reasons[position] = self.reasons[position] or reason
+    def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
+        """The columns beside the picture, and why the row cannot be used, if so."""
+        raise NotImplementedError
+
+    def convert(self, row: Row, position: int) -> tuple[Row, str | None]:
+        """The row in the schema, and why it cannot be used, if so."""
+        image, made_id, reason = _find_picture(row.get(self.image_column), self.folder, self.in_place)
+        given = row.get(self.id_column)
+        # an empty cell of a csv is no id
+        image_id = made_id if given in (None, "") else _clean_text(str(given))
+        texts, problem = self._texts(row, position)
+        return {"image": image, "image_id": image_id, **texts}, reason or problem
+
+    def good(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
+        """The rows with a picture's path or bytes and its texts."""
+        if not any(reasons):
+            return rows
+        return rows.select(np.flatnonzero([reason is None for reason in reasons]))
+
+
+class _VqaSchema(_Schema):
+    def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
+        answer_column = args.answer_column or ("answers" if "answers" in columns else "answer")
+        return {"question_column": args.question_column, "answer_column": answer_column}
+
+    def _text_features(self) -> dict[str, Any]:
+        return {name: feature for name, feature in VQA_FEATURES.items() if name != "answer_type" or self.has_type}
+
+    def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
+        question, reason = row.get(self.text_columns["question_column"]), None
+        answers = _as_texts(row.get(self.text_columns["answer_column"]), "answer")
+        if not isinstance(question, str) or not question.strip():
+            question, reason = "", "question is empty or no text"
+        elif not answers:
+            reason = "answer is empty or no text"
+        question_id = row.get("question_id")
+        texts = {
+            "question": _clean_text(question).strip(),
+            "answers": answers,
+            "question_id": f"{self.name}-{position}" if question_id in (None, "") else _clean_text(str(question_id)),
+        }
+        if self.has_type:
+            texts["answer_type"] = _clean_text(str(row.get("answer_type") or "unknown"))
+        return texts, reason
+
+
+class _CaptionSchema(_Schema):
+    def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
+        return {"caption_column": args.caption_column or ("captions" if "captions" in columns else "caption")}
+
+    def _text_features(self) -> dict[str, Any]:
+        return {"captions": List(Value("string"))}
+
+    def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
+        captions = _as_texts(row.get(self.text_columns["caption_column"]), "caption")
+        return {"captions": captions}, None if captions else "caption is empty or no text"
+
+    def good(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
+        """One row a picture, in order of first appearance, with the different captions of all its good rows."""
+        first: dict[str, int] = {}
+        captions: dict[int, dict[str, None]] = {}
+        for position, (image_id, texts) in enumerate(zip(rows["image_id"][:], rows["captions"][:], strict=True)):
+            if not reasons[position]:
+                captions.setdefault(first.setdefault(image_id, position), {}).update(dict.fromkeys(texts))
+        # put together before rows are selected: after it, datasets would copy every picture
+        merged = ({"captions": list(captions.get(position, ()))} for position in range(len(rows)))
+        columns = [rows.remove_columns("captions"), _on_disk(merged, Features(self._text_features()))]
+        return concatenate_datasets(columns, axis=1).select(list(first.values()))
+
+
+class _Part:
+    """One split in the schema, with the reason for which each row cannot be used, if any."""
+
+    def __init__(self, table: Table, schema: _Schema) -> None:
+        self.schema, self.name = schema, schema.name
+        features, pictures = schema.features.copy(), None
+        if isinstance(table, Dataset):
+            # another column of pictures would be decoded with each row
+            table = table.select_columns([name for name in table.column_names if name in schema.needed])
+            if _holds_pictures(table.features[schema.image_column]):
+                table = table.cast_column(schema.image_column, Image(decode=False))
+                if schema.folder is None or _any_bytes(table, schema.image_column):
+                    schema.in_place = True
+                    pictures = table.select_columns(schema.image_column).rename_columns({schema.image_column: "image"})
+                    del features["image"]
+        self.reasons: list[str | None] = []
+        self.first: dict[str, int] = {}  # image_id -> the first row that shows it and can be used
+        self.rows = _on_disk(self._convert(table, features), features)
+        if pictures is not None:
+            self.rows = concatenate_datasets([pictures, self.rows], axis=1)
+
+    def _convert(self, table: Table, features: Features) -> Iterator[Row]:
+        for position, row in enumerate(_iterate(table)):
+            converted, reason = self.schema.convert(row, position)
+            self.reasons.append(reason)
+            if not reason:
+                self.first.setdefault(converted["image_id"], position)
+            yield {name: converted[name] for name in features}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def bad_rows(self, unreadable: dict[str, str]) -> Iterator[Row]:
+        if not unreadable and not any(self.reasons):
+            return
         for position, (image_id, reason) in enumerate(zip(self.rows["image_id"][:], self.reasons, strict=True)):
             if reason or image_id in unreadable:
                 yield {
@@ -585,89 +699,52 @@ class _Rows:
                 }
 
     def good(self) -> Dataset:
-        """The rows with a picture's path or bytes, a question and an answer."""
-        if not any(self.reasons):
-            return self.rows
-        return self.rows.select([position for position, reason in enumerate(self.reasons) if not reason])
-
-    def _images(self, table: Table, column: str, folder: Path | None) -> Dataset:
-        """One column `image`; the keys that stand for an image_id are left in self.made_ids."""
-        values = table.select_columns(column) if isinstance(table, Dataset) else None
-        if values is not None and _holds_pictures(values.features[column]):
-            values = values.cast_column(column, Image(decode=False))
-            values = values if column == "image" else values.rename_column(column, "image")
-            paths, self.made_ids = [], []
-            for position, image in enumerate(image for batch in values.iter(1000) for image in batch["image"]):
-                content, path = (image["bytes"], image["path"]) if image else (None, None)
-                self.made_ids.append((path or "") if content is None else hashlib.sha1(content).hexdigest())
-                if content is None:
-                    paths.append(path)
-                    # without a folder the paths are those of the Hub's own cache
-                    self.reasons[position] = "picture has no bytes" if folder and path else None
-            if folder is None or len(paths) < len(values):
-                return values
-        else:
-            paths = _column(table, column)
-        images, self.made_ids = [], []
-        for position, path in enumerate(paths):
-            located, reason = _locate(path, folder) if isinstance(path, str) else (None, "picture is no path")
-            self.reasons[position] = reason
-            images.append({"bytes": None, "path": located or ""})  # neither of both is refused by datasets
-            self.made_ids.append(str(path))
-        return Dataset.from_dict({"image": images}, Features({"image": Image(decode=False)}))
+        return self.schema.good(self.rows, self.reasons)
 
 
-class _VqaRows(_Rows):
-    def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
-        answer_column = args.answer_column or ("answers" if "answers" in columns else "answer")
-        return {"question_column": args.question_column, "answer_column": answer_column}
-
-    def _texts(self, table: Table, question_column: str, answer_column: str) -> Dataset:
-        has_type = "answer_type" in _columns(table)
-        columns: dict[str, list] = {name: [] for name in VQA_FEATURES if name != "answer_type" or has_type}
-        for position, row in enumerate(table):
-            question, answers = row.get(question_column), _as_texts(row.get(answer_column), "answer")
-            if not isinstance(question, str) or not question.strip():
-                self._refuse(position, "question is empty or no text")
-                question = ""
-            if not answers:
-                self._refuse(position, "answer is empty or no text")
-            question_id = row.get("question_id")
-            columns["question"].append(question.strip())
-            columns["answers"].append(answers)
-            columns["question_id"].append(f"{self.name}-{position}" if question_id in (None, "") else str(question_id))
-            if has_type:
-                columns["answer_type"].append(str(row.get("answer_type") or "unknown"))
-        return Dataset.from_dict(columns, Features({name: VQA_FEATURES[name] for name in columns}))
+@lru_cache(maxsize=1)
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="blip_ft-")
 
 
-class _CaptionRows(_Rows):
-    def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
-        return {"caption_column": args.caption_column or ("captions" if "captions" in columns else "caption")}
-
-    def _texts(self, table: Table, caption_column: str) -> Dataset:
-        captions = [_as_texts(value, "caption") for value in _column(table, caption_column)]
-        for position, texts in enumerate(captions):
-            if not texts:
-                self._refuse(position, "caption is empty or no text")
-        return _caption_column(captions)
-
-    def good(self) -> Dataset:
-        """One row a picture, in order of first appearance, with the different captions of all its good rows."""
-        first: dict[str, int] = {}
-        captions: list[dict[str, None]] = [{} for _ in range(len(self))]
-        for position, (image_id, texts) in enumerate(
-            zip(self.rows["image_id"][:], self.rows["captions"][:], strict=True)
-        ):
-            if not self.reasons[position]:
-                captions[first.setdefault(image_id, position)].update(dict.fromkeys(texts))
-        # put together before rows are selected: after it, datasets would copy every picture
-        merged = [self.rows.remove_columns("captions"), _caption_column(map(list, captions))]
-        return concatenate_datasets(merged, axis=1).select(list(first.values()))
+def _on_disk(rows: Iterable[Row], features: Features) -> Dataset:
+    """The rows in a memory-mapped temporary file: held as Python objects, a million with ten answers take 3 GB."""
+    file, rows = Path(_temporary_folder().name) / f"{uuid.uuid4().hex}.arrow", iter(rows)
+    with pa.ipc.new_stream(file, features.arrow_schema) as stream:
+        for chunk in iter(lambda: list(islice(rows, 10_000)), []):
+            stream.write_table(pa.Table.from_pylist(chunk, schema=features.arrow_schema))
+    return Dataset.from_file(str(file))
 
 
-def _caption_column(captions: Iterable[list[str]]) -> Dataset:
-    return Dataset.from_dict({"captions": list(captions)}, Features(captions=List(Value("string"))))
+def _iterate(table: Table) -> Iterator[Row]:
+    if not isinstance(table, Dataset):
+        yield from table
+        return
+    # datasets makes Python objects of a batch several times faster than of its rows
+    for batch in table.iter(100):
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+def _any_bytes(table: Dataset, column: str) -> bool:
+    images = (image for batch in table.select_columns(column).iter(100) for image in batch[column])
+    return any(image and image["bytes"] is not None for image in images)
+
+
+def _find_picture(value: Any, folder: Path | None, in_place: bool) -> tuple[Row, str, str | None]:
+    """The column `image`, the key that stands for an image_id, and why the picture cannot be used, if so."""
+    content = value
+    if isinstance(value, dict):
+        content, value = value.get("bytes"), value.get("path")
+    if isinstance(content, bytes):
+        return {"bytes": content, "path": None}, hashlib.sha1(content).hexdigest(), None
+    if in_place:
+        # without a folder the paths are those of the Hub's own cache
+        located, reason = value, "picture has no bytes" if folder and value else None
+    else:
+        located, reason = _locate(value, folder) if isinstance(value, str) else (None, "picture is no path")
+    # neither of both is refused by datasets
+    return {"bytes": None, "path": located or ""}, _clean_text(str(value)), reason
 
 
 def _holds_pictures(feature: Any) -> bool:
@@ -688,6 +765,11 @@ def _require_columns(needed: dict[str, str], found: list[str]) -> None:
             )
 
 
+def _clean_text(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _as_texts(value: Any, name: str) -> list[str]:
     """Strings of a column's value: a string, number or boolean, a dict with one under `name`, or a list of these."""
     if isinstance(value, dict):
@@ -700,13 +782,15 @@ def _as_texts(value: Any, name: str) -> list[str]:
         if not math.isfinite(value):
             return []
         value = int(value) if value.is_integer() else value
-    text = str(value).strip() if isinstance(value, (str, int, float)) else ""
+    text = _clean_text(str(value)).strip() if isinstance(value, (str, int, float)) else ""
     return [text] if text else []
 
 
 @lru_cache(maxsize=1 << 16)  # the rows of a picture repeat its path
 def _locate(path: str, folder: Path | None) -> tuple[str | None, str | None]:
     """The absolute path of a picture, or None and the reason why it is refused."""
+    if path != _clean_text(path):
+        return None, "picture's path is no text in UTF-8"
     if "://" in path or path.startswith("data:"):
         return None, "picture is a URL; nothing is fetched from a row"
     if not path.strip() or "\0" in path:
@@ -725,23 +809,19 @@ def _locate(path: str, folder: Path | None) -> tuple[str | None, str | None]:
 # ---- pictures that cannot be read ----
 
 
-def _unreadable_pictures(parts: Iterable[_Rows], mode: str) -> dict[str, str]:
+def _unreadable_pictures(parts: Iterable[_Part], mode: str) -> dict[str, str]:
     """image_id -> reason, of the pictures whose header, or in mode `full` whose pixels, cannot be read."""
     remembered = Path(HF_CACHE_HOME) / "blip_ft" / "readable_images.txt"
     known = set(remembered.read_text().split("\n")) if remembered.is_file() else set()
     found, fresh = {}, []
     for part in parts:
-        first = {}
-        for position, (image_id, reason) in enumerate(zip(part.rows["image_id"][:], part.reasons, strict=True)):
-            if not reason:
-                first.setdefault(image_id, position)
-        ordered = list(first)
-        progress = tqdm(total=len(first), desc=f"Checking pictures ({part.name})", delay=3)
+        ordered, column = list(part.first), part.rows.select_columns("image")
+        progress = tqdm(total=len(ordered), desc=f"Checking pictures ({part.name})", delay=3)
         with ThreadPoolExecutor() as pool:
             # in portions, for map() takes all of its input at once
-            for start in range(0, len(first), 256):
+            for start in range(0, len(ordered), 256):
                 ids = ordered[start : start + 256]
-                images = [part.rows[first[image_id]]["image"] for image_id in ids]
+                images = [column[part.first[image_id]]["image"] for image_id in ids]
                 results = pool.map(_picture_problem, images, [mode] * len(ids), [known] * len(ids))
                 for image_id, (problem, key) in zip(ids, results, strict=True):
                     if problem:

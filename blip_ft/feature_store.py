@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from datasets.config import HF_CACHE_HOME
 from filelock import FileLock, Timeout
@@ -29,6 +28,7 @@ from transformers import BlipProcessor, PreTrainedModel
 
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.collators import PictureCollator, picture_key
+from blip_ft.data_pipeline import number_pictures
 from blip_ft.modeling import BlipForImageTextRetrieval
 
 logger = logging.getLogger(__name__)
@@ -146,12 +146,11 @@ def store_pictures(
     home = Path(HF_CACHE_HOME) / "blip_ft" / "image_features"
     store = FeatureStore(home / _digest(model, processor, args), shape, DTYPES[args.cache_dtype])
 
-    ids = pa.array(rows["image_id"][:], pa.string()).dictionary_encode()  # numbered as they appear
-    _, first_rows = np.unique(ids.indices.to_numpy(), return_index=True)
     key_of, row_of_key = {}, {}
-    for image_id, row in zip(ids.dictionary.to_pylist(), first_rows.tolist(), strict=True):
+    for row in np.unique(number_pictures(rows), return_index=True)[1].tolist():
+        image_id, image = rows[row]["image_id"], rows[row]["image"]
         try:
-            key = key_of[image_id] = picture_key(rows[row]["image"])
+            key = key_of[image_id] = picture_key(image)
             row_of_key[key] = row
         except OSError as error:
             logger.warning("picture %s cannot be read and counts for nothing: %s", image_id, error)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -23,7 +22,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments
-from blip_ft.data_pipeline import GroupedSampler
+from blip_ft.data_pipeline import GroupedSampler, number_pictures
 from blip_ft.feature_store import store_pictures
 from blip_ft.hub import write_model_card
 
@@ -85,7 +84,7 @@ class BlipTrainer(Trainer):
         args = self.args
         global_batch = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.seed if args.data_seed is None else args.data_seed
-        return GroupedSampler(rows["image_id"][:], global_batch, seed, self.group)
+        return GroupedSampler(number_pictures(rows), global_batch, seed, self.group)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | None:
         """What the loss of a whole step is divided by: the Trainer would count label tokens, BLIP counts questions."""
@@ -120,8 +119,7 @@ class BlipTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """This process's rows, each row of the whole in one process only; those of a picture side by side."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        picture = pa.array(rows["image_id"][:], pa.string()).dictionary_encode().indices.to_numpy()
-        order = np.argsort(picture, kind="stable")
+        order = np.argsort(number_pictures(rows), kind="stable")
         share = np.array_split(order, self.args.world_size)[self.args.process_index].tolist()
         loader = DataLoader(
             Subset(rows, share),

@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets.config
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 import torch
 from datasets import Dataset, Features, Value, load_from_disk
@@ -15,7 +16,7 @@ from PIL import Image
 
 from blip_ft import data_pipeline
 from blip_ft.arguments import DataArguments
-from blip_ft.data_pipeline import DataPipeline, GroupedSampler, load_captions, load_vqa
+from blip_ft.data_pipeline import DataPipeline, GroupedSampler, load_captions, load_vqa, number_pictures
 from blip_ft.models import load_model
 
 ROWS = [
@@ -249,27 +250,27 @@ def test_good_pictures_are_read_once_and_again_when_they_change(folder, monkeypa
         load_vqa(DataArguments(dataset_name=str(folder)))
 
 
-IDS = [f"picture-{number}" for number, count in enumerate([3, 1, 4, 1, 5, 2]) for _ in range(count)]
+PICTURES = np.repeat(np.arange(6), [3, 1, 4, 1, 5, 2])
 
 
 def test_grouped_order_holds_every_row_once_and_pictures_together():
-    order = list(GroupedSampler(IDS, global_batch_size=4, seed=0))
+    order = list(GroupedSampler(PICTURES, global_batch_size=4, seed=0))
     assert len(order) == 16 and sorted(order) == list(range(16))
-    pictures = [IDS[row] for row in order]
+    pictures = [PICTURES[row] for row in order]
     changes = sum(one != other for one, other in zip(pictures, pictures[1:], strict=False))
-    assert changes == len(set(IDS)) - 1
+    assert changes == len(set(PICTURES)) - 1
 
 
 def test_order_differs_per_epoch_and_repeats_per_seed():
-    sampler, twin = GroupedSampler(IDS, 1, seed=5), GroupedSampler(IDS, 1, seed=5)
+    sampler, twin = GroupedSampler(PICTURES, 1, seed=5), GroupedSampler(PICTURES, 1, seed=5)
     first = list(sampler)
     sampler.set_epoch(1)
     assert list(sampler) != first == list(twin)
-    assert list(GroupedSampler(IDS, 1, seed=6)) != first
+    assert list(GroupedSampler(PICTURES, 1, seed=6)) != first
 
 
 def test_order_is_cut_to_whole_steps_elsewhere_in_each_epoch():
-    sampler = GroupedSampler(IDS, 5, seed=0, group=False)
+    sampler = GroupedSampler(PICTURES, 5, seed=0, group=False)
     cut = []
     for epoch in range(4):
         sampler.set_epoch(epoch)
@@ -280,22 +281,30 @@ def test_order_is_cut_to_whole_steps_elsewhere_in_each_epoch():
 
 
 def test_ungrouped_order_is_a_plain_shuffle():
-    rows = list(GroupedSampler(IDS, 1, seed=0, group=False))
-    pictures = [IDS[row] for row in rows]
+    rows = list(GroupedSampler(PICTURES, 1, seed=0, group=False))
+    pictures = [PICTURES[row] for row in rows]
     assert sorted(rows) == list(range(16))
-    assert sum(one != other for one, other in zip(pictures, pictures[1:], strict=False)) > len(set(IDS)) - 1
+    assert sum(one != other for one, other in zip(pictures, pictures[1:], strict=False)) > len(set(PICTURES)) - 1
 
 
 def test_batch_larger_than_the_data_names_the_largest_that_fits():
     with pytest.raises(ValueError, match="Choose at most 16"):
-        GroupedSampler(IDS, 17, seed=0)
+        GroupedSampler(PICTURES, 17, seed=0)
 
 
 def test_order_of_a_million_rows_takes_little_memory():
-    ids = np.repeat(np.arange(200_000).astype(str), 5)
-    sampler = GroupedSampler(ids.tolist(), 256, seed=0)
-    assert sampler.picture.nbytes <= 8_000_000
+    sampler = GroupedSampler(np.repeat(np.arange(200_000, dtype=np.int32), 5), 256, seed=0)
+    assert sampler.pictures.nbytes <= 8_000_000
     assert len(set(zip(*[iter(sampler)] * 1, strict=True))) == len(sampler)
+
+
+def test_rows_stay_on_disk(folder):
+    write_metadata(folder, [{**ROWS[0], "question_id": number} for number in range(20_000)])
+    pyarrow.default_memory_pool().release_unused()
+    before = pyarrow.total_allocated_bytes()
+    train, _ = load_vqa(DataArguments(dataset_name=str(folder), eval_dataset_name=str(folder)))
+    assert len(train) == 20_000 and train.data.nbytes > 1_500_000
+    assert pyarrow.total_allocated_bytes() - before < 100_000
 
 
 @pytest.fixture
@@ -511,7 +520,8 @@ def test_captions_of_a_picture_are_put_together_from_all_its_rows(folder, tmp_pa
     assert len(evaluation) == 1
     assert captions_of(train, evaluation) == CAPTIONS
     assert len(train) == sum(len(captions) for captions in CAPTIONS.values()) - len(evaluation[0]["captions"])
-    assert train["image_id"] == [row["image_id"] for row in train]
+    shown = [row["image_id"] for row in train]
+    assert list(number_pictures(train)) == [list(dict.fromkeys(shown)).index(image_id) for image_id in shown]
 
 
 def test_caption_limits_count_captions_to_train_and_pictures_to_evaluate_on(folder):

@@ -33,7 +33,7 @@ ARROWS = {
     "inference": {"collators"},
     "models": {"arguments", "collators", "demo", "inference", "modeling"},
     "data_pipeline": {"arguments", "demo", "collators"},
-    "feature_store": {"arguments", "collators", "modeling"},
+    "feature_store": {"arguments", "collators", "data_pipeline", "modeling"},
     "trainer": {"arguments", "data_pipeline", "feature_store", "hub"},
 }
 
