@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 import yaml
@@ -293,6 +293,7 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
     """The Trainer's arguments, with the defaults of the BLIP paper where it has one."""
 
     _argument_group_name = "Training"
+    metrics: ClassVar[tuple[str, ...]] = ()  # what the recipe's evaluation gives; () is not checked
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Default: outputs/<recipe>, or the next free outputs/<recipe>-2, -3, ..."}
@@ -341,8 +342,23 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
             per_device_eval_batch_size=at_least_one,
             gradient_accumulation_steps=at_least_one,
             generation_num_beams=at_least_one,
+            generation_max_length=(3, 512),  # the start, a token and [SEP]
             sample_steps=(0, math.inf),
+            dataloader_num_workers=(0, math.inf),
+            learning_rate=(0, math.inf),
+            weight_decay=(0, math.inf),
+            num_train_epochs=(1e-6, math.inf),
         )
+        if self.metrics and "loss" not in self.metrics and self.load_best_model_at_end:
+            self.metric_for_best_model = (
+                self.metric_for_best_model or self.metrics[0]
+            )  # the Trainer would take the loss
+        best = self.metric_for_best_model
+        # a longer name is that of an answer type or a k
+        if self.metrics and best and not best.removeprefix("eval_").startswith(self.metrics):
+            raise ValueError(
+                f"metric_for_best_model must be one of {', '.join(self.metrics)}; found {self.metric_for_best_model}."
+            )
         if self.label_smoothing_factor:
             raise ValueError(
                 "label_smoothing_factor smooths the wrong tokens for BLIP: the Trainer does not shift its labels. "
@@ -357,6 +373,11 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
         # torch warns in each epoch where there is nothing to pin for
         self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
         super().__post_init__()
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs and one process: start with `accelerate launch --multi_gpu` or `torchrun "
+                "--nproc_per_node`, or hide the other cards with CUDA_VISIBLE_DEVICES=0."
+            )
 
 
 def parse(

@@ -96,7 +96,7 @@ class FusedTextAttention(modeling_blip_text.BlipTextAttention):
         return self.output(context, hidden_states), weights
 
 
-class FusedTextLayer(modeling_blip_text.BlipTextLayer):
+class BlipTextLayer(modeling_blip_text.BlipTextLayer):  # by this name FSDP and device_map know it
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -161,7 +161,7 @@ _FUSED = {
     modeling_blip.BlipAttention: FusedVisionAttention,
     modeling_blip_text.BlipTextSelfAttention: FusedTextSelfAttention,
     modeling_blip_text.BlipTextAttention: FusedTextAttention,
-    modeling_blip_text.BlipTextLayer: FusedTextLayer,
+    modeling_blip_text.BlipTextLayer: BlipTextLayer,
     modeling_blip_text.BlipTextLMHeadModel: FusedTextLMHeadModel,
     modeling_blip_text.BlipTextEmbeddings: OutOfPlaceTextEmbeddings,
 }

@@ -30,8 +30,8 @@ class _Blip:
     accepts_loss_kwargs = True
     # momentum weights, queue and temperature of retrieval; set where its loss is wanted
     contrastive: Contrastive | None = None
-    # what a device_map must not cut through: stock forgets the text layers, and ours have names of their own
-    _no_split_modules = ["BlipEncoderLayer", "FusedTextLayer", "OutOfPlaceTextEmbeddings"]
+    # what a device_map must not cut through: stock forgets the text layers
+    _no_split_modules = ["BlipEncoderLayer", "BlipTextLayer", "OutOfPlaceTextEmbeddings"]
 
     def __init__(self, config: BlipConfig) -> None:
         vision = config.vision_config

@@ -124,6 +124,13 @@ class ModelLoader:
                 self.processor = (
                     demo.build_demo_processor() if name == "demo" else BlipProcessor.from_pretrained(name, **kwargs)
                 )
+        except RuntimeError as error:
+            if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"The weights of {self.model_name} have other shapes than its config.json says; the files do not "
+                f"belong together. Save or download them anew.\n{error}"
+            ) from error
         except (OSError, EntryNotFoundError, HFValidationError, SafetensorError) as error:
             of = f"The base checkpoint of the adapter {self.model_name}: " if base else ""
             raise ValueError(of + _what_to_check(name, error)) from error
@@ -229,20 +236,54 @@ def load_model(
     return loader.load(load_processor)
 
 
+def check_model(task: str, model_args: ModelArguments, peft_args: PeftArguments) -> None:
+    """Refuse what cannot work with this checkpoint before pictures are read and weights are loaded.
+
+    Reads the checkpoint's config and builds the model without memory. Raises: ValueError.
+    """
+    name, kwargs = model_args.model_name_or_path, {"revision": model_args.model_revision}
+    needed = "use_peft needs a checkpoint that can be loaded again under the adapter"
+    if peft_args.use_peft and name == "demo":
+        raise ValueError(f"{needed}; demo is made of new weights each time.")
+    try:
+        base = None if name == "demo" else _base_of_adapter(name, kwargs)
+        config = demo.build_demo_config() if name == "demo" else _read_config(*(base or (name, kwargs)))
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        raise ValueError(_what_to_check(name, error)) from error
+    if base and peft_args.use_peft:
+        raise ValueError(
+            f'{needed}; {name} is an adapter itself. Merge it first: load_model("{name}", merge=True), then '
+            "save_model(...)."
+        )
+    with torch.device("meta"):
+        model = TASKS[task](config)
+        if model_args.image_size:
+            model.resize_images(model_args.image_size)
+        if peft_args.use_peft:
+            model = add_lora(model, peft_args)
+    frozen = model_args.frozen_parts
+    if unknown := unknown_layers(model, frozen):
+        raise ValueError(
+            f"freeze names parts of the model; {', '.join(unknown)} is none. There are {', '.join(part_names(model))}, "
+            "and their parts, e.g. vision_model.encoder.layers.0"
+        )
+    if frozen:
+        freeze_model(model, frozen)
+    if not count_parameters(model)["trainable"]:
+        raise ValueError("Everything is frozen, so nothing would be trained. Take something out of freeze.")
+
+
 def load_for_training(
     task: str, model_args: ModelArguments, peft_args: PeftArguments, training_args: BlipTrainingArguments
 ) -> tuple[PreTrainedModel | PeftModel, BlipProcessor]:
-    """Model and processor as the arguments say: resized, smoothed, frozen, in few bits, with an adapter."""
+    """Model and processor as the arguments say: resized, smoothed, frozen, in few bits, with an adapter.
+
+    What check_model would refuse is not looked for again.
+    """
     # the Trainer seeds after the weights of an adapter, of the demo and of a head that a checkpoint lacks are drawn
     set_seed(training_args.seed)
-    name, needed = (
-        model_args.model_name_or_path,
-        "use_peft needs a checkpoint that can be loaded again under the adapter",
-    )
-    if peft_args.use_peft and name == "demo":
-        raise ValueError(f"{needed}; demo is made of new weights each time.")
     loaded = load_model(
-        name,
+        model_args.model_name_or_path,
         task=task,
         device=training_args.device,
         load_in_8bit=peft_args.load_in_8bit,
@@ -254,25 +295,11 @@ def load_for_training(
         merge=not peft_args.use_peft,  # an adapter given to start from becomes part of the weights
     )
     model = loaded["model"]
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            f'{needed}; {name} is an adapter itself. Merge it first: load_model("{name}", merge=True), then '
-            "save_model(...)."
-        )
     if peft_args.use_peft:
         model = add_lora(model, peft_args, model_args.model_revision)
-    frozen = model_args.frozen_parts
-    unknown = unknown_layers(model, frozen)
-    if unknown:
-        raise ValueError(
-            f"freeze names parts of the model; {', '.join(unknown)} is none. There are {', '.join(part_names(model))}, "
-            "and their parts, e.g. vision_model.encoder.layers.0"
-        )
-    if frozen:
-        freeze_model(model, frozen)
+    if model_args.frozen_parts:
+        freeze_model(model, model_args.frozen_parts)
     counts = count_parameters(model)
-    if not counts["trainable"]:
-        raise ValueError("Everything is frozen, so nothing would be trained. Take something out of freeze.")
     logger.info(
         "%s: %.1f M parameters, %.1f M of them trained",
         type(loaded["model"]).__name__,

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from operator import itemgetter
@@ -19,9 +25,10 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
-from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments
+from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments
+from blip_ft.checkpoints import BUILDING, explain_full_disk, finish_checkpoint, newest_checkpoint, what_is_missing
 from blip_ft.data_pipeline import GroupedSampler, number_pictures
 from blip_ft.feature_store import store_pictures
 from blip_ft.hub import write_model_card
@@ -61,15 +68,13 @@ class BlipTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs and one process: start with `accelerate launch --multi_gpu` or `torchrun "
-                "--nproc_per_node`, or hide the other cards with CUDA_VISIBLE_DEVICES=0."
-            )
         self.evaluate_rows, self.group = evaluate_rows, group
         self.eval_collator = eval_collator or self.data_collator
         self.results: list[dict[str, Any] | None] = []
+        self.signals = Signals()
+        self.building: str | None = None  # where a checkpoint is being written
         self.add_callback(_ContrastiveCallback(self))
+        self.add_callback(_StopCallback(self))
         if self.args.sample_steps and predict and describe:
             self.add_callback(_SampleCallback(self, predict, describe))
 
@@ -111,6 +116,35 @@ class BlipTrainer(Trainer):
         if self.blip.contrastive and self.args.should_save:
             self.blip.contrastive.save(Path(output_dir) / CONTRASTIVE_FILE)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.building or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As the Trainer's, but under its own name only when all files of all processes are there."""
+        args = self.args
+        building = Path(args.output_dir) / BUILDING
+        final = building.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if args.should_save:
+            shutil.rmtree(building, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.building = str(building)
+        push, args.push_to_hub = args.push_to_hub, False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.building, args.push_to_hub = None, push
+        best = self.state.best_model_checkpoint
+        if best and Path(best).parent == building:
+            self.state.best_model_checkpoint = str(final)
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            self.state.save_to_json(str(building / final.name / "trainer_state.json"))
+            finish_checkpoint(building / final.name, final)
+            rotate_checkpoints(args.output_dir, args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+        if push:
+            self._push_from_checkpoint(str(final))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.blip.contrastive and checkpoint:
@@ -126,6 +160,8 @@ class BlipTrainer(Trainer):
             self.args.per_device_eval_batch_size,
             collate_fn=self.eval_collator,
             num_workers=self.args.dataloader_num_workers,
+            # its own: a run that was stopped in an evaluation goes on with the numbers of an unbroken one
+            generator=torch.Generator(),
         )
         loader.row_positions = share
         return loader
@@ -154,6 +190,8 @@ class BlipTrainer(Trainer):
     def _collect(self, dataloader: DataLoader, predict: Predict, description: str) -> list[dict[str, Any] | None]:
         results, positions = [], iter(dataloader.row_positions)
         for batch in tqdm(dataloader, desc=description, disable=not self.is_local_process_zero(), leave=False):
+            if self.args.world_size == 1:  # others may have fewer batches, and would wait
+                self.signals.stop_if_received()
             readable = batch.pop("readable").tolist()
             here = list(islice(positions, len(readable)))
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -186,6 +224,58 @@ class _ContrastiveCallback(TrainerCallback):
             contrastive.begin_step(state.epoch)
 
 
+class Stopped(Exception):
+    """Raised between two steps, where weights, optimiser and random numbers belong together."""
+
+
+class Signals:
+    """Remembers SIGINT and SIGTERM until a step has ended; a second SIGINT stops at once.
+
+    Not the Trainer's enable_jit_checkpoint (5.23): that leaves out SIGINT, exits with 0 and knows one process only.
+    """
+
+    received: int | None = None
+
+    def __enter__(self) -> Signals:
+        self.process = os.getpid()
+        in_main = threading.current_thread() is threading.main_thread()  # elsewhere Python refuses handlers
+        self.previous = {
+            number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM) if in_main
+        }
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.process:
+            return  # a worker, which is needed until the step has ended
+        if number == self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        logger.warning("%s: stopping after this step.", signal.Signals(number).name)
+
+    def stop_if_received(self) -> None:
+        if self.received:
+            raise Stopped
+
+
+class _StopCallback(TrainerCallback):
+    def __init__(self, trainer: BlipTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        signals, accelerator = self.trainer.signals, self.trainer.accelerator
+        if args.world_size > 1:
+            # a signal reaches the processes at different steps
+            if signals.received:
+                accelerator.set_trigger()
+            if accelerator.check_trigger():
+                signals.received = signals.received or signal.SIGTERM
+        signals.stop_if_received()
+
+
 class _SampleCallback(TrainerCallback):
     """A few rows with their predictions, every sample_steps."""
 
@@ -208,7 +298,7 @@ class _SampleCallback(TrainerCallback):
         logger.info("Step %d of %d:\n%s", state.global_step, state.max_steps, "\n".join(lines))
 
 
-def prepare_output_dir(args: BlipTrainingArguments, recipe: str) -> str | None:
+def prepare_output_dir(args: BlipTrainingArguments, recipe: str, peft_args: PeftArguments) -> str | None:
     """Settle args.output_dir before anything is written, and return the checkpoint to resume from, if any.
 
     Not given: outputs/<recipe>, else the next free outputs/<recipe>-2, -3, ...; with `--resume_from_checkpoint last`
@@ -225,12 +315,34 @@ def prepare_output_dir(args: BlipTrainingArguments, recipe: str) -> str | None:
     if isinstance(choice[0], ValueError):
         raise choice[0]
     args.output_dir = choice[0]
-    if resume != "last":
-        return resume
-    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if checkpoint is None:
-        logger.warning("There is no checkpoint in %s: starting from the beginning.", args.output_dir)
-    return checkpoint
+    if resume not in (None, "last"):
+        problem = what_is_missing(Path(resume)) if Path(resume).is_dir() else "there is no such folder"
+        if problem:
+            raise ValueError(
+                f"resume_from_checkpoint {resume}: {problem}. Give a checkpoint-... folder of an earlier run, or "
+                "`last` for the newest whole one of output_dir."
+            )
+        checkpoint = Path(resume)
+    else:
+        checkpoint = newest_checkpoint(Path(args.output_dir)) if resume else None
+    if checkpoint:
+        _require_same_adapter(checkpoint, peft_args)
+        return str(checkpoint)
+    if resume:
+        logger.warning("There is no whole checkpoint in %s: starting from the beginning.", args.output_dir)
+    return None
+
+
+def _require_same_adapter(checkpoint: Path, args: PeftArguments) -> None:
+    file = checkpoint / "adapter_config.json"
+    if file.exists() != args.use_peft:
+        kind, flag = ("an adapter", "Add") if file.exists() else ("a whole model", "Leave out")
+        raise ValueError(f"{checkpoint} holds {kind}. {flag} --use_peft, or begin in another output_dir.")
+    if args.use_peft and (rank := json.loads(file.read_text(encoding="utf-8"))["r"]) != args.lora_r:
+        raise ValueError(
+            f"{checkpoint} holds an adapter of lora_r {rank}, found {args.lora_r}. Go on with --lora_r {rank}, or "
+            "begin in another output_dir."
+        )
 
 
 def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> str:
@@ -268,65 +380,78 @@ def run(
     Returns: the content of all_results.json.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
-    results: dict[str, Any] = {}
-    if args.cache_image_features:
-        if checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            # train() would load it too late for a vision model that is new in each run; those two load it wrapped
-            trainer._load_from_checkpoint(checkpoint)
-        # evaluation keeps its own collator, which decodes
-        pictures = store_pictures(trainer.blip, trainer.processing_class, trainer.train_dataset, args)
-        trainer.data_collator = replace(trainer.data_collator, look_up=pictures)
-    if args.eval_on_start and checkpoint is None:
-        # before the clock of training starts; the Trainer's own would run inside it
-        results |= trainer.evaluate(metric_key_prefix="before_training")
-    args.eval_on_start = False
-    try:
+    with _stopping_cleanly(trainer):
+        results: dict[str, Any] = {}
+        if args.cache_image_features:
+            if checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+                # train() would load it too late for a vision model that is new in each run; those two load it wrapped
+                trainer._load_from_checkpoint(checkpoint)
+            # evaluation keeps its own collator, which decodes
+            pictures = store_pictures(trainer.blip, trainer.processing_class, trainer.train_dataset, args)
+            trainer.data_collator = replace(trainer.data_collator, look_up=pictures)
+        if args.eval_on_start and checkpoint is None:
+            # before the clock of training starts; the Trainer's own would run inside it
+            results |= trainer.evaluate(metric_key_prefix="before_training")
+        args.eval_on_start = False
         trained = trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyboardInterrupt:
-        trainer._save_checkpoint(trainer.model, trial=None)
-        logger.warning("Stopped. Go on with: --output_dir %s --resume_from_checkpoint last", folder)
-        raise
-    results |= trained.metrics
-    trainer.save_model(_internal_call=True)
-    if hasattr(trainer.model, "peft_config") and trainer.is_world_process_zero():
-        # an adapter's folder tells nothing else of picture size and start tokens
-        trainer.blip.config.save_pretrained(folder)
-    trainer.save_state()
-    results |= trainer.evaluate()
-    if trainer.is_world_process_zero():
-        _write_predictions(folder / "predictions.jsonl", trainer.eval_dataset, trainer.results)
-        results = {name: value for name, value in results.items() if name != "epoch"} | result_notes
-        (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        not_scores = ("loss", "runtime", "per_second", "unreadable_pictures")
-        write_model_card(
-            folder,
-            metrics={
-                name: value
-                for name, value in results.items()
-                if name.startswith("eval_") and not name.endswith(not_scores)
-            },
-            is_adapter=hasattr(trainer.model, "peft_config"),
-            settings={
-                name: getattr(args, name)
-                for name in (
-                    *(
-                        "learning_rate",
-                        "num_train_epochs",
-                        "per_device_train_batch_size",
-                        "gradient_accumulation_steps",
-                    ),
-                    *("weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "bf16"),
-                )
-            },
-            task=pipeline_tag,
-            stock_class=type(trainer.blip).__name__,
-            base_model=model_args.hub_id,
-            dataset=data_args.label,
-        )
-        logger.info("Results, %s:\n%s", folder / "all_results.json", json.dumps(results, indent=2))
-    if args.push_to_hub:
-        trainer.push_to_hub()
+        results |= trained.metrics
+        trainer.save_model(_internal_call=True)
+        if hasattr(trainer.model, "peft_config") and trainer.is_world_process_zero():
+            # an adapter's folder tells nothing else of picture size and start tokens
+            trainer.blip.config.save_pretrained(folder)
+        trainer.save_state()
+        results |= trainer.evaluate()
+        if trainer.is_world_process_zero():
+            _write_predictions(folder / "predictions.jsonl", trainer.eval_dataset, trainer.results)
+            results = {name: value for name, value in results.items() if name != "epoch"} | result_notes
+            (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            not_scores = ("loss", "runtime", "per_second", "unreadable_pictures")
+            write_model_card(
+                folder,
+                metrics={
+                    name: value
+                    for name, value in results.items()
+                    if name.startswith("eval_") and not name.endswith(not_scores)
+                },
+                is_adapter=hasattr(trainer.model, "peft_config"),
+                settings={
+                    name: getattr(args, name)
+                    for name in (
+                        *(
+                            "learning_rate",
+                            "num_train_epochs",
+                            "per_device_train_batch_size",
+                            "gradient_accumulation_steps",
+                        ),
+                        *("weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "bf16"),
+                    )
+                },
+                task=pipeline_tag,
+                stock_class=type(trainer.blip).__name__,
+                base_model=model_args.hub_id,
+                dataset=data_args.label,
+            )
+            logger.info("Results, %s:\n%s", folder / "all_results.json", json.dumps(results, indent=2))
+        if args.push_to_hub:
+            trainer.push_to_hub()
     return results
+
+
+@contextmanager
+def _stopping_cleanly(trainer: BlipTrainer) -> Iterator[None]:
+    """A signal or a full disk ends the run with a whole checkpoint, and a message that says how to go on."""
+    folder = Path(trainer.args.output_dir)
+    with trainer.signals, explain_full_disk(folder):
+        try:
+            yield
+        except Stopped:
+            step = trainer.state.global_step
+            here = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            if step and what_is_missing(here):
+                trainer._save_checkpoint(trainer.model, trial=None)
+            go_on = f"--output_dir {folder} --resume_from_checkpoint last"
+            logger.warning("Stopped after step %d%s. Go on with: %s", step, f": {here} is whole" if step else "", go_on)
+            sys.exit(128 + trainer.signals.received)
 
 
 def _write_predictions(path: Path, rows: Dataset, results: list[dict[str, Any] | None]) -> None:

@@ -26,7 +26,7 @@ from blip_ft.arguments import (
 from blip_ft.collators import CaptionCollator, PictureCollator
 from blip_ft.data_pipeline import load_captions
 from blip_ft.metrics import CaptionScores, caption_exact_match
-from blip_ft.models import load_for_training
+from blip_ft.models import check_model, load_for_training
 from blip_ft.trainer import BlipTrainer, prepare_output_dir, run
 
 # ---- what to edit ----
@@ -39,6 +39,7 @@ class Model(ModelArguments):
 
 @dataclass
 class Training(BlipTrainingArguments):
+    metrics = ("cider", "bleu", "rouge_l", "exact_match")
     # configs/caption_coco.yaml of the original: 8 GPUs x 32 pictures, 1e-5, 5 epochs; 3 beams, 5 to 20 tokens
     learning_rate: float = 1e-5
     num_train_epochs: float = 5
@@ -56,8 +57,9 @@ def main() -> None:
         *(Model, DataArguments, CaptioningArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "captioning_demo.yaml",
     )
-    checkpoint = prepare_output_dir(training_args, "captioning")
+    checkpoint = prepare_output_dir(training_args, "captioning", peft_args)
     output_dir = Path(training_args.output_dir)
+    check_model("conditional_generation", model_args, peft_args)
     train_rows, eval_rows = load_captions(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
 
     model, processor = load_for_training("conditional_generation", model_args, peft_args, training_args)

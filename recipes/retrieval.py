@@ -30,7 +30,7 @@ from blip_ft.collators import PictureCollator, RetrievalCollator, clean_caption,
 from blip_ft.contrastive import Contrastive
 from blip_ft.data_pipeline import load_captions
 from blip_ft.metrics import retrieval_scores, same_caption
-from blip_ft.models import load_for_training
+from blip_ft.models import check_model, load_for_training
 from blip_ft.trainer import BlipTrainer, prepare_output_dir, run
 
 # ---- what to edit ----
@@ -43,6 +43,7 @@ class Model(ModelArguments):
 
 @dataclass
 class Training(BlipTrainingArguments):
+    metrics = ("recall_mean", "text_recall", "image_recall", "itc_")
     # configs/retrieval_coco.yaml of the original: 8 GPUs x 32 pairs, 1e-5, 6 epochs
     learning_rate: float = 1e-5
     num_train_epochs: float = 6
@@ -58,8 +59,9 @@ def main() -> None:
         *(Model, DataArguments, RetrievalArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "retrieval_demo.yaml",
     )
-    checkpoint = prepare_output_dir(training_args, "retrieval")
+    checkpoint = prepare_output_dir(training_args, "retrieval", peft_args)
     output_dir = Path(training_args.output_dir)
+    check_model("image_text_retrieval", model_args, peft_args)
     train_rows, eval_rows = load_captions(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
 
     model, processor = load_for_training("image_text_retrieval", model_args, peft_args, training_args)

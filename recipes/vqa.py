@@ -28,7 +28,7 @@ from blip_ft.arguments import (
 from blip_ft.collators import VqaCollator
 from blip_ft.data_pipeline import load_vqa
 from blip_ft.metrics import VqaAccuracy, scoring_rule
-from blip_ft.models import load_for_training
+from blip_ft.models import check_model, load_for_training
 from blip_ft.trainer import BlipTrainer, prepare_output_dir, run
 
 # ---- what to edit ----
@@ -41,6 +41,7 @@ class Model(ModelArguments):
 
 @dataclass
 class Training(BlipTrainingArguments):
+    metrics = ("vqa_accuracy", "exact_match", "loss")
     # configs/vqa.yaml of the original: 16 GPUs x 16 pictures, 2e-5, 10 epochs
     learning_rate: float = 2e-5
     num_train_epochs: float = 10
@@ -60,9 +61,10 @@ def main() -> None:
         *(Model, DataArguments, VqaArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "vqa_demo.yaml",
     )
-    checkpoint = prepare_output_dir(training_args, "vqa")
+    checkpoint = prepare_output_dir(training_args, "vqa", peft_args)
     candidates = read_answer_list(vqa_args.answer_list)
     output_dir = Path(training_args.output_dir)
+    check_model("vqa", model_args, peft_args)
     train_rows, eval_rows = load_vqa(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
 
     model, processor = load_for_training("vqa", model_args, peft_args, training_args)

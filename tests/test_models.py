@@ -279,7 +279,7 @@ def test_device_map_places_and_answers(checkpoint):
     assert answers_of(mapped["model"]) == pytest.approx(answers_of(plain["model"]))
     # what a map must not cut through, under the names that its classes have here
     names = {type(module).__name__ for module in plain["model"].modules()}
-    assert {"BlipEncoderLayer", "FusedTextLayer"} <= names & set(plain["model"]._no_split_modules)
+    assert {"BlipEncoderLayer", "BlipTextLayer"} <= names & set(plain["model"]._no_split_modules)
 
 
 RED, BLUE = (Image.new("RGB", (40, 36), color) for color in ("red", "blue"))

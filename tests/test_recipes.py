@@ -12,10 +12,11 @@ import torch
 from conftest import RECIPES, TASKS
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import BlipProcessor
+from transformers import BlipProcessor, PreTrainedModel
 from transformers.models.blip import modeling_blip
 
 from blip_ft import feature_store
+from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.models import load_model
 
 
@@ -127,10 +128,14 @@ def test_accumulation_gives_the_losses_and_gradient_norms_of_the_one_big_batch(r
 def test_two_processes_give_the_losses_and_predictions_of_one(recipe, data_of, tmp_path, task):
     # retrieval draws its negatives on each process: only what it evaluates is the same
     rate = ["--learning_rate", "0"] if task == "retrieval" else []
-    common = [*data_of(task), *rate, "--max_steps", "3", "--logging_steps", "1"]
-    one = recipe(*common, output_dir=tmp_path / "one", task=task)
+    # a last batch that is cut off, and an evaluation that two processes cannot share evenly
+    odd = ["--max_train_samples", "7", "--max_eval_samples", "3" if task == "retrieval" else "7"]
+    common = [*data_of(task), *rate, *odd, "--num_train_epochs", "3", "--logging_steps", "1"]
+    one = recipe(*common, "--per_device_train_batch_size", "4", output_dir=tmp_path / "one", task=task)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(RECIPES / f"{task}.py")]
-    flags = ["--per_device_train_batch_size", "4", "--use_cpu", "--dataloader_num_workers", "0"]
+    # accumulation too, where it is exact
+    share = ["2"] if task == "retrieval" else ["1", "--gradient_accumulation_steps", "2"]
+    flags = ["--per_device_train_batch_size", *share, "--use_cpu", "--dataloader_num_workers", "0"]
     subprocess.run(
         [*command, *common, *flags, "--output_dir", str(tmp_path / "two")],
         check=True,
@@ -376,17 +381,52 @@ MISTAKES = {
     "rank without list": (["--answer_mode", "rank"], "give --answer_mode rank --answer_list FILE"),
     "cache without freeze": (["--cache_image_features"], "Add --freeze vision_model"),
     "odd size": (["--image_size", "50"], "multiple of the patch size 8"),
+    "empty batch": (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1"),
+    "no answer": (["--generation_max_length", "0"], "generation_max_length must be between 3 and 512"),
+    "no epoch": (["--num_train_epochs", "-1"], "num_train_epochs must be"),
+    "no such metric": (["--metric_for_best_model", "f1"], "must be one of vqa_accuracy, exact_match, loss"),
+    "no such target": (["--use_peft", "--lora_target_modules", "q_proj"], "must name linear layers"),
+    "no such checkpoint": (["--resume_from_checkpoint", "/no/checkpoint-1"], "there is no such folder"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_ends_in_one_message_that_helps(recipe, data, caplog, mistake):
+def test_mistake_ends_in_one_message_that_helps_before_the_model_loads(recipe, data, caplog, monkeypatch, mistake):
     flags, message = MISTAKES[mistake]
+    monkeypatch.delattr(PreTrainedModel, "from_pretrained")
     with pytest.raises(SystemExit) as stopped:
         recipe(*data, *flags)
     assert stopped.value.code not in (0, None)
     assert message in caplog.text
     assert "Traceback" not in caplog.text
+
+
+def test_other_adapter_than_the_checkpoints_is_refused(recipe, data, tmp_path, caplog):
+    folder = recipe(*data, "--use_peft", "--lora_r", "4", "--max_steps", "1")
+    for flags, message in (
+        (["--use_peft", "--lora_r", "8"], "holds an adapter of lora_r 4, found 8. Go on with --lora_r 4"),
+        ([], "holds an adapter. Add --use_peft"),
+    ):
+        with pytest.raises(SystemExit):
+            recipe(*data, *flags, "--resume_from_checkpoint", "last", output_dir=folder)
+        assert message in caplog.text
+
+
+def test_weights_of_other_shapes_than_the_config_are_refused(recipe, data, checkpoint, tmp_path, caplog):
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 48
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        recipe(*data, "--model_name_or_path", str(broken))
+    assert "have other shapes than its config.json says" in caplog.text
+
+
+def test_several_gpus_and_one_process_say_how_to_launch(recipe, data, monkeypatch, caplog):
+    monkeypatch.setattr(BlipTrainingArguments, "n_gpu", 2)
+    with pytest.raises(SystemExit):
+        recipe(*data)
+    assert "accelerate launch --multi_gpu" in caplog.text
 
 
 def test_mistake_shows_its_traceback_under_debug(recipe, data):

@@ -34,7 +34,8 @@ ARROWS = {
     "models": {"arguments", "collators", "demo", "inference", "modeling"},
     "data_pipeline": {"arguments", "demo", "collators"},
     "feature_store": {"arguments", "collators", "data_pipeline", "modeling"},
-    "trainer": {"arguments", "data_pipeline", "feature_store", "hub"},
+    "checkpoints": set(),
+    "trainer": {"arguments", "checkpoints", "data_pipeline", "feature_store", "hub"},
 }
 
 

@@ -1,0 +1,81 @@
+"""Checkpoints that are whole or are passed over."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+BUILDING = "_saving"  # the Trainer uploads nothing that begins with _
+
+
+def finish_checkpoint(built: Path, final: Path) -> None:
+    """Mark a written checkpoint as whole, and move it to its name; what stood there is replaced."""
+    sizes = {str(file.relative_to(built)): file.stat().st_size for file in built.rglob("*") if file.is_file()}
+    (built / MARKER).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    if final.exists():
+        final.rename(built.parent / "replaced")
+    built.rename(final)
+    shutil.rmtree(built.parent, ignore_errors=True)
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest whole checkpoint; those cut short are named in a warning."""
+    found = [
+        *output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"),
+        *(output_dir / BUILDING).glob(f"{PREFIX_CHECKPOINT_DIR}-*"),
+    ]
+    by_step = {path: path.name.rpartition("-")[2] for path in found if path.is_dir()}
+    for path in sorted((path for path, step in by_step.items() if step.isdecimal()), key=lambda p: -int(by_step[p])):
+        problem = "was still being written" if path.parent.name == BUILDING else what_is_missing(path)
+        if problem is None:
+            return path
+        logger.warning("%s is passed over: %s.", path, problem)
+    return None
+
+
+def what_is_missing(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not whole; None where it is."""
+    try:
+        sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"it has no {MARKER}, which is written last"
+    for name, size in sizes.items():
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            return f"{name} is missing" if found is None else f"{name} has {found} bytes of {size}"
+    return None
+
+
+@contextmanager
+def explain_full_disk(output_dir: Path) -> Iterator[None]:
+    """A full disk, which torch and safetensors report in their own ways, ends in one message.
+
+    Raises: OSError that names the last whole checkpoint and how to go on from it.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch's writer tells of an unexpected position only
+        free = shutil.disk_usage(output_dir).free if output_dir.is_dir() else 0
+        told = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if not told and free > 2**20:
+            raise
+        shutil.rmtree(output_dir / BUILDING, ignore_errors=True)
+        last = newest_checkpoint(output_dir)
+        kept = f"{last} is whole" if last else "no checkpoint had been written before"
+        raise OSError(
+            f"The disk of {output_dir} is full; {kept}. Make room there (fewer checkpoints: --save_total_limit 1), "
+            f"then go on with: --output_dir {output_dir} --resume_from_checkpoint last"
+        ) from error

@@ -1,0 +1,231 @@
+"""Nothing is lost: what a kill, a signal or a full disk leaves behind, and that the run goes on from it exactly."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RECIPES
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from blip_ft.checkpoints import newest_checkpoint, what_is_missing
+
+# dropout: random numbers must go on too
+SAVING = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "3", "--dropout", "0.1"]
+KINDS = {
+    "full": ("vqa", ["--num_train_epochs", "6", "--per_device_train_batch_size", "2"]),
+    "lora, accumulation": (
+        "vqa",
+        ["--num_train_epochs", "12", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+        + ["--use_peft", "--lora_dropout", "0.1"],
+    ),
+    "queue": ("retrieval", ["--num_train_epochs", "12", "--per_device_train_batch_size", "4", "--queue_size", "24"]),
+}
+
+
+@pytest.fixture
+def flags_of(checkpoints, picture_folder):
+    def flags(kind: str) -> tuple[str, list[str]]:
+        task, settings = KINDS[kind]
+        source = ["--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(picture_folder)]
+        rest = ["--eval_split", "test", "--learning_rate", "3e-3", *SAVING]
+        return task, [*source, *settings, *rest, *(["--k_test", "3"] if task == "retrieval" else [])]
+
+    return flags
+
+
+def start(task: str, folder: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, str(RECIPES / f"{task}.py"), *flags, "--output_dir", str(folder), "--use_cpu"]
+    return subprocess.Popen(
+        [*command, "--dataloader_num_workers", "0", "--resume_from_checkpoint", "last"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def last_step(folder: Path) -> int:
+    return max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
+
+
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+    while last_step(folder) < step and process.poll() is None:
+        time.sleep(0.002)
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    step = last_step(one)
+    assert last_step(other) == step
+    files = [path.name for path in one.glob("*.safetensors")]
+    assert files
+    pairs = [(load_file(one / name), load_file(other / name)) for name in files]
+    ends = [folder / f"checkpoint-{step}" for folder in (one, other)]
+    if (ends[0] / "contrastive.safetensors").exists():
+        pairs.append(tuple(load_file(end / "contrastive.safetensors") for end in ends))
+    states = [torch.load(end / "optimizer.pt", weights_only=True)["state"] for end in ends]
+    assert states[0].keys() == states[1].keys()
+    pairs += [(states[0][key], states[1][key]) for key in states[0]]
+    for a, b in pairs:
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert len({(end / "scheduler.pt").read_bytes() for end in ends}) == 1
+
+
+def kill_and_go_on(recipe, flags_of, tmp_path, kind: str, kills: int) -> None:
+    task, flags = flags_of(kind)
+    whole = recipe(*flags, output_dir=tmp_path / "whole", task=task)
+    seed = time.time_ns()
+    chance = random.Random(seed)
+    steps, cut = last_step(whole), tmp_path / f"cut at moments of seed {seed}"
+    for number in range(kills):
+        process = start(task, cut, *flags)
+        # the first kill in the first epoch, the others anywhere in what is left; saving takes most of the time
+        here = last_step(cut)
+        wait_for_step(process, cut, here + (1 if number == 0 else chance.randint(0, max(1, (steps - here) // 2))))
+        if number and chance.random() < 0.3:
+            time.sleep(chance.uniform(0, 8))  # also while libraries, data and checkpoint are loaded
+        time.sleep(chance.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+    process = start(task, cut, *flags)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    assert_same_end(whole, cut)
+    assert not (cut / "_saving").exists()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora, accumulation"])
+def test_killed_twice_at_random_moments_it_ends_as_the_unbroken_run(recipe, flags_of, tmp_path, kind):
+    kill_and_go_on(recipe, flags_of, tmp_path, kind, kills=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "kills"), [("full", 7), ("lora, accumulation", 7), ("queue", 6)])
+def test_killed_at_twenty_random_moments_it_ends_as_the_unbroken_runs(recipe, flags_of, tmp_path, kind, kills):
+    kill_and_go_on(recipe, flags_of, tmp_path, kind, kills)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_says_how_to_go_on_and_ends_with_its_code(flags_of, tmp_path, number):
+    task, flags = flags_of("full")
+    flags = [*flags, "--save_steps", "5"]
+    folder = tmp_path / "cut"
+    process = start(task, folder, *flags, "--num_train_epochs", "500")
+    wait_for_step(process, folder, 5)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    step = last_step(folder)
+    saved = folder / f"checkpoint-{step}"
+    assert what_is_missing(saved) is None
+    assert f"{saved} is whole. Go on with: --output_dir {folder} --resume_from_checkpoint last" in errors
+    assert "Traceback" not in errors
+
+
+def test_stopped_run_goes_on_to_the_end_of_the_unbroken_one(recipe, flags_of, tmp_path, monkeypatch):
+    """Stopped in this process after its third step, in the middle of an epoch, where nothing was to be saved."""
+    task, flags = flags_of("full")
+    flags = [*flags, "--save_steps", "5", "--eval_strategy", "steps", "--eval_steps", "3"]
+    whole = recipe(*flags, output_dir=tmp_path / "whole", task=task)
+
+    def step(self, *args, run=Trainer.training_step, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", step)
+        with pytest.raises(SystemExit) as stopped:
+            recipe(*flags, output_dir=tmp_path / "cut", task=task)
+    assert stopped.value.code == 143 and last_step(tmp_path / "cut") == 3
+    cut = recipe(*flags, "--resume_from_checkpoint", "last", output_dir=tmp_path / "cut", task=task)
+    assert_same_end(whole, cut)
+
+
+@pytest.fixture
+def checkpointed(recipe, flags_of, tmp_path) -> Path:
+    task, flags = flags_of("full")
+    return recipe(*flags, "--max_steps", "3", output_dir=tmp_path / "run", task=task)
+
+
+def cut_short(checkpoint: Path) -> None:
+    with (checkpoint / "optimizer.pt").open("r+b") as file:
+        file.truncate(100)
+
+
+DAMAGE = {
+    "short file": (cut_short, "optimizer.pt has 100 bytes of"),
+    "no weights": (lambda checkpoint: (checkpoint / "model.safetensors").unlink(), "model.safetensors is missing"),
+    "no marker": (lambda checkpoint: (checkpoint / "complete.json").unlink(), "it has no complete.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_checkpoint_cut_short_is_named_and_passed_over(recipe, flags_of, checkpointed, caplog, damage):
+    harm, message = DAMAGE[damage]
+    harm(checkpointed / "checkpoint-3")
+    assert newest_checkpoint(checkpointed) == checkpointed / "checkpoint-2"
+    assert f"{checkpointed / 'checkpoint-3'} is passed over: {message}" in caplog.text
+    task, flags = flags_of("full")
+    flags = [*flags, "--max_steps", "3", "--resume_from_checkpoint"]
+    with pytest.raises(SystemExit):
+        recipe(*flags, str(checkpointed / "checkpoint-3"), output_dir=checkpointed, task=task)
+    assert message in caplog.messages[-1] and "`last`" in caplog.messages[-1]
+    recipe(*flags, "last", output_dir=checkpointed, task=task)
+    assert what_is_missing(checkpointed / "checkpoint-3") is None
+
+
+def test_half_written_checkpoint_is_passed_over_and_none_means_the_beginning(recipe, flags_of, checkpointed, caplog):
+    (checkpointed / "_saving").mkdir()
+    for step in (1, 2, 3):
+        (checkpointed / f"checkpoint-{step}").rename(checkpointed / "_saving" / f"checkpoint-{step}")
+    task, flags = flags_of("full")
+    recipe(*flags, "--max_steps", "1", "--resume_from_checkpoint", "last", output_dir=checkpointed, task=task)
+    assert "was still being written" in caplog.text and "starting from the beginning" in caplog.text
+    assert json.loads((checkpointed / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def test_best_checkpoint_is_kept_and_known_by_its_own_name(recipe, flags_of, tmp_path):
+    task, flags = flags_of("full")
+    best = ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "1", "--max_steps", "4"]
+    best += ["--metric_for_best_model", "eval_loss", "--greater_is_better", "true", "--save_total_limit", "1"]
+    folder = recipe(*flags, *best, output_dir=tmp_path / "run", task=task)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    kept = Path(state["best_model_checkpoint"])
+    assert kept.parent == folder and what_is_missing(kept) is None
+    a, b = load_file(kept / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"mounting a tmpfs takes root: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_full_disk_ends_in_a_message_with_the_last_checkpoint_whole(recipe, flags_of, small_disk, caplog):
+    task, flags = flags_of("full")
+    flags = [*flags, "--save_total_limit", "9"]
+    with pytest.raises(SystemExit) as stopped:
+        recipe(*flags, output_dir=small_disk / "run", task=task)
+    assert stopped.value.code == 1
+    last = small_disk / "run" / f"checkpoint-{last_step(small_disk / 'run')}"
+    assert f"is full; {last} is whole. Make room there" in caplog.text and "Traceback" not in caplog.text
+    assert what_is_missing(last) is None
+    shutil.copytree(small_disk / "run", small_disk.parent / "elsewhere")
+    recipe(*flags, "--resume_from_checkpoint", "last", output_dir=small_disk.parent / "elsewhere", task=task)
