@@ -177,6 +177,16 @@ def number_pictures(rows: Dataset | CaptionRows) -> np.ndarray:
     return ids.combine_chunks().dictionary_encode().indices.to_numpy()
 
 
+def require_whole_batch(number: int, global_batch_size: int) -> None:
+    """Raises: ValueError where there are fewer rows than one optimiser step takes."""
+    if number < global_batch_size:
+        raise ValueError(
+            f"One step takes {global_batch_size} rows (per_device_train_batch_size x processes x "
+            f"gradient_accumulation_steps) and there are {number}. Choose at most {number}, e.g. "
+            f"--per_device_train_batch_size {number} --gradient_accumulation_steps 1 on one process."
+        )
+
+
 class GroupedSampler(Sampler[int]):
     """Row positions of one epoch in random order, the rows of a picture side by side, cut to whole global batches.
 
@@ -188,12 +198,7 @@ class GroupedSampler(Sampler[int]):
     """
 
     def __init__(self, pictures: np.ndarray, global_batch_size: int, seed: int, group: bool = True) -> None:
-        if len(pictures) < global_batch_size:
-            raise ValueError(
-                f"One step takes {global_batch_size} rows (per_device_train_batch_size x processes x "
-                f"gradient_accumulation_steps) and there are {len(pictures)}. Choose at most {len(pictures)}, e.g. "
-                f"--per_device_train_batch_size {len(pictures)} --gradient_accumulation_steps 1 on one process."
-            )
+        require_whole_batch(len(pictures), global_batch_size)
         self.pictures = pictures if group else np.arange(len(pictures))
         self.length = len(pictures) // global_batch_size * global_batch_size
         self.seed, self.epoch = seed, 0

@@ -136,7 +136,7 @@ def store_pictures(
         rows: with image and image_id, and a column of image_id.
     Raises: ValueError where features are not constant, and before anything is encoded where they need too much space.
     """
-    _require_constant_features(model)
+    require_constant_features(model)
     if distributed.is_initialized():
         for tensor in model.vision_model.state_dict().values():
             # DDP will give all processes the first one's weights; those of a new model differ until then
@@ -201,7 +201,7 @@ def _autocast_dtype(args: BlipTrainingArguments) -> torch.dtype:
     return torch.float16 if args.fp16 else torch.bfloat16
 
 
-def _require_constant_features(model: PreTrainedModel) -> None:
+def require_constant_features(model: PreTrainedModel) -> None:
     """Raises: ValueError with the way out where the vision model would not give the same features in every epoch."""
     if isinstance(model, BlipForImageTextRetrieval):
         raise ValueError(

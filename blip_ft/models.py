@@ -236,10 +236,10 @@ def load_model(
     return loader.load(load_processor)
 
 
-def check_model(task: str, model_args: ModelArguments, peft_args: PeftArguments) -> None:
-    """Refuse what cannot work with this checkpoint before pictures are read and weights are loaded.
+def outline(task: str, model_args: ModelArguments, peft_args: PeftArguments) -> PreTrainedModel | PeftModel:
+    """The model that load_for_training will give, from its config alone: without weights and memory.
 
-    Reads the checkpoint's config and builds the model without memory. Raises: ValueError.
+    Raises: ValueError for what cannot work with this checkpoint.
     """
     name, kwargs = model_args.model_name_or_path, {"revision": model_args.model_revision}
     needed = "use_peft needs a checkpoint that can be loaded again under the adapter"
@@ -271,6 +271,7 @@ def check_model(task: str, model_args: ModelArguments, peft_args: PeftArguments)
         freeze_model(model, frozen)
     if not count_parameters(model)["trainable"]:
         raise ValueError("Everything is frozen, so nothing would be trained. Take something out of freeze.")
+    return model
 
 
 def load_for_training(
@@ -278,7 +279,7 @@ def load_for_training(
 ) -> tuple[PreTrainedModel | PeftModel, BlipProcessor]:
     """Model and processor as the arguments say: resized, smoothed, frozen, in few bits, with an adapter.
 
-    What check_model would refuse is not looked for again.
+    What outline would refuse is not looked for again.
     """
     # the Trainer seeds after the weights of an adapter, of the demo and of a head that a checkpoint lacks are drawn
     set_seed(training_args.seed)

@@ -29,8 +29,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ro
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments
 from blip_ft.checkpoints import BUILDING, explain_full_disk, finish_checkpoint, newest_checkpoint, what_is_missing
-from blip_ft.data_pipeline import GroupedSampler, number_pictures
-from blip_ft.feature_store import store_pictures
+from blip_ft.data_pipeline import GroupedSampler, number_pictures, require_whole_batch
+from blip_ft.feature_store import require_constant_features, store_pictures
 from blip_ft.hub import write_model_card
 
 logger = logging.getLogger(__name__)
@@ -343,6 +343,16 @@ def _require_same_adapter(checkpoint: Path, args: PeftArguments) -> None:
             f"{checkpoint} holds an adapter of lora_r {rank}, found {args.lora_r}. Go on with --lora_r {rank}, or "
             "begin in another output_dir."
         )
+
+
+def check_run(args: BlipTrainingArguments, rows: Dataset, outline: torch.nn.Module) -> None:
+    """Refuse, before weights are loaded, what cannot be trained on these rows or kept of this model.
+
+    outline: the model without its weights. Raises: ValueError.
+    """
+    if args.cache_image_features:
+        require_constant_features(outline.get_base_model() if hasattr(outline, "peft_config") else outline)
+    require_whole_batch(len(rows), args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
 
 
 def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> str:

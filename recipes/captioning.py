@@ -26,8 +26,8 @@ from blip_ft.arguments import (
 from blip_ft.collators import CaptionCollator, PictureCollator
 from blip_ft.data_pipeline import load_captions
 from blip_ft.metrics import CaptionScores, caption_exact_match
-from blip_ft.models import check_model, load_for_training
-from blip_ft.trainer import BlipTrainer, prepare_output_dir, run
+from blip_ft.models import load_for_training, outline
+from blip_ft.trainer import BlipTrainer, check_run, prepare_output_dir, run
 
 # ---- what to edit ----
 
@@ -59,8 +59,9 @@ def main() -> None:
     )
     checkpoint = prepare_output_dir(training_args, "captioning", peft_args)
     output_dir = Path(training_args.output_dir)
-    check_model("conditional_generation", model_args, peft_args)
+    planned = outline("conditional_generation", model_args, peft_args)
     train_rows, eval_rows = load_captions(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
+    check_run(training_args, train_rows, planned)
 
     model, processor = load_for_training("conditional_generation", model_args, peft_args, training_args)
 

@@ -30,8 +30,8 @@ from blip_ft.collators import PictureCollator, RetrievalCollator, clean_caption,
 from blip_ft.contrastive import Contrastive
 from blip_ft.data_pipeline import load_captions
 from blip_ft.metrics import retrieval_scores, same_caption
-from blip_ft.models import check_model, load_for_training
-from blip_ft.trainer import BlipTrainer, prepare_output_dir, run
+from blip_ft.models import load_for_training, outline
+from blip_ft.trainer import BlipTrainer, check_run, prepare_output_dir, run
 
 # ---- what to edit ----
 
@@ -61,8 +61,9 @@ def main() -> None:
     )
     checkpoint = prepare_output_dir(training_args, "retrieval", peft_args)
     output_dir = Path(training_args.output_dir)
-    check_model("image_text_retrieval", model_args, peft_args)
+    planned = outline("image_text_retrieval", model_args, peft_args)
     train_rows, eval_rows = load_captions(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
+    check_run(training_args, train_rows, planned)
 
     model, processor = load_for_training("image_text_retrieval", model_args, peft_args, training_args)
     model.config.itm_start_token = retrieval_args.itm_start_token

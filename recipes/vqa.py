@@ -28,8 +28,8 @@ from blip_ft.arguments import (
 from blip_ft.collators import VqaCollator
 from blip_ft.data_pipeline import load_vqa
 from blip_ft.metrics import VqaAccuracy, scoring_rule
-from blip_ft.models import check_model, load_for_training
-from blip_ft.trainer import BlipTrainer, prepare_output_dir, run
+from blip_ft.models import load_for_training, outline
+from blip_ft.trainer import BlipTrainer, check_run, prepare_output_dir, run
 
 # ---- what to edit ----
 
@@ -64,8 +64,9 @@ def main() -> None:
     checkpoint = prepare_output_dir(training_args, "vqa", peft_args)
     candidates = read_answer_list(vqa_args.answer_list)
     output_dir = Path(training_args.output_dir)
-    check_model("vqa", model_args, peft_args)
+    planned = outline("vqa", model_args, peft_args)
     train_rows, eval_rows = load_vqa(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
+    check_run(training_args, train_rows, planned)
 
     model, processor = load_for_training("vqa", model_args, peft_args, training_args)
     model.config.question_start_token = vqa_args.question_start_token
