@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
@@ -71,11 +73,17 @@ class BlipTrainer(Trainer):
         self.evaluate_rows, self.group = evaluate_rows, group
         self.eval_collator = eval_collator or self.data_collator
         self.results: list[dict[str, Any] | None] = []
+        if self.is_fsdp_enabled and self.blip.contrastive:
+            raise ValueError(
+                "Retrieval's momentum weights follow whole weights, and FSDP cuts them up: launch with "
+                "accelerate_configs/multi_gpu.yaml or deepspeed_zero2.yaml."
+            )
+        self.twin = copy.deepcopy(self.model) if self.is_fsdp_enabled else None
         self.signals = Signals()
         self.building: str | None = None  # where a checkpoint is being written
         self.add_callback(_ContrastiveCallback(self))
         self.add_callback(_StopCallback(self))
-        if self.args.sample_steps and predict and describe:
+        if self.args.sample_steps and predict and describe and not self.is_fsdp_enabled:
             self.add_callback(_SampleCallback(self, predict, describe))
 
     @property
@@ -83,6 +91,18 @@ class BlipTrainer(Trainer):
         """The BLIP model under DDP and PEFT; an adapter's layers are part of it."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    def _whole_model(self) -> torch.nn.Module:
+        """The BLIP model to evaluate; under FSDP a copy.
+
+        There each call of a part is a meeting of all processes, and answers are not equally many and long on each.
+        """
+        if self.twin is None:
+            return self.blip
+        whole = StateDictOptions(full_state_dict=True)
+        self.twin.load_state_dict(get_model_state_dict(self.model_wrapped, options=whole))
+        self.twin.to(self.args.device).eval()
+        return self.twin.get_base_model() if hasattr(self.twin, "peft_config") else self.twin
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupedSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -188,14 +208,14 @@ class BlipTrainer(Trainer):
         return EvalLoopOutput(predictions=self.results, label_ids=None, metrics=named, num_samples=len(rows))
 
     def _collect(self, dataloader: DataLoader, predict: Predict, description: str) -> list[dict[str, Any] | None]:
-        results, positions = [], iter(dataloader.row_positions)
+        model, results, positions = self._whole_model(), [], iter(dataloader.row_positions)
         for batch in tqdm(dataloader, desc=description, disable=not self.is_local_process_zero(), leave=False):
             if self.args.world_size == 1:  # others may have fewer batches, and would wait
                 self.signals.stop_if_received()
             readable = batch.pop("readable").tolist()
             here = list(islice(positions, len(readable)))
             with torch.no_grad(), self.compute_loss_context_manager():
-                predicted = predict(self.blip, self._prepare_inputs(batch), here)
+                predicted = predict(model, self._prepare_inputs(batch), here)
             results += [
                 (position, result if good else None)
                 for position, result, good in zip(here, predicted, readable, strict=True)
