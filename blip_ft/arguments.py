@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -184,9 +186,25 @@ class DataArguments:
         _check_ranges(self, max_train_samples=(1, math.inf), max_eval_samples=(1, math.inf), max_bad_fraction=(0, 1))
 
     @property
+    def hub_id(self) -> str | None:
+        """The data set's id where it lies on the Hub, None for files and for the demo."""
+        name = self.dataset_name
+        return None if name in (None, "demo") or Path(name).exists() else name
+
+    @property
     def label(self) -> str:
         """A short name for the model card, without the folders that lead to the data."""
         return Path(self.dataset_name or self.questions_file).name
+
+    @property
+    def held_out(self) -> str:
+        """What is evaluated on, in words for the model card."""
+        source = self.eval_dataset_name or self.eval_questions_file
+        if source:
+            return Path(source).name + (f", split {self.eval_split}" if self.eval_split else "")
+        if self.eval_split or self.dataset_name == "demo":
+            return f"split {self.eval_split or 'validation'}"
+        return f"{self.eval_fraction:.0%} of the pictures of {self.train_split}"
 
 
 @dataclass
@@ -370,6 +388,11 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 "hub_token is pickled into training_args.bin. Set the environment variable HF_TOKEN instead."
             )
+        if self.hub_model_id:
+            try:
+                validate_repo_id(self.hub_model_id)
+            except HFValidationError as error:
+                raise ValueError(f"hub_model_id is OWNER/NAME, found {self.hub_model_id!r}. {error}") from error
         # torch warns in each epoch where there is nothing to pin for
         self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
         super().__post_init__()

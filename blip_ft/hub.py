@@ -1,64 +1,247 @@
-"""The model card."""
+"""The model card, and what to say when a push fails."""
 
 from __future__ import annotations
 
+import html
+import json
+import os
+import re
+import shlex
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, get_session, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+# exit code of a run whose result is saved and not pushed
+NOT_PUSHED = 3
+# Without this huggingface_hub waits for ever for an answer.
+SECONDS_TO_WAIT = 60
+# The Hub leaves out of every upload what a folder's .gitignore names: the user's rows, paths and pickles.
+GITIGNORE = "predictions.jsonl\nbad_rows.jsonl\nreport.html\ntraining_args.bin\n"
+
+# part of a metric's name -> its id on the Hub, and the name that papers give it
+METRICS = {
+    "vqa_accuracy": ("accuracy", "VQA accuracy"),
+    "exact_match": ("exact_match", "Exact match"),
+    "cider": ("cider", "CIDEr-D"),
+    "bleu": ("bleu", "BLEU-"),
+    "rouge_l": ("rouge", "ROUGE-L"),
+    "recall": ("recall", "recall"),
+}
+STOCK_USE = {
+    "BlipForQuestionAnswering": """\
+inputs = processor(image, "what is it?", return_tensors="pt")
+print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))""",
+    "BlipForConditionalGeneration": """\
+inputs = processor(image, {prompt}, return_tensors="pt")  # what every caption begins with
+print(processor.decode(model.generate(**inputs)[0], skip_special_tokens=True))""",
+    "BlipForImageTextRetrieval": """\
+inputs = processor(image, "a cat asleep on a sofa", return_tensors="pt")
+print(model(**inputs).itm_score.softmax(1)[0, 1].item())  # probability that they belong together
+print(model(**inputs, use_itm_head=False)[0].item())  # cosine""",
+}
+OWN_USE = {
+    "BlipForQuestionAnswering": """\
+from blip_ft import generate_answer_blip, load_model
+
+loaded = load_model({id})
+print(generate_answer_blip(loaded["model"], loaded["processor"], "cat.jpg", ["what is it?", "is it asleep?"]))""",
+}
+LIMITS = {
+    "BlipForQuestionAnswering": "Answers are short, in the manner of those it was trained on, and it answers questions "
+    "that the picture cannot answer too. Stock transformers (4.54 to 5.23) ignores the padding of questions: ask it "
+    "one question at a time, or questions of equally many tokens.",
+    "BlipForConditionalGeneration": "A caption may name things that are not in the picture.",
+    "BlipForImageTextRetrieval": "A score orders candidates; it is no probability that a text is true.",
+}
 
 
-def write_model_card(
-    folder: Path,
+def build_model_card(
+    repository: str,
     task: str,
     stock_class: str,
-    base_model: str | None,
-    dataset: str,
-    metrics: dict[str, float],
     is_adapter: bool,
-    settings: dict[str, object],
-) -> None:
-    """README.md with the Hub's front matter: what it is, how it was trained, what it reached, how to load it.
+    base_model: str | None,
+    revision: str,
+    dataset: str,
+    dataset_id: str | None,
+    held_out: str,
+    scores: dict[str, float],
+    notes: dict[str, Any],
+    facts: dict[str, Any],
+    arguments: dict[str, Any],
+) -> ModelCard:
+    """What it is, what it reached, how to use it, how it was trained, its limits and licence.
 
     Args:
+        repository: id on the Hub, or a name to choose one from.
         task: the Hub's pipeline tag, e.g. visual-question-answering.
-        base_model: Hub id; None for a local checkpoint or new weights, which the Hub would reject.
-        metrics: name -> value in percent.
+        base_model, dataset_id: Hub ids; None for what is local or new, which the Hub would reject.
+        held_out: what was evaluated on, in words.
+        scores: name -> value in percent. notes: what belongs beside them, e.g. the scoring rule.
+        facts: about the run, in words. arguments: all of them; folders and the Hub's own are left out.
     """
+    name = _plain(Path(repository).name)
+    licence, commit = _read_base(base_model, revision) if base_model else (None, None)
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset_id or "custom",
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_name=words,
+            metric_value=round(value, 2),
+        )
+        for (metric, words), value in ((official_name(key), value) for key, value in scores.items())
+    ]
     data = ModelCardData(
+        license=licence,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=task,
         base_model=base_model,
-        base_model_relation="adapter" if is_adapter and base_model else None,
-        tags=["blip"],
-        model_name=folder.resolve().name,
-        eval_results=[
-            EvalResult(
-                task_type=task,
-                dataset_type="custom",
-                dataset_name=dataset,
-                metric_type="accuracy",
-                metric_name=name,
-                metric_value=round(value, 2),
-            )
-            for name, value in metrics.items()
-        ],
+        base_model_relation=("adapter" if is_adapter else "finetune") if base_model else None,
+        datasets=[dataset_id] if dataset_id else None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)),
+        tags=["blip", "blip_ft", *(["lora"] if is_adapter else [])],
+        model_name=Path(repository).name,
+        eval_results=results,
     )
-    results = "\n".join(f"| {name} | {value:.2f} |" for name, value in metrics.items())
-    values = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    loading = (
-        f'base = {stock_class}.from_pretrained("{base_model or "BASE"}")\n'
-        'model = PeftModel.from_pretrained(base, "THIS")'
-        if is_adapter
-        else f'model = {stock_class}.from_pretrained("THIS")'
+    origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a local or new checkpoint"
+    at_commit = f", commit {commit}" if commit else ""
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
+        f"BLIP for {task.replace('-', ' ')}, {'a LoRA adapter on' if is_adapter else 'fine-tuned from'} {origin}"
+        f"{f' (revision {_plain(revision)}{at_commit})' if base_model else ''}. Data: {_plain(dataset)}.\n\n"
+        "## Results\n\n"
+        f"On {_plain(held_out)}, not trained on; percent.\n\n"
+        + _table(("metric", "value"), {result.metric_name: f"{result.metric_value:.2f}" for result in results})
+        + "".join(f"\n{_plain(key.replace('_', ' '))}: {_plain(value)}\n" for key, value in notes.items())
+        + f"\n## Use\n\n{_usage(repository, stock_class, is_adapter, base_model, arguments)}\n"
+        "## Training\n\n"
+        + _table(("", ""), facts)
+        + "\n<details><summary>All arguments, as a YAML file that --config takes</summary>\n\n"
+        f"```yaml\n{_settings(arguments)}\n```\n\n</details>\n\n"
+        f"## Limits\n\n{LIMITS[stock_class]} It knows the pictures and the language of its data, with their biases; "
+        "the results above say nothing of other data.\n\n"
+        f"## Licence\n\n{_licence_in_words(licence, base_model)}\n\n"
+        "## Versions\n\n"
+        + ", ".join(
+            f"{package} {version(package)}"
+            for package in ("blip_ft", "transformers", "torch", "peft", "datasets", "huggingface_hub")
+        )
+        + "\n"
     )
-    base = base_model or "a local or new checkpoint"
-    card = ModelCard(
-        f"---\n{data.to_yaml()}\n---\n"
-        f"# {folder.resolve().name}\n\nBLIP ({task}) fine-tuned from {base} on {dataset}.\n\n"
-        f"| held-out metric | percent |\n|---|---|\n{results}\n\n"
-        f"## Use\n\n```python\nfrom transformers import {stock_class}, BlipProcessor\n"
-        + ("from peft import PeftModel\n" if is_adapter else "")
-        + f'{loading}\nprocessor = BlipProcessor.from_pretrained("THIS")\n```\n\n'
-        f"## Training\n\n| argument | value |\n|---|---|\n{values}\n"
+
+
+def official_name(metric: str) -> tuple[str, str]:
+    """The Hub's id of a metric of ours, and its name in words: eval_bleu4 is bleu, BLEU-4."""
+    metric = metric.removeprefix("eval_")
+    part = next((part for part in METRICS if part in metric), metric)
+    identifier, words = METRICS.get(part, (metric, metric))
+    return identifier, metric.replace(part, words).replace("_", " ")
+
+
+def limit_waiting() -> None:
+    """Let a Hub that takes a request and does not answer be an error."""
+    get_session().timeout = SECONDS_TO_WAIT
+
+
+def upload_command(folder: str, repository: str, private: bool | None, revision: str | None) -> str:
+    """The shell command that pushes what a run left in folder."""
+    words = ["hf", "upload", repository, folder, "--exclude", "checkpoint-*"]
+    words += ["--private"] if private else []
+    words += ["--revision", revision] if revision else []
+    return shlex.join(words)
+
+
+def explain(error: BaseException) -> str:
+    """An error of the Hub on one line, with what to check, and never a token."""
+    causes = [error]
+    while cause := causes[-1].__cause__:
+        causes.append(cause)
+    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    said = f"{type(error).__name__}: {error}" + (f" ({answer})" if answer and answer is not error else "")
+    if answer is None and not isinstance(error, ValueError):
+        advice = f"Check the network, and HF_ENDPOINT (now {constants.ENDPOINT})."
+    elif answer and answer.response.status_code in (401, 403):
+        advice = "Check that HF_TOKEN is set and may write to this repository."
+    else:
+        advice = ""
+    # an HTTP library that finds a header malformed quotes it
+    return re.sub(r"Bearer \S+|hf_\w{30,}", "(token)", f"{' '.join(said.split())[:400].rstrip('.')}. {advice}".strip())
+
+
+def _usage(
+    repository: str, stock_class: str, is_adapter: bool, base_model: str | None, arguments: dict[str, Any]
+) -> str:
+    own_id, prompt = json.dumps(repository), json.dumps(arguments.get("prompt", "").strip())
+    stock = [
+        "from PIL import Image",
+        *(["from peft import PeftModel"] if is_adapter else []),
+        f"from transformers import {stock_class}, BlipProcessor",
+        "",
+        *(
+            [
+                f"base = {stock_class}.from_pretrained({json.dumps(base_model or 'BASE')})",
+                f"model = PeftModel.from_pretrained(base, {own_id})",
+            ]
+            if is_adapter
+            else [f"model = {stock_class}.from_pretrained({own_id})"]
+        ),
+        f"processor = BlipProcessor.from_pretrained({own_id})",
+        'image = Image.open("cat.jpg").convert("RGB")',
+        STOCK_USE[stock_class].replace("{prompt}", prompt),
+    ]
+    default = "from blip_ft import load_model\n\nloaded = load_model({id})  # model and processor, for the calls above"
+    own = OWN_USE.get(stock_class, default).replace("{id}", own_id)
+    lines = "\n".join(stock)
+    return f"With transformers alone:\n\n```python\n{lines}\n```\n\nWith blip_ft:\n\n```python\n{own}\n```\n"
+
+
+def _read_base(base_model: str, revision: str) -> tuple[str | list[str] | None, str | None]:
+    """The licence that the base's own card names, and the commit of the revision; None where they cannot be had."""
+    try:
+        path = Path(hf_hub_download(base_model, "README.md", revision=revision))
+        licence = ModelCard.load(path, ignore_metadata_errors=True).data.license
+    except (OSError, ValueError, yaml.YAMLError):  # no card, a malformed one, or no Hub and nothing in the cache
+        return None, None
+    return licence, path.parent.name  # the cache keeps each commit in a folder of its name
+
+
+def _licence_in_words(licence: str | list[str] | None, base_model: str | None) -> str:
+    if licence:
+        return f"{_plain(licence)}, the licence of {base_model}. The data may add terms of their own."
+    return "Not known: look up the licence of the checkpoint that was fine-tuned, and the terms of the data."
+
+
+def _settings(arguments: dict[str, Any]) -> str:
+    """`key: value` lines, each of them YAML on one line, so that no value can end the block it stands in."""
+    private = ("hub_", "push_to_hub", "output_dir", "resume_from_checkpoint", "run_name")
+    return "\n".join(
+        f"{key}: {json.dumps(_without_folders(value), ensure_ascii=False)}"
+        for key, value in arguments.items()
+        if value not in (None, "", [], {}) and not key.startswith(private)
     )
-    card.save(folder / "README.md")
+
+
+def _without_folders(value: Any) -> Any:
+    """value, with the last part alone of every path in it."""
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    is_path = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
+    return Path(value).name if is_path else value
+
+
+def _table(head: tuple[str, str], rows: dict[str, Any]) -> str:
+    lines = [head, ("---", "---"), *((_plain(name), _plain(value)) for name, value in rows.items())]
+    return "".join(f"| {left} | {right} |\n" for left, right in lines)
+
+
+def _plain(value: Any) -> str:
+    """Text that Markdown and HTML show as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))

@@ -10,9 +10,9 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import wraps
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -33,7 +34,7 @@ from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArgumen
 from blip_ft.checkpoints import BUILDING, explain_full_disk, finish_checkpoint, newest_checkpoint, what_is_missing
 from blip_ft.data_pipeline import GroupedSampler, number_pictures, require_whole_batch
 from blip_ft.feature_store import require_constant_features, store_pictures
-from blip_ft.hub import write_model_card
+from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_waiting, upload_command
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,10 @@ class BlipTrainer(Trainer):
         predict, describe: for a few lines every sample_steps; describe puts a row and its prediction into words.
         group: keep the rows of a picture in one batch.
     After evaluate(), `results` holds what evaluate_rows gave for each row of the evaluation set, in its order.
+    Until `card` is there, nothing that goes wrong on the Hub stops the training.
     """
+
+    card: ModelCard | None = None
 
     def __init__(
         self,
@@ -223,7 +227,37 @@ class BlipTrainer(Trainer):
         return [result for _, result in sorted(gather_object(results), key=itemgetter(0))]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the Trainer's card would replace ours, which run() writes."""
+        """Ours for the Trainer's; also after the weights are saved for a push, which lets PEFT edit the folder's."""
+        if self.card and self.is_world_process_zero():
+            self.card.save(Path(self.args.output_dir) / "README.md")
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        limit_waiting()
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # of HTTP, of TLS, of the Hub's rules
+            if self.card:
+                raise
+            logger.warning("Nothing is pushed during training; its end tries once more. %s", explain(error))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.hub_model_id is None:
+            return
+        self._warn_of_failed_pushes()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._warn_of_failed_pushes()
+
+    def _warn_of_failed_pushes(self) -> None:
+        """The Trainer pushes checkpoints in the background and never asks what became of it."""
+        if self.hub_model_id is None or self.push_in_progress is None:
+            return
+        done = [job for job in self.push_in_progress.jobs if job.done()]
+        self.push_in_progress.jobs = [job for job in self.push_in_progress.jobs if not job.done()]
+        for error in filter(None, (job.exception() for job in done)):
+            logger.warning("A checkpoint was not pushed; training goes on. %s", explain(error))
 
 
 class _ContrastiveCallback(TrainerCallback):
@@ -393,95 +427,123 @@ def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> st
     return str(used if resume and used else folder)
 
 
+def _stopping_cleanly(function: Callable) -> Callable:
+    """A signal or a full disk ends the run with a whole checkpoint, and a message that says how to go on."""
+
+    @wraps(function)
+    def run_on(trainer: BlipTrainer, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(trainer.args.output_dir)
+        with trainer.signals, explain_full_disk(folder):
+            try:
+                return function(trainer, *args, **kwargs)
+            except Stopped:
+                step = trainer.state.global_step
+                here = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+                if step and what_is_missing(here):
+                    trainer._save_checkpoint(trainer.model, trial=None)
+                saved = f": {here} is whole" if step else ""
+                go_on = f"--output_dir {folder} --resume_from_checkpoint last"
+                logger.warning("Stopped after step %d%s. Go on with: %s", step, saved, go_on)
+                sys.exit(128 + trainer.signals.received)
+
+    return run_on
+
+
+@_stopping_cleanly
 def run(
     trainer: BlipTrainer,
     checkpoint: str | None,
     pipeline_tag: str,
     model_args: ModelArguments,
     data_args: DataArguments,
+    more_args: Sequence[Any],
     result_notes: dict[str, Any],
 ) -> dict[str, Any]:
-    """Train, save, evaluate, and write what a run leaves behind into output_dir.
+    """Train, save, evaluate, write what a run leaves behind into output_dir, and push it where push_to_hub is set.
 
     Args:
         checkpoint: folder to resume from.
         pipeline_tag: the Hub's name of the task, e.g. visual-question-answering.
+        more_args: the recipe's other dataclasses, for the model card.
         result_notes: what belongs beside the numbers in all_results.json, e.g. the scoring rule.
     Returns: the content of all_results.json.
+    Raises: SystemExit(NOT_PUSHED) if all is written and the push fails.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
-    with _stopping_cleanly(trainer):
-        results: dict[str, Any] = {}
-        if args.cache_image_features:
-            if checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-                # train() would load it too late for a vision model that is new in each run; those two load it wrapped
-                trainer._load_from_checkpoint(checkpoint)
-            # evaluation keeps its own collator, which decodes
-            pictures = store_pictures(trainer.blip, trainer.processing_class, trainer.train_dataset, args)
-            trainer.data_collator = replace(trainer.data_collator, look_up=pictures)
-        if args.eval_on_start and checkpoint is None:
-            # before the clock of training starts; the Trainer's own would run inside it
-            results |= trainer.evaluate(metric_key_prefix="before_training")
-        args.eval_on_start = False
-        trained = trainer.train(resume_from_checkpoint=checkpoint)
-        results |= trained.metrics
-        trainer.save_model(_internal_call=True)
-        if hasattr(trainer.model, "peft_config") and trainer.is_world_process_zero():
-            # an adapter's folder tells nothing else of picture size and start tokens
-            trainer.blip.config.save_pretrained(folder)
-        trainer.save_state()
-        results |= trainer.evaluate()
-        if trainer.is_world_process_zero():
-            _write_predictions(folder / "predictions.jsonl", trainer.eval_dataset, trainer.results)
-            results = {name: value for name, value in results.items() if name != "epoch"} | result_notes
-            (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-            not_scores = ("loss", "runtime", "per_second", "unreadable_pictures")
-            write_model_card(
-                folder,
-                metrics={
-                    name: value
-                    for name, value in results.items()
-                    if name.startswith("eval_") and not name.endswith(not_scores)
-                },
-                is_adapter=hasattr(trainer.model, "peft_config"),
-                settings={
-                    name: getattr(args, name)
-                    for name in (
-                        *(
-                            "learning_rate",
-                            "num_train_epochs",
-                            "per_device_train_batch_size",
-                            "gradient_accumulation_steps",
-                        ),
-                        *("weight_decay", "lr_scheduler_type", "warmup_steps", "seed", "bf16"),
-                    )
-                },
-                task=pipeline_tag,
-                stock_class=type(trainer.blip).__name__,
-                base_model=model_args.hub_id,
-                dataset=data_args.label,
-            )
-            logger.info("Results, %s:\n%s", folder / "all_results.json", json.dumps(results, indent=2))
-        if args.push_to_hub:
-            trainer.push_to_hub()
+    arguments = {name: value for part in (model_args, data_args, *more_args) for name, value in asdict(part).items()}
+    arguments |= args.to_dict()
+    results: dict[str, Any] = {}
+    if trainer.is_world_process_zero():
+        (folder / ".gitignore").write_text(GITIGNORE, encoding="utf-8")
+    if args.cache_image_features:
+        if checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            # train() would load it too late for a vision model that is new in each run; those two load it wrapped
+            trainer._load_from_checkpoint(checkpoint)
+        # evaluation keeps its own collator, which decodes
+        pictures = store_pictures(trainer.blip, trainer.processing_class, trainer.train_dataset, args)
+        trainer.data_collator = replace(trainer.data_collator, look_up=pictures)
+    if args.eval_on_start and checkpoint is None:
+        # before the clock of training starts; the Trainer's own would run inside it
+        results |= trainer.evaluate(metric_key_prefix="before_training")
+    args.eval_on_start = False
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    results |= trained.metrics
+    trainer.save_model(_internal_call=True)
+    if hasattr(trainer.model, "peft_config") and trainer.is_world_process_zero():
+        # an adapter's folder tells nothing else of picture size and start tokens
+        trainer.blip.config.save_pretrained(folder)
+    trainer.save_state()
+    results |= trainer.evaluate()
+    if trainer.is_world_process_zero():
+        _write_predictions(folder / "predictions.jsonl", trainer.eval_dataset, trainer.results)
+        results = {name: value for name, value in results.items() if name != "epoch"} | result_notes
+        (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        not_scores = ("loss", "runtime", "per_second", "unreadable_pictures")
+        trainer.card = build_model_card(
+            trainer.hub_model_id or args.hub_model_id or folder.resolve().name,
+            task=pipeline_tag,
+            stock_class=type(trainer.blip).__name__,
+            is_adapter=hasattr(trainer.model, "peft_config"),
+            base_model=model_args.hub_id,
+            revision=model_args.model_revision,
+            dataset=data_args.label,
+            dataset_id=data_args.hub_id,
+            held_out=data_args.held_out,
+            scores={
+                name: value
+                for name, value in results.items()
+                if name.startswith("eval_") and not name.endswith(not_scores)
+            },
+            notes=result_notes,
+            facts={
+                "rows trained on, rows held out": f"{len(trainer.train_dataset)}, {len(trainer.eval_dataset)}",
+                "optimizer steps": trainer.state.global_step,
+                "rows a step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+                "processes": f"{args.world_size} ({args.device.type})",
+            },
+            arguments=arguments,
+        )
+        trainer.create_model_card()
+        logger.info("Results, %s:\n%s", folder / "all_results.json", json.dumps(results, indent=2))
+    if args.push_to_hub:
+        _push(trainer)
     return results
 
 
-@contextmanager
-def _stopping_cleanly(trainer: BlipTrainer) -> Iterator[None]:
-    """A signal or a full disk ends the run with a whole checkpoint, and a message that says how to go on."""
-    folder = Path(trainer.args.output_dir)
-    with trainer.signals, explain_full_disk(folder):
-        try:
-            yield
-        except Stopped:
-            step = trainer.state.global_step
-            here = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            if step and what_is_missing(here):
-                trainer._save_checkpoint(trainer.model, trial=None)
-            go_on = f"--output_dir {folder} --resume_from_checkpoint last"
-            logger.warning("Stopped after step %d%s. Go on with: %s", step, f": {here} is whole" if step else "", go_on)
-            sys.exit(128 + trainer.signals.received)
+def _push(trainer: BlipTrainer) -> None:
+    args = trainer.args
+    limit_waiting()
+    try:
+        trainer.push_to_hub()
+    except Exception as error:  # of HTTP, of TLS, of the Hub's rules: what was trained lies in output_dir
+        repository = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name
+        logger.error(
+            "\nNot pushed to the Hub. %s\n%s holds the whole result. Push it later with\n  %s",
+            explain(error),
+            args.output_dir,
+            upload_command(args.output_dir, repository, args.hub_private_repo, args.hub_revision),
+        )
+        sys.exit(NOT_PUSHED)
 
 
 def _write_predictions(path: Path, rows: Dataset, results: list[dict[str, Any] | None]) -> None:

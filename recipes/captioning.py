@@ -109,6 +109,7 @@ def main() -> None:
         "image-to-text",
         model_args,
         data_args,
+        (caption_args, peft_args),
         result_notes={"prompt": caption_args.prompt},
     )
 

@@ -100,6 +100,7 @@ def main() -> None:
         "zero-shot-image-classification",
         model_args,
         data_args,
+        (retrieval_args, peft_args),
         result_notes={
             "scores": "ranked by the matching head; itc_: by cosine alone",
             "identical_captions": "are right for each of their pictures",

@@ -113,6 +113,7 @@ def main() -> None:
         "visual-question-answering",
         model_args,
         data_args,
+        (vqa_args, peft_args),
         result_notes={
             "scoring_rule": scoring_rule(eval_rows["answers"][:]),
             "answer_types": "of the data" if "answer_type" in eval_rows.column_names else "by rule",
