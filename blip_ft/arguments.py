@@ -60,6 +60,10 @@ class ModelArguments:
             "help": "Comma-separated parts that are not trained, e.g. vision_model or text_encoder.encoder.layer.0"
         },
     )
+    allow_pickle: bool = field(
+        default=False,
+        metadata={"help": "Also take weights that lie there as .bin only, a pickle; they are read with weights_only."},
+    )
 
     def __post_init__(self) -> None:
         _check_ranges(self, image_size=(1, math.inf), label_smoothing=(0, 1), dropout=(0, 1))

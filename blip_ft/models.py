@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import pickle
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,14 @@ from transformers import (
     set_seed,
 )
 from transformers.models.blip import modeling_blip
-from transformers.utils import CONFIG_NAME
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+)
 
 from blip_ft import demo, inference
 from blip_ft.arguments import BlipTrainingArguments, ModelArguments, PeftArguments
@@ -64,6 +72,7 @@ class ModelLoader:
         load_in_8bit, load_in_4bit: weights in few bits by bitsandbytes.
         torch_dtype: of the weights, also as a string; `dtype` is its newer name. Default float32.
         merge: for an adapter, add it into the weights.
+        allow_pickle: where there is no .safetensors, also take a .bin; it is read with weights_only.
         image_size, label_smoothing, dropout, question_start_token, itm_start_token: change the checkpoint's own.
         kwargs: for from_pretrained, e.g. revision, token, local_files_only.
     Raises: ValueError with what to check when loading fails.
@@ -84,6 +93,7 @@ class ModelLoader:
         trust_remote_code: bool = False,
         dtype: torch.dtype | str | None = None,
         merge: bool = False,
+        allow_pickle: bool = False,
         image_size: int | None = None,
         label_smoothing: float | None = None,
         dropout: float | None = None,
@@ -103,7 +113,7 @@ class ModelLoader:
         self.device = _existing_device(device or _best_device())
         self.bits = 8 if load_in_8bit else 4 if load_in_4bit else None
         self.dtype = _dtype(dtype or torch_dtype) if dtype or torch_dtype else None
-        self.device_map, self.merge = device_map, merge
+        self.device_map, self.merge, self.allow_pickle = device_map, merge, allow_pickle
         self.image_size, self.label_smoothing, self.dropout = image_size, label_smoothing, dropout
         self.start_tokens = {"question_start_token": question_start_token, "itm_start_token": itm_start_token}
         self.kwargs = {"trust_remote_code": trust_remote_code, **kwargs}
@@ -117,6 +127,8 @@ class ModelLoader:
             if name != "demo" and (base := _base_of_adapter(name, kwargs)):
                 name, kwargs = base
                 self._take_over(_download(self.model_name, CONFIG_NAME, self.kwargs))
+                if not self.allow_pickle:
+                    _refuse_pickle(self.model_name, (ADAPTER_SAFE_WEIGHTS_NAME,), ADAPTER_WEIGHTS_NAME, self.kwargs)
             self.model = self._load_model(name, kwargs)
             if base:
                 self.model = _save_for_stock(PeftModel.from_pretrained(self.model, self.model_name, **self.kwargs))
@@ -131,7 +143,7 @@ class ModelLoader:
                 f"The weights of {self.model_name} have other shapes than its config.json says; the files do not "
                 f"belong together. Save or download them anew.\n{error}"
             ) from error
-        except (OSError, EntryNotFoundError, HFValidationError, SafetensorError) as error:
+        except (OSError, EntryNotFoundError, HFValidationError, SafetensorError, pickle.UnpicklingError) as error:
             of = f"The base checkpoint of the adapter {self.model_name}: " if base else ""
             raise ValueError(of + _what_to_check(name, error)) from error
         if self.merge and base:
@@ -198,7 +210,10 @@ class ModelLoader:
             demo.set_apart_positions(model)
             model = model.to(self.device, None if dtype == "auto" else dtype)
         else:
-            settings = {"config": config, "dtype": dtype, **kwargs}
+            if not self.allow_pickle:
+                _refuse_pickle(name, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), WEIGHTS_NAME, kwargs)
+            settings = {"config": config, "dtype": dtype, **kwargs, "weights_only": True}
+            settings["use_safetensors"] = not self.allow_pickle or None  # None: safetensors first
             if self.bits or self.device_map:
                 settings["device_map"] = self.device_map or {"": self.device}
             if self.bits:
@@ -293,6 +308,7 @@ def load_for_training(
         label_smoothing=model_args.label_smoothing,
         dropout=model_args.dropout,
         revision=model_args.model_revision,
+        allow_pickle=model_args.allow_pickle,
         merge=not peft_args.use_peft,  # an adapter given to start from becomes part of the weights
     )
     model = loaded["model"]
@@ -635,6 +651,15 @@ def _base_of_adapter(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, 
         raise ValueError(f"The adapter {name} does not say which checkpoint it belongs to (base_model_name_or_path).")
     # the adapter's own revision is not its base's
     return config["base_model_name_or_path"], {**kwargs, "revision": config.get("revision")}
+
+
+def _refuse_pickle(name: str, safe: Sequence[str], pickled: str, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError where name has its weights as the pickled file and none of the safe ones."""
+    if not any(_download(name, file, kwargs) for file in safe) and _download(name, pickled, kwargs):
+        raise ValueError(
+            f"{name} has its weights as {pickled} only, a pickle, which can run any code when it is read. Ask for "
+            f"{safe[0]}; or, if you trust where it comes from, add --allow_pickle (load_model: allow_pickle=True)."
+        )
 
 
 def _download(name: str, file: str, kwargs: dict[str, Any]) -> Path | None:

@@ -306,6 +306,58 @@ def test_repository_that_cannot_be_is_refused_at_the_start():
         parse(BlipTrainingArguments, argv=["--hub_model_id", "a/b/c"])
 
 
+class RunsCode:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.fixture
+def pickled(checkpoint, tmp_path) -> Path:
+    """A checkpoint whose weights are a .bin."""
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        if path.suffix == ".safetensors":
+            torch.save(load_file(path), folder / "pytorch_model.bin")
+        else:
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_pickled_weights_need_allow_pickle(pickled, checkpoint, local_hub, recipe, flags, caplog):
+    local_hub.add("maker/old", pickled)
+    for name in (str(pickled), "maker/old"):
+        with pytest.raises(ValueError, match="add --allow_pickle"):
+            load_model(name)
+    state = load_model(str(pickled), allow_pickle=True)["model"].state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in load_file(checkpoint / "model.safetensors").items())
+    with pytest.raises(SystemExit):
+        recipe(*flags, "--model_name_or_path", str(pickled), "--max_steps", "1")
+    assert "add --allow_pickle" in caplog.text
+    recipe(*flags, "--model_name_or_path", str(pickled), "--max_steps", "1", "--allow_pickle")
+
+
+def test_pickled_adapter_needs_allow_pickle(recipe, flags):
+    folder = recipe(*flags, "--use_peft", "--max_steps", "1")
+    expected = load_model(str(folder))["model"].state_dict()
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="add --allow_pickle"):
+        load_model(str(folder))
+    state = load_model(str(folder), allow_pickle=True)["model"].state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in expected.items())
+
+
+def test_code_in_a_pickle_does_not_run(pickled, tmp_path):
+    torch.save({"weight": RunsCode(tmp_path / "ran")}, pickled / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="weights_only|Weights only"):
+        load_model(str(pickled), allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_code_of_a_checkpoint_is_trusted_nowhere():
     assert inspect.signature(load_model).parameters["trust_remote_code"].default is False
     yamls = [path for path in ROOT.rglob("*.y*ml") if ".venv" not in path.parts]
