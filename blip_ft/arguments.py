@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 logger = logging.getLogger(__name__)
 
@@ -405,6 +406,13 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
                 f"{self.n_gpu} GPUs and one process: start with `accelerate launch --multi_gpu` or `torchrun "
                 "--nproc_per_node`, or hide the other cards with CUDA_VISIBLE_DEVICES=0."
             )
+        try:
+            # the Trainer would make them after the model is loaded
+            get_reporting_integration_callbacks(self.report_to)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ValueError(
+                f"report_to takes tensorboard, trackio, wandb or none, each installed with pip: {error}"
+            ) from error
 
 
 def parse(

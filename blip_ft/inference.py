@@ -28,8 +28,8 @@ def answer(
     attention_mask: torch.Tensor,
     max_length: int = 20,
     num_beams: int = 3,
-) -> list[str]:
-    """An answer for each question, written freely.
+) -> tuple[list[str], list[float]]:
+    """An answer for each question, written freely, and its probability; see sequence_probabilities.
 
     Args:
         question_states, attention_mask: (num_questions, question_length, ...), of model.encode_questions.
@@ -38,7 +38,38 @@ def answer(
     ids = model.generate_answers(
         question_states, attention_mask, max_length=max_length, num_beams=num_beams, do_sample=False
     )
-    return decode_texts(ids, tokenizer)
+    return decode_texts(ids, tokenizer), sequence_probabilities(model, ids, 1, question_states, attention_mask)
+
+
+@torch.no_grad()
+def sequence_probabilities(
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    start: int,
+    states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> list[float]:
+    """0 to 1, the product of the probabilities of each row's tokens from column `start` up to and with the first [SEP].
+
+    The finished row is read by the model once more, so that the number is the same for one beam and for many, and has
+    neither smoothing nor what generation forbids (min_length, repetition) in it. A row cut before its [SEP] counts
+    what it has.
+
+    Args:
+        ids: (rows, length), [DEC] first, as generate gave them.
+        states, attention_mask: (rows, encoder_length, ...), what the decoder reads.
+    """
+    hidden = model.text_decoder.bert(
+        input_ids=ids[:, :-1],
+        encoder_hidden_states=states,
+        encoder_attention_mask=attention_mask,
+        is_decoder=True,
+    ).last_hidden_state
+    targets = ids[:, start:]
+    logs = model.text_decoder.cls(hidden[:, start - 1 :]).float().log_softmax(-1)
+    logs = logs.gather(-1, targets[..., None]).squeeze(-1)  # (rows, length - start)
+    is_end = (targets == model.config.text_config.sep_token_id).long()
+    return logs.masked_fill(is_end.cumsum(1) > is_end, 0).sum(1).exp().tolist()
 
 
 def rank(
@@ -65,16 +96,17 @@ def caption(
     num_beams: int = 3,
     min_length: int = 5,
     repetition_penalty: float = 1.0,
-) -> list[str]:
-    """A caption for each picture, without the prompt that it begins with.
+) -> tuple[list[str], list[float]]:
+    """A caption for each picture, without the prompt that it begins with, and its probability after that prompt.
 
     Args:
         pixel_values: (num_images, 3, height, width).
         max_length, min_length: tokens, prompt and [SEP] among them.
     """
     start = torch.tensor([encode_prompt(prompt, tokenizer)] * len(pixel_values), device=pixel_values.device)
-    ids = model.generate(
-        pixel_values,
+    image_states = model.encode_images(pixel_values).last_hidden_state
+    ids = model.generate_captions(
+        image_states,
         start,
         max_length=max_length,
         min_length=min_length,
@@ -82,7 +114,10 @@ def caption(
         repetition_penalty=repetition_penalty,
         do_sample=False,
     )
-    return decode_texts(ids[:, start.shape[1] :], tokenizer)
+    prompt_length = start.shape[1]
+    return decode_texts(ids[:, prompt_length:], tokenizer), sequence_probabilities(
+        model, ids, prompt_length, image_states
+    )
 
 
 def rank_pairs(
@@ -143,6 +178,44 @@ def rank_pairs(
         if result:
             matched[row, chosen[row]] = cosines[row, chosen[row]] + result["logits"]
     return cosines, np.where(of_images, matched, -np.inf), np.where(of_texts, matched, -np.inf)
+
+
+def embed_texts(
+    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, texts_at_once: int = 256
+) -> torch.Tensor:
+    """(num_texts, width) of length 1 on the model's device; the product with a picture's features is their cosine."""
+    parts = [
+        model.project_texts(
+            model.text_encoder(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
+        )
+        for ids, mask in zip(input_ids.split(texts_at_once), attention_mask.split(texts_at_once), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def rank_texts(
+    model: torch.nn.Module,
+    pixel_values: torch.Tensor,
+    text_features: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    k: int,
+) -> list[list[tuple[int, float]]]:
+    """For each picture the k texts of the largest cosine, as (position, cosine + matching logit), the best first.
+
+    Args:
+        pixel_values: (num_images, 3, height, width).
+        text_features: (num_texts, width), of embed_texts. input_ids, attention_mask: (num_texts, length).
+    """
+    image_states = model.encode_images(pixel_values).last_hidden_state
+    cosines = (model.project_images(image_states) @ text_features.T).float().cpu().numpy()
+    ranked = []
+    for row, kept in enumerate(_top_k(cosines, k)):
+        kept = np.flatnonzero(kept)
+        scores = cosines[row, kept] + _match(model, image_states[row : row + 1], input_ids[kept], attention_mask[kept])
+        order = np.argsort(-scores, kind="stable")
+        ranked.append(list(zip(kept[order].tolist(), scores[order].tolist(), strict=True)))
+    return ranked
 
 
 def _match(
@@ -206,7 +279,7 @@ def answer_questions(
                 ids, mask = tokens["input_ids"].to(model.device), tokens["attention_mask"].to(model.device)
                 index = torch.tensor(rows, device=model.device)
                 question_states = model.encode_questions(states, ids, mask, index)
-                texts = answer(model, processor.tokenizer, question_states, mask, max_length, num_beams)
+                texts, _ = answer(model, processor.tokenizer, question_states, mask, max_length, num_beams)
                 for position, text in zip(positions, texts, strict=True):
                     answers[position] = text
     return answers

@@ -410,10 +410,21 @@ class BlipForConditionalGeneration(_Blip, modeling_blip.BlipForConditionalGenera
         input_ids, attention_mask: (num_images, prompt_length), [CLS] or [DEC] first, with or without [SEP] at the end;
         prompts of different length may be padded on the right. None: no prompt.
         """
-        text = self.config.text_config
         image_states = self.encode_images(pixel_values, interpolate_pos_encoding).last_hidden_state
+        return self.generate_captions(image_states, input_ids, attention_mask, **generate_kwargs)
+
+    @torch.no_grad()
+    def generate_captions(
+        self,
+        image_states: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **generate_kwargs,
+    ) -> torch.Tensor:
+        """generate, from the states that encode_images gave."""
+        text = self.config.text_config
         if input_ids is None:
-            input_ids = torch.full((len(pixel_values), 1), text.bos_token_id, device=pixel_values.device)
+            input_ids = torch.full((len(image_states), 1), text.bos_token_id, device=image_states.device)
         prompts, prompt_mask = self._left_padded(input_ids, attention_mask)
         return self.text_decoder.generate(
             input_ids=prompts,

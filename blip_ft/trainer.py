@@ -28,13 +28,21 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+from transformers.integrations.integration_utils import (
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    default_logdir,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments
 from blip_ft.checkpoints import BUILDING, explain_full_disk, finish_checkpoint, newest_checkpoint, what_is_missing
+from blip_ft.collators import open_image
 from blip_ft.data_pipeline import GroupedSampler, number_pictures, require_whole_batch
 from blip_ft.feature_store import require_constant_features, store_pictures
 from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_waiting, upload_command
+from blip_ft.report import THUMBNAIL_PIXELS, Sample, draw_curves, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +93,10 @@ class BlipTrainer(Trainer):
         self.twin = copy.deepcopy(self.model) if self.is_fsdp_enabled else None
         self.signals = Signals()
         self.building: str | None = None  # where a checkpoint is being written
+        self.loss_parts: list[torch.Tensor] = []  # since the last log, (2,) each: loss_itc and loss_itm
         self.add_callback(_ContrastiveCallback(self))
+        self.add_callback(_CurvesCallback())
+        self.add_callback(_TrackerCallback(self))
         self.add_callback(_StopCallback(self))
         if self.args.sample_steps and predict and describe and not self.is_fsdp_enabled:
             self.add_callback(_SampleCallback(self, predict, describe))
@@ -123,6 +134,27 @@ class BlipTrainer(Trainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             items = self.accelerator.gather(items).sum()
         return items
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        try:
+            return super().train(*args, **kwargs)
+        finally:  # also of a run that is cut
+            _write_curves(self.args, self.state)
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: Batch, return_outputs: bool = False, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if "loss_itc" in outputs and model.training:
+            self.loss_parts.append(torch.stack([outputs["loss_itc"], outputs["loss_itm"]]).detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self.loss_parts:
+            parts = self.accelerator.reduce(torch.stack(self.loss_parts).mean(0), "mean").tolist()
+            logs |= dict(zip(("loss_itc", "loss_itm"), parts, strict=True))
+            self.loss_parts.clear()
+        super().log(logs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """All: the original's AdamW decays biases and norms too (train_vqa.py)."""
@@ -330,6 +362,51 @@ class _StopCallback(TrainerCallback):
         signals.stop_if_received()
 
 
+class _CurvesCallback(TrainerCallback):
+    """training_curves.png, at each evaluation."""
+
+    def on_evaluate(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        _write_curves(args, state)
+
+
+class _TrackerCallback(TrainerCallback):
+    """A few rows with pictures and predictions to TensorBoard, Weights & Biases and Trackio, at each evaluation."""
+
+    def __init__(self, trainer: BlipTrainer, num_rows: int = 8) -> None:
+        self.trainer, self.num_rows = trainer, num_rows
+        for callback in trainer.callback_handler.callbacks:
+            # of an evaluation before training transformers 5.23 makes a log in ./runs, and stays there
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(Path(trainer.args.output_dir) / default_logdir())
+
+    def on_evaluate(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        trackers = (TensorBoardCallback, WandbCallback, TrackioCallback)
+        callbacks = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, trackers)]
+        if not callbacks or not state.is_world_process_zero:
+            return
+        rows = self.trainer.eval_dataset.select(range(min(self.num_rows, len(self.trainer.eval_dataset))))
+        samples = _samples_of(rows, self.trainer.results[: len(rows)])
+        shown = [position for position, sample in enumerate(samples) if sample.readable]
+        pictures = [open_image(rows[position]["image"], THUMBNAIL_PIXELS) for position in shown]
+        columns = ["question", "references", "prediction", "score"]
+        table = [
+            [sample.question, ", ".join(dict.fromkeys(sample.references)), sample.prediction, sample.score]
+            for sample in (samples[position] for position in shown)
+        ]
+        for callback in callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                for number, (picture, row) in enumerate(zip(pictures, table, strict=True)):
+                    pixels = np.asarray(picture.resize((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)))
+                    callback.tb_writer.add_image(f"samples/{number}", pixels, state.global_step, dataformats="HWC")
+                    lines = [f"**{name}** {value}" for name, value in zip(columns, row, strict=True)]
+                    callback.tb_writer.add_text(f"samples/{number}", "  \n".join(lines), state.global_step)
+                continue
+            package = callback._wandb if isinstance(callback, WandbCallback) else callback._trackio
+            data = [[package.Image(picture), *row] for picture, row in zip(pictures, table, strict=True)]
+            logged = package.Table(columns=["picture", *columns], data=data)
+            package.log({"samples": logged, "train/global_step": state.global_step})
+
+
 class _SampleCallback(TrainerCallback):
     """A few rows with their predictions, every sample_steps."""
 
@@ -496,9 +573,17 @@ def run(
     results |= trainer.evaluate()
     if trainer.is_world_process_zero():
         _write_predictions(folder / "predictions.jsonl", trainer.eval_dataset, trainer.results)
+        rows = trainer.eval_dataset
+        write_report(
+            folder / "report.html",
+            f"{folder.resolve().name}: {data_args.label}",
+            scores=_scores_of(results),
+            samples=_samples_of(rows, trainer.results),
+            open_picture=lambda position: open_image(rows[position]["image"], THUMBNAIL_PIXELS),
+            log_history=trainer.state.log_history,
+        )
         results = {name: value for name, value in results.items() if name != "epoch"} | result_notes
         (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        not_scores = ("loss", "runtime", "per_second", "unreadable_pictures")
         trainer.card = build_model_card(
             trainer.hub_model_id or args.hub_model_id or folder.resolve().name,
             task=pipeline_tag,
@@ -509,11 +594,7 @@ def run(
             dataset=data_args.label,
             dataset_id=data_args.hub_id,
             held_out=data_args.held_out,
-            scores={
-                name: value
-                for name, value in results.items()
-                if name.startswith("eval_") and not name.endswith(not_scores)
-            },
+            scores=_scores_of(results),
             notes=result_notes,
             facts={
                 "rows trained on, rows held out": f"{len(trainer.train_dataset)}, {len(trainer.eval_dataset)}",
@@ -544,6 +625,41 @@ def _push(trainer: BlipTrainer) -> None:
             upload_command(args.output_dir, repository, args.hub_private_repo, args.hub_revision),
         )
         sys.exit(NOT_PUSHED)
+
+
+def _scores_of(results: dict[str, Any]) -> dict[str, float]:
+    not_scores = ("loss", "runtime", "per_second", "unreadable_pictures")
+    return {
+        name: value for name, value in results.items() if name.startswith("eval_") and not name.endswith(not_scores)
+    }
+
+
+def _write_curves(args: BlipTrainingArguments, state: Any) -> None:
+    if state.is_world_process_zero and (curves := draw_curves(state.log_history)):
+        path = Path(args.output_dir) / "training_curves.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(curves)
+
+
+def _samples_of(rows: Dataset, results: list[dict[str, Any] | None]) -> list[Sample]:
+    samples = []
+    for row, result in zip(rows.remove_columns("image"), results, strict=True):
+        known = {"question": row.get("question", ""), "references": row["answers" if "answers" in row else "captions"]}
+        if result is None:
+            samples.append(Sample("", accuracy=0.0, readable=False, kind=row.get("answer_type", ""), **known))
+            continue
+        score_name = "score" if "score" in result else "probability"
+        samples.append(
+            Sample(
+                result["prediction"],
+                accuracy=result["accuracy"],
+                score=result[score_name],
+                score_name=score_name,
+                kind=result.get("answer_type", ""),
+                **known,
+            )
+        )
+    return samples
 
 
 def _write_predictions(path: Path, rows: Dataset, results: list[dict[str, Any] | None]) -> None:

@@ -25,7 +25,7 @@ from blip_ft.arguments import (
 )
 from blip_ft.collators import CaptionCollator, PictureCollator
 from blip_ft.data_pipeline import load_captions
-from blip_ft.metrics import CaptionScores, caption_exact_match
+from blip_ft.metrics import CaptionScores, caption_exact_match, caption_scores
 from blip_ft.models import load_for_training, outline
 from blip_ft.trainer import BlipTrainer, check_run, prepare_output_dir, run
 
@@ -66,7 +66,7 @@ def main() -> None:
     model, processor = load_for_training("conditional_generation", model_args, peft_args, training_args)
 
     def predict(model, batch, positions):
-        texts = inference.caption(
+        texts, probabilities = inference.caption(
             model,
             processor.tokenizer,
             batch["pixel_values"],
@@ -76,13 +76,19 @@ def main() -> None:
             min_length=caption_args.generation_min_length,
             repetition_penalty=caption_args.repetition_penalty,
         )
-        return [{"prediction": text} for text in texts]
+        return [
+            {"prediction": text, "probability": probability}
+            for text, probability in zip(texts, probabilities, strict=True)
+        ]
 
     def evaluate(rows, collect):
         results = collect(predict, "Writing captions")
         texts = [result["prediction"] if result else "" for result in results]
         references = rows["captions"][:]
         scores = CaptionScores().compute(predictions=texts, references=references)
+        for result, captions in zip(results, references, strict=True):
+            if result:
+                result["accuracy"] = caption_scores([result["prediction"]], [captions])["rouge_l"] / 100
         return results, {**scores, "exact_match": caption_exact_match(texts, references)}
 
     def describe(row, result):

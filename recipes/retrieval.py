@@ -77,7 +77,12 @@ def main() -> None:
         cosines, for_texts, for_images = inference.rank_pairs(collect, owner, **tokens, k=retrieval_args.k_test)
         right = same_caption(texts, owner)
         by_contrast = {f"itc_{name}": value for name, value in retrieval_scores(cosines, right).items()}
-        results = [{"prediction": captions[best]} for best in for_texts.argmax(1)]
+        results = [
+            {"prediction": captions[best], "score": float(for_texts[row, best]), "accuracy": float(right[row, best])}
+            if np.isfinite(for_texts[row, best])
+            else None
+            for row, best in enumerate(for_texts.argmax(1))
+        ]
         return results, {**retrieval_scores(for_texts, right, for_images), **by_contrast}
 
     trainer = BlipTrainer(

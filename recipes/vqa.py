@@ -27,7 +27,7 @@ from blip_ft.arguments import (
 )
 from blip_ft.collators import VqaCollator
 from blip_ft.data_pipeline import load_vqa
-from blip_ft.metrics import VqaAccuracy, scoring_rule
+from blip_ft.metrics import VqaAccuracy, answer_type, scoring_rule, vqa_accuracy
 from blip_ft.models import load_for_training, outline
 from blip_ft.trainer import BlipTrainer, check_run, prepare_output_dir, run
 
@@ -80,16 +80,22 @@ def main() -> None:
         if candidates:
             limits = (vqa_args.k_test, vqa_args.max_answer_tokens)
             texts = inference.rank(model, processor.tokenizer, states, mask, candidates, *limits)
+            probabilities = [None] * len(texts)
         else:
             limits = (training_args.generation_max_length, training_args.generation_num_beams)
-            texts = inference.answer(model, processor.tokenizer, states, mask, *limits)
-        return [{"prediction": text, "loss": loss} for text, loss in zip(texts, losses, strict=True)]
+            texts, probabilities = inference.answer(model, processor.tokenizer, states, mask, *limits)
+        names = ("prediction", "probability", "loss")
+        return [dict(zip(names, values, strict=True)) for values in zip(texts, probabilities, losses, strict=True)]
 
     def evaluate(rows, collect):
         results = collect(predict, "Answering")
         texts = [result["prediction"] if result else "" for result in results]
-        types = rows["answer_type"][:] if "answer_type" in rows.column_names else None
-        scores = VqaAccuracy().compute(predictions=texts, references=rows["answers"][:], answer_types=types)
+        answers = rows["answers"][:]
+        types = rows["answer_type"][:] if "answer_type" in rows.column_names else list(map(answer_type, answers))
+        scores = VqaAccuracy().compute(predictions=texts, references=answers, answer_types=types)
+        for result, given, kind in zip(results, answers, types, strict=True):
+            if result:
+                result |= {"accuracy": vqa_accuracy(result["prediction"], given), "answer_type": kind}
         return results, {**scores, "loss": fmean(result["loss"] for result in results if result)}
 
     def describe(row, result):

@@ -73,6 +73,7 @@ def test_eight_rows_are_learned_by_heart_and_every_file_is_written(recipe, data_
     assert written >= {
         *("model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "README.md"),
         *("all_results.json", "trainer_state.json", "predictions.jsonl", f"checkpoint-{epochs}"),
+        *("report.html", "training_curves.png"),
     }
     for row in predictions_of(folder):
         assert row["prediction"] in row["answers" if task == "vqa" else "captions"]
@@ -147,8 +148,9 @@ def test_two_processes_give_the_losses_and_predictions_of_one(recipe, data_of, t
             values = [[entry[name] for entry in history_of(tmp_path / run)] for run in ("one", "two")]
             assert values[0] == pytest.approx(values[1], rel=1e-4)
     rows, others = predictions_of(one), predictions_of(tmp_path / "two")
-    losses = [[row.pop("loss", 0.0) for row in part] for part in (rows, others)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name in ("loss", "probability", "score"):
+        values = [[row.pop(name, 0.0) for row in part] for part in (rows, others)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
     assert rows == others
     scores = [
         {name: value for name, value in results_of(tmp_path / run).items() if "recall" in name or "cider" in name}

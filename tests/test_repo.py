@@ -29,13 +29,14 @@ ARROWS = {
     "metrics": set(),
     "demo": set(),
     "hub": set(),
+    "report": set(),
     "modeling": {"attention", "contrastive"},
     "inference": {"collators"},
     "models": {"arguments", "collators", "demo", "inference", "modeling"},
     "data_pipeline": {"arguments", "demo", "collators"},
     "feature_store": {"arguments", "collators", "data_pipeline", "modeling"},
     "checkpoints": set(),
-    "trainer": {"arguments", "checkpoints", "data_pipeline", "feature_store", "hub"},
+    "trainer": {"arguments", "checkpoints", "collators", "data_pipeline", "feature_store", "hub", "report"},
 }
 
 

@@ -1,0 +1,340 @@
+"""What a model learned, for people: a page of predictions, and the curves of training as a picture."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+THUMBNAIL_PIXELS = 160
+MAX_WRONG, MAX_RIGHT = 120, 80  # samples of a page
+MAX_THUMBNAIL_BYTES = 3_500_000  # of a page, so that it stays under 5 MB
+MAX_TEXT = 300  # signs of one string of a page
+MAX_CONFUSIONS = 15
+
+
+@dataclass
+class Sample:
+    """One prediction.
+
+    question: "" for captions and retrieval. references: empty where none are known.
+    accuracy: 0 to 1, None without references; from one half on it counts as right.
+    score, score_name: how sure the model was, larger is surer, None where it is not known.
+    kind: what the page can be filtered by, e.g. the type of the answer.
+    """
+
+    prediction: str
+    question: str = ""
+    references: Sequence[str] = ()
+    accuracy: float | None = None
+    score: float | None = None
+    score_name: str = "probability"
+    kind: str = ""
+    readable: bool = True
+
+    @property
+    def verdict(self) -> str:
+        if self.accuracy is None:
+            return "unknown"
+        return "right" if self.accuracy >= 0.5 else "wrong"
+
+
+def write_report(
+    path: Path,
+    title: str,
+    scores: dict[str, float],
+    samples: Sequence[Sample],
+    open_picture: Callable[[int], Image.Image],
+    log_history: Sequence[dict[str, Any]] = (),
+) -> None:
+    """One file of HTML that needs no network: scores, curves, confusions and samples, the surest wrong ones first.
+
+    Args:
+        scores: name -> number; recalls and accuracies in percent.
+        samples: all predictions; the page shows a part of them.
+        open_picture: the RGB picture of a sample by its position; called for those shown alone.
+        log_history: as in trainer_state.json.
+    """
+    shown = choose_samples(samples)
+    cards, room = [], MAX_THUMBNAIL_BYTES
+    for position in shown:
+        thumbnail = ""
+        if samples[position].readable and room > 0:
+            thumbnail = _thumbnail(open_picture(position))
+            room -= len(thumbnail)
+        cards.append(_card(samples[position], thumbnail))
+    kinds = sorted({samples[position].kind for position in shown} - {""})
+    verdicts = [name for name in ("wrong", "right") if any(samples[position].verdict == name for position in shown)]
+    page = _PAGE.format(
+        title=escape(title),
+        scores="".join(_tile(name, value) for name, value in scores.items()),
+        variety=_variety(samples),
+        curves=_curves(log_history),
+        confusions=_confusions(samples),
+        filters=_buttons("verdict", verdicts) + _buttons("kind", kinds),
+        shown=f"{len(shown):,} of {len(samples):,} predictions; the wrong ones first, the surest of them at the top.",
+        cards="".join(cards),
+    )
+    # a lone surrogate, which JSON can bring in, is no UTF-8
+    path.write_text(page, encoding="utf-8", errors="replace")
+
+
+def choose_samples(samples: Sequence[Sample]) -> list[int]:
+    """Positions of those to show: wrong ones from the surest on, then right or unknown ones, the least sure first."""
+
+    def sureness(position: int) -> float:
+        score = samples[position].score
+        return float("-inf") if score is None else score
+
+    positions = range(len(samples))
+    wrong = sorted((p for p in positions if samples[p].verdict == "wrong"), key=sureness, reverse=True)
+    others = sorted((p for p in positions if samples[p].verdict != "wrong"), key=sureness)
+    # one list gets the room that the other leaves
+    num_wrong = min(len(wrong), max(MAX_WRONG, MAX_WRONG + MAX_RIGHT - len(others)))
+    num_others = min(len(others), MAX_WRONG + MAX_RIGHT - num_wrong)
+    # spread over all of them: the least sure alone would look worse than the model is
+    return wrong[:num_wrong] + [others[number * len(others) // num_others] for number in range(num_others)]
+
+
+def draw_curves(log_history: Sequence[dict[str, Any]], columns: int = 2) -> bytes | None:
+    """PNG of loss, metrics, learning rate and gradient norm over steps; None where nothing is logged yet.
+
+    log_history: as in trainer_state.json; what `before_training_` names is drawn with `eval_`, at its step.
+    """
+    lines: dict[str, dict[str, list[tuple[int, float]]]] = {
+        name: {} for name in ("loss", "metrics, %", "learning rate", "gradient norm")
+    }
+    for entry in log_history:
+        for name, value in entry.items():
+            panel = _panel_of(name)
+            if panel and isinstance(value, (int, float)):
+                name = name.removeprefix("before_training_").removeprefix("eval_") if "metrics" in panel else name
+                name = name.replace("before_training_", "eval_")
+                lines[panel].setdefault(name, []).append((entry["step"], value))
+    lines = {panel: series for panel, series in lines.items() if series}
+    if not lines:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second, which --help need not wait for
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    columns = min(columns, len(lines))
+    rows = -(-len(lines) // columns)
+    # not pyplot: it keeps global state, and may want a display
+    figure = Figure(figsize=(5.5 * columns, 3.4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (panel, series) in enumerate(lines.items(), 1):
+        axes = figure.add_subplot(rows, columns, number)
+        for name, points in series.items():
+            steps, values = zip(*sorted(points), strict=True)
+            axes.plot(steps, values, marker="o" if len(points) < 20 else None, markersize=3, linewidth=1.4, label=name)
+        axes.set_title(panel, loc="left", fontsize=11, fontweight="bold")
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(series) > 1:
+            axes.legend(fontsize=8, frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()
+
+
+def _panel_of(name: str) -> str | None:
+    metric = name.removeprefix("before_training_").removeprefix("eval_")
+    if name in ("loss", "loss_itc", "loss_itm") or (metric != name and metric == "loss"):
+        return "loss"
+    if name in ("learning_rate", "grad_norm"):
+        return {"learning_rate": "learning rate", "grad_norm": "gradient norm"}[name]
+    # retrieval has a dozen recalls: those by cosine alone and at 5 are left to all_results.json
+    timing = metric.endswith(("runtime", "per_second", "unreadable_pictures", "@5"))
+    return None if metric == name or timing or metric.startswith("itc_") else "metrics, %"
+
+
+def _curves(log_history: Sequence[dict[str, Any]]) -> str:
+    """Two drawings, one of them for a phone."""
+    wide, narrow = (draw_curves(log_history, columns) for columns in (2, 1))
+    if wide is None or narrow is None:
+        return ""
+    return (
+        f'<h2>Training</h2><picture><source media="(max-width: 40rem)" srcset="{_data_uri(narrow, "png")}">'
+        f'<img class="curves" alt="Curves of training" src="{_data_uri(wide, "png")}"></picture>'
+    )
+
+
+def _thumbnail(picture: Image.Image) -> str:
+    picture = picture.convert("RGB")
+    picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=72)
+    return _data_uri(file.getvalue(), "jpeg")
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _text(text: str) -> str:
+    return escape(text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…")
+
+
+def _tile(name: str, value: float) -> str:
+    return f"<div><b>{value:.2f}</b><span>{escape(name.replace('_', ' '))}</span></div>"
+
+
+def _buttons(group: str, names: list[str]) -> str:
+    """A row of filters; one name alone is no choice."""
+    if len(names) < 2:
+        return ""
+    buttons = "".join(
+        f'<button type="button" data-group="{group}" data-value="{escape(name)}" aria-pressed="{pressed}">'
+        f"{escape(name) or 'all'}</button>"
+        for name, pressed in [("", "true"), *((name, "false") for name in names)]
+    )
+    return f'<div class="buttons" role="group" aria-label="{group}">{buttons}</div>'
+
+
+def _variety(samples: Sequence[Sample]) -> str:
+    if not samples:
+        return "<p>There is no prediction.</p>"
+    counts = Counter(sample.prediction for sample in samples)
+    text, most = counts.most_common(1)[0]
+    return (
+        f"<p>{len(counts):,} different predictions among {len(samples):,} ({len(counts) / len(samples):.1%}). "
+        f"The most frequent, <q dir=auto>{_text(text)}</q>, makes up {most / len(samples):.1%}.</p>"
+    )
+
+
+def _confusions(samples: Sequence[Sample]) -> str:
+    """Reference and prediction of wrong samples, where a pair is seen twice or more."""
+    pairs = Counter(
+        (Counter(sample.references).most_common(1)[0][0], sample.prediction)
+        for sample in samples
+        if sample.verdict == "wrong" and sample.readable
+    )
+    rows = "".join(
+        f"<tr><td dir=auto>{_text(reference)}</td><td dir=auto>{_text(prediction)}</td><td>{count}</td></tr>"
+        for (reference, prediction), count in pairs.most_common(MAX_CONFUSIONS)
+        if count > 1
+    )
+    if not rows:
+        return ""
+    head = "<tr><th>reference</th><th>predicted</th><th>times</th></tr>"
+    return f"<h2>Most frequent confusions</h2><table>{head}{rows}</table>"
+
+
+def _card(sample: Sample, thumbnail: str) -> str:
+    missing = "no room for more pictures" if sample.readable else "picture cannot be read"
+    picture = f'<img alt="" loading="lazy" src="{thumbnail}">' if thumbnail else f"<i>{missing}</i>"
+    facts = []
+    if sample.score is not None:
+        percent = f"{sample.score:.1%}" if sample.score_name == "probability" else f"{sample.score:.2f}"
+        facts.append(f"{escape(sample.score_name)} {percent}")
+    if sample.accuracy is not None and 0 < sample.accuracy < 1:
+        facts.append(f"accuracy {sample.accuracy:.0%}")
+    if sample.kind:
+        facts.append(_text(sample.kind))
+    counts = Counter(sample.references).most_common()
+    references = ", ".join(f"{_text(text)}{f' ×{count}' if count > 1 else ''}" for text, count in counts[:6])
+    lines = [
+        f"<p class=question dir=auto>{_text(sample.question)}</p>" if sample.question else "",
+        f"<p class=prediction dir=auto>{_text(sample.prediction) or '(nothing)'}</p>",
+        f"<p class=reference dir=auto>{references}</p>" if references else "",
+        f"<p class=facts>{' · '.join(facts)}</p>" if facts else "",
+    ]
+    return (
+        f'<article class="{sample.verdict}" data-verdict="{sample.verdict}" data-kind="{escape(sample.kind)}">'
+        f"{picture}<div>{''.join(lines)}</div></article>\n"
+    )
+
+
+# braces are doubled for format()
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+:root {{ --back: #f6f7f9; --card: #fff; --ink: #1c2024; --soft: #60646c; --line: #d9dce1;
+  --right: #18794e; --wrong: #c62a2f; --unknown: #60646c; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --back: #111315; --card: #1b1e21; --ink: #edeef0; --soft: #a0a6ad; --line: #34393e;
+    --right: #4cc38a; --wrong: #ff8b8e; --unknown: #a0a6ad; }}
+  img.curves {{ filter: invert(.9) hue-rotate(180deg); }}
+}}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--back); color: var(--ink);
+  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere; }}
+h1 {{ font-size: 1.5rem; margin: .5rem 0 1rem; }}
+h2 {{ font-size: 1.1rem; margin: 2rem 0 .7rem; }}
+p {{ margin: .2rem 0; }}
+.scores {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .6rem;
+  margin-bottom: 1rem; }}
+.scores div, article, table {{ background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }}
+.scores div {{ padding: .6rem .8rem; }}
+.scores b {{ display: block; font-size: 1.35rem; }}
+.scores span, .facts, .note {{ color: var(--soft); font-size: .87rem; }}
+img.curves {{ width: 100%; height: auto; border-radius: .5rem; }}
+table {{ border-collapse: separate; border-spacing: 0; width: 100%; max-width: 40rem; }}
+th, td {{ text-align: start; padding: .35rem .8rem; }}
+td {{ border-top: 1px solid var(--line); }}
+th {{ color: var(--soft); font-weight: 500; white-space: nowrap; }}
+th:last-child, td:last-child {{ text-align: end; width: 5rem; }}
+.buttons {{ display: flex; flex-wrap: wrap; gap: .4rem; margin: .5rem 0; }}
+button {{ font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: 1rem;
+  padding: .3rem .9rem; cursor: pointer; max-width: 100%; }}
+button[aria-pressed=true] {{ background: var(--ink); color: var(--back); border-color: var(--ink); }}
+.cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .7rem;
+  margin-top: .8rem; }}
+article {{ display: flex; gap: .8rem; padding: .7rem; border-inline-start: 4px solid var(--unknown); min-width: 0; }}
+article[hidden] {{ display: none; }}
+article.right {{ border-inline-start-color: var(--right); }}
+article.wrong {{ border-inline-start-color: var(--wrong); }}
+article > div {{ min-width: 0; flex: 1; }}
+article > img, article > i {{ width: 6.5rem; height: 6.5rem; flex: none; border-radius: .3rem; }}
+article > img {{ object-fit: contain; }}
+article > i {{ color: var(--soft); font-size: .8rem; border: 1px dashed var(--line); padding: .4rem; }}
+.prediction {{ font-weight: 600; }}
+.right .prediction {{ color: var(--right); }}
+.wrong .prediction {{ color: var(--wrong); }}
+.right .prediction::before {{ content: "✓ "; }}
+.wrong .prediction::before {{ content: "✗ "; }}
+.reference::before {{ content: "reference: "; color: var(--soft); }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<div class="scores">{scores}</div>
+{variety}
+{curves}
+{confusions}
+<h2>Predictions</h2>
+<p class="note">{shown}</p>
+{filters}
+<p class="note" id="count" aria-live="polite"></p>
+<div class="cards">
+{cards}</div>
+<script>
+const chosen = {{verdict: "", kind: ""}};
+const cards = [...document.querySelectorAll("article")];
+for (const button of document.querySelectorAll("button")) button.onclick = () => {{
+  chosen[button.dataset.group] = button.dataset.value;
+  for (const other of button.parentElement.children) other.setAttribute("aria-pressed", other === button);
+  for (const card of cards)
+    card.hidden = Object.keys(chosen).some(group => chosen[group] && card.dataset[group] !== chosen[group]);
+  document.getElementById("count").textContent = cards.filter(card => !card.hidden).length + " of these shown";
+}};
+</script>
+</body>
+</html>
+"""
