@@ -111,6 +111,7 @@ class DataArguments:
     """Where rows come from and what their columns are called."""
 
     _argument_group_name = "Data"
+    _needs_annotations = True  # False to predict alone
 
     dataset_name: str | None = field(
         default=None,
@@ -182,7 +183,7 @@ class DataArguments:
             ("questions_file", "annotations_file"),
             ("eval_questions_file", "eval_annotations_file"),
         ):
-            if bool(getattr(self, questions)) != bool(getattr(self, answers)):
+            if self._needs_annotations and bool(getattr(self, questions)) != bool(getattr(self, answers)):
                 raise ValueError(f"{questions} and {answers} go together: the official VQA v2 files come in pairs.")
         if self.questions_file and not self.image_folder:
             raise ValueError("questions_file needs image_folder: the folder that holds the COCO pictures.")

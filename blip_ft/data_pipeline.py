@@ -118,6 +118,47 @@ def load_captions(
     return CaptionRows(rows["train"], args.max_train_samples), _first(rows["eval"], args.max_eval_samples)
 
 
+def load_to_predict(args: DataArguments, task: str) -> tuple[Dataset, list[Row]]:
+    """The rows of eval_split, or of a source's only split, and a list of those that cannot be used, with the reason.
+
+    task: vqa, with a question each, or pictures, each once. Columns as load_vqa and load_captions evaluate on; answers
+    and captions are empty where the source has none.
+    """
+    tables, folder = _read(args)
+    split = args.eval_split or ("validation" if args.dataset_name == "demo" else None)
+    if split is None and len(tables) > 1:
+        raise ValueError(f"The data has the splits {', '.join(tables)}. Choose one: --eval_split {list(tables)[-1]}")
+    if split is None:
+        (table,) = tables.values()
+    else:
+        table, _ = _select_splits(tables, replace(args, train_split=split, eval_split=None))
+    schema = _VqaSchema if task == "vqa" else _CaptionSchema
+    part = _Part(table, schema(args, table.column_names, folder, "eval", needs_references=False))
+    rows = _first(part.good(), args.max_eval_samples)
+    if not len(rows):
+        raise ValueError(f"No row is left to predict on; {len(part)} were read. The first: {next(part.bad_rows({}))}")
+    return rows, list(part.bad_rows({}))
+
+
+def list_pictures(paths: Iterable[str]) -> Dataset:
+    """image and image_id, its path, of picture files and of those in folders, in order of their names.
+
+    Raises: ValueError for a path that is not there, and for a folder without pictures.
+    """
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"There is no picture and no folder {path}. Check the path.")
+        endings = PillowImage.registered_extensions()
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path} holds no picture (.jpg, .png, ...).")
+        files += map(str, found)
+    features = Features({"image": Image(decode=False), "image_id": Value("string")})
+    rows = ({"image": {"bytes": None, "path": file}, "image_id": file} for file in dict.fromkeys(files))
+    return _on_disk(rows, features)
+
+
 def _load(schema: type[_Schema], args: DataArguments, bad_rows_file: Path | None, seed: int) -> dict[str, Dataset]:
     """The good rows of `train` and `eval`."""
     parts = {
@@ -479,8 +520,9 @@ def _read_hub(name: str, config: str | None) -> dict[str, Table]:
         ) from error
 
 
-def _read_vqa_v2(questions_file: str, annotations_file: str) -> list[Row]:
-    questions, annotations = _load_json(questions_file), _load_json(annotations_file)
+def _read_vqa_v2(questions_file: str, annotations_file: str | None) -> list[Row]:
+    questions = _load_json(questions_file)
+    annotations = _load_json(annotations_file) if annotations_file else {"annotations": []}
     try:
         subtype = questions["data_subtype"]
         annotation = {entry["question_id"]: entry for entry in annotations["annotations"]}
@@ -570,11 +612,19 @@ def _hold_out_pictures(rows: Dataset, fraction: float, seed: int) -> tuple[Datas
 class _Schema:
     """From the rows of a source, whatever its columns are called, to ours."""
 
-    def __init__(self, args: DataArguments, columns: list[str], folder: Path | None, name: str) -> None:
+    references: str  # the argument that names the column of what a model is to say
+
+    def __init__(
+        self, args: DataArguments, columns: list[str], folder: Path | None, name: str, needs_references: bool = True
+    ) -> None:
         self.folder, self.name, self.id_column = folder, name, args.image_id_column
         self.image_column = args.image_column or ("image" if "image" in columns else "file_name")
         self.text_columns = self._text_columns(args, columns)
-        _require_columns({"image_column": self.image_column, **self.text_columns}, columns)
+        self.needs_references = needs_references
+        required = {"image_column": self.image_column, **self.text_columns}
+        if not needs_references and getattr(args, self.references) is None:
+            del required[self.references]
+        _require_columns(required, columns)
         if self.id_column != "image_id":
             _require_columns({"image_id_column": self.id_column}, columns)
         self.has_type = "answer_type" in columns
@@ -610,6 +660,8 @@ class _Schema:
 
 
 class _VqaSchema(_Schema):
+    references = "answer_column"
+
     def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
         answer_column = args.answer_column or ("answers" if "answers" in columns else "answer")
         return {"question_column": args.question_column, "answer_column": answer_column}
@@ -622,7 +674,7 @@ class _VqaSchema(_Schema):
         answers = _as_texts(row.get(self.text_columns["answer_column"]), "answer")
         if not isinstance(question, str) or not question.strip():
             question, reason = "", "question is empty or no text"
-        elif not answers:
+        elif not answers and self.needs_references:
             reason = "answer is empty or no text"
         question_id = row.get("question_id")
         texts = {
@@ -636,6 +688,8 @@ class _VqaSchema(_Schema):
 
 
 class _CaptionSchema(_Schema):
+    references = "caption_column"
+
     def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
         return {"caption_column": args.caption_column or ("captions" if "captions" in columns else "caption")}
 
@@ -644,7 +698,8 @@ class _CaptionSchema(_Schema):
 
     def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
         captions = _as_texts(row.get(self.text_columns["caption_column"]), "caption")
-        return {"captions": captions}, None if captions else "caption is empty or no text"
+        missing = self.needs_references and not captions
+        return {"captions": captions}, "caption is empty or no text" if missing else None
 
     def good(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
         """One row a picture, in order of first appearance, with the different captions of all its good rows."""

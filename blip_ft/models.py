@@ -126,6 +126,7 @@ class ModelLoader:
         try:
             if name != "demo" and (base := _base_of_adapter(name, kwargs)):
                 name, kwargs = base
+                self.task = self.task or _task_of_adapter(self.model_name, self.kwargs)
                 self._take_over(_download(self.model_name, CONFIG_NAME, self.kwargs))
                 if not self.allow_pickle:
                     _refuse_pickle(self.model_name, (ADAPTER_SAFE_WEIGHTS_NAME,), ADAPTER_WEIGHTS_NAME, self.kwargs)
@@ -660,6 +661,12 @@ def _refuse_pickle(name: str, safe: Sequence[str], pickled: str, kwargs: dict[st
             f"{name} has its weights as {pickled} only, a pickle, which can run any code when it is read. Ask for "
             f"{safe[0]}; or, if you trust where it comes from, add --allow_pickle (load_model: allow_pickle=True)."
         )
+
+
+def _task_of_adapter(name: str, kwargs: dict[str, Any]) -> str | None:
+    """The task it was trained for, which its base need not have; None where it does not say."""
+    mapping = json.loads(_download(name, ADAPTER_FILE, kwargs).read_text(encoding="utf-8")).get("auto_mapping") or {}
+    return TASK_OF_CLASS.get(mapping.get("base_model_class"))
 
 
 def _download(name: str, file: str, kwargs: dict[str, Any]) -> Path | None:
