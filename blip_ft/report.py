@@ -125,6 +125,7 @@ def draw_curves(log_history: Sequence[dict[str, Any]], columns: int = 2) -> byte
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    last = max(step for series in lines.values() for points in series.values() for step, _ in points)
     columns = min(columns, len(lines))
     rows = -(-len(lines) // columns)
     # not pyplot: it keeps global state, and may want a display
@@ -137,6 +138,7 @@ def draw_curves(log_history: Sequence[dict[str, Any]], columns: int = 2) -> byte
             axes.plot(steps, values, marker="o" if len(points) < 20 else None, markersize=3, linewidth=1.4, label=name)
         axes.set_title(panel, loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel("step")
+        axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
         axes.grid(alpha=0.25)
@@ -187,7 +189,7 @@ def _text(text: str) -> str:
 
 
 def _tile(name: str, value: float) -> str:
-    return f"<div><b>{value:.2f}</b><span>{escape(name.replace('_', ' '))}</span></div>"
+    return f"<div><b>{value:.2f}</b><span>{escape(name.removeprefix('eval_').replace('_', ' '))}</span></div>"
 
 
 def _buttons(group: str, names: list[str]) -> str:
@@ -208,7 +210,7 @@ def _variety(samples: Sequence[Sample]) -> str:
     counts = Counter(sample.prediction for sample in samples)
     text, most = counts.most_common(1)[0]
     return (
-        f"<p>{len(counts):,} different predictions among {len(samples):,} ({len(counts) / len(samples):.1%}). "
+        f"<p>Different predictions: {len(counts):,} of {len(samples):,} ({len(counts) / len(samples):.1%}). "
         f"The most frequent, <q dir=auto>{_text(text)}</q>, makes up {most / len(samples):.1%}.</p>"
     )
 

@@ -365,8 +365,17 @@ class _StopCallback(TrainerCallback):
 class _CurvesCallback(TrainerCallback):
     """training_curves.png, at each evaluation."""
 
+    def __init__(self) -> None:
+        self.before_training: list[dict[str, Any]] = []
+
     def on_evaluate(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.before_training = list(state.log_history)
         _write_curves(args, state)
+
+    def on_train_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        # train() starts from a new state, or from a checkpoint's, which has them
+        state.log_history = state.log_history or self.before_training
 
 
 class _TrackerCallback(TrainerCallback):

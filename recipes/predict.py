@@ -137,7 +137,7 @@ def main() -> None:
 def read_rows(args: Data, task: str) -> tuple[Dataset, list[Line]]:
     asks = task == "vqa"
     if args.question and not asks:
-        raise ValueError("--question needs a checkpoint that answers questions; this one does " + task + ".")
+        raise ValueError(f"--question needs a checkpoint that answers questions; this one does {task}.")
     if args.images and asks and not args.question:
         raise ValueError('Pictures alone ask nothing. Give --question "what is it?", or --dataset_name with questions.')
     if args.images:
@@ -387,18 +387,10 @@ def why_unreadable(image: Line) -> str:
     return "picture could not be read at first, and now can"
 
 
-def official_id(text: str) -> int:
-    """The number of a COCO picture or question, also from a file's name: COCO_val2014_000000000042.jpg is 42."""
-    number = re.search(r"(\d+)(\.\w+)?$", text)
-    if number is None:
-        raise ValueError(f"--format needs ids that are or end in numbers, found {text!r}. Leave --format out.")
-    return int(number[1])
-
-
 def vqa_results(rows: Dataset, task: str) -> Callable[[list[Line]], list[Line]]:
     if task != "vqa":
         raise ValueError(f"--format vqa is for answers; this checkpoint does {task}.")
-    ids = [official_id(text) for text in rows["question_id"][:]]
+    ids = official_ids(rows["question_id"][:], r"(\d+)")
     return lambda lines: [
         {"question_id": number, "answer": line["answer"]} for number, line in zip(ids, lines, strict=True)
     ]
@@ -407,10 +399,21 @@ def vqa_results(rows: Dataset, task: str) -> Callable[[list[Line]], list[Line]]:
 def coco_results(rows: Dataset, task: str) -> Callable[[list[Line]], list[Line]]:
     if task != "conditional_generation":
         raise ValueError(f"--format coco is for captions; this checkpoint does {task}.")
-    ids = [official_id(text) for text in rows["image_id"][:]]
+    # also of a file: COCO_val2014_000000000042.jpg is 42
+    ids = official_ids(rows["image_id"][:], r"(?:.*\D)?(\d+)(?:\.\w+)?")
     return lambda lines: [
         {"image_id": number, "caption": line["caption"]} for number, line in zip(ids, lines, strict=True)
     ]
+
+
+def official_ids(texts: list[str], form: str) -> list[int]:
+    found = [re.fullmatch(form, text) for text in texts]
+    if None in found:
+        raise ValueError(f"--format needs ids that are numbers, found {texts[found.index(None)]!r}. Leave it out.")
+    ids = [int(match[1]) for match in found]
+    if len(set(ids)) < len(ids):
+        raise ValueError("--format needs an id of its own for each row; here some are the same. Leave it out.")
+    return ids
 
 
 RESULTS = {"vqa": vqa_results, "coco": coco_results}

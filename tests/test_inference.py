@@ -1,11 +1,12 @@
-"""Ranking pictures and texts against each other."""
+"""Ranking pictures and texts against each other, and how sure a model is of what it writes."""
 
 import numpy as np
 import pytest
 import torch
 
-from blip_ft.inference import rank_pairs
-from blip_ft.modeling import BlipForImageTextRetrieval
+from blip_ft.collators import encode_prompt
+from blip_ft.inference import caption, embed_texts, rank_pairs, rank_texts, sequence_probabilities
+from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 OWNER = np.array([0, 0, 1, 2, 2, 2, 3])  # the picture of each of seven texts
 
@@ -58,3 +59,55 @@ def test_unreadable_picture_is_found_by_nothing_and_finds_nothing(ranked):
         assert np.isfinite(np.delete(matrix, 2, axis=0)[:, [0, 1, 2, 6]]).all()
     with pytest.raises(ValueError, match="No picture to evaluate on can be read"):
         rank_pairs(lambda *args: collect(*args, unreadable=range(4)), OWNER, ids, mask, k=1)
+
+
+def test_probability_of_an_answer_is_the_product_of_its_tokens_whatever_the_beams(golden):
+    """By hand: one row at a time without padding, token by token, through the decoder's own head."""
+    model = BlipForQuestionAnswering.from_pretrained(golden / "vqa")
+    model.text_decoder.label_smoothing = 0.1
+    text = model.config.text_config
+    states = torch.randn(3, 5, text.encoder_hidden_size)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    for num_beams in (1, 3):
+        ids = model.generate_answers(states, mask, max_length=7, num_beams=num_beams, do_sample=False)
+        # a row that ends early, as generate pads it, one that is cut, and one as it came
+        ids[0, 2:] = torch.tensor([text.sep_token_id] + [text.pad_token_id] * (ids.shape[1] - 3))
+        ids[1] = torch.where(ids[1] == text.sep_token_id, 9, ids[1])
+        wanted = []
+        for row, state, seen in zip(ids, states, mask, strict=True):
+            product = 1.0
+            for place in range(1, len(row)):
+                with torch.no_grad():
+                    hidden = model.text_decoder.bert(
+                        input_ids=row[None, :place], encoder_hidden_states=state[None, seen.bool()], is_decoder=True
+                    ).last_hidden_state
+                    logits = model.text_decoder.cls(hidden)[0, -1]
+                product *= torch.softmax(logits, 0)[row[place]].item()
+                if row[place] == text.sep_token_id:
+                    break
+            wanted.append(product)
+        np.testing.assert_allclose(sequence_probabilities(model, ids, 1, states, mask), wanted, rtol=1e-4)
+
+
+def test_probability_of_a_caption_does_not_count_its_prompt(golden, processor):
+    model = BlipForConditionalGeneration.from_pretrained(golden / "captioning")
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        _, (first, _) = caption(model, processor.tokenizer, pixels, "a picture of ", max_length=12, num_beams=2)
+        states = model.encode_images(pixels).last_hidden_state
+        prompt = torch.tensor([encode_prompt("a picture of ", processor.tokenizer)] * 2)
+        ids = model.generate_captions(states, prompt, max_length=12, min_length=5, num_beams=2, do_sample=False)
+    whole, given = (sequence_probabilities(model, part, 1, states)[0] for part in (ids, ids[:, :4]))
+    assert first == pytest.approx(whole / given, rel=1e-4)
+
+
+def test_ranked_texts_are_those_of_the_largest_sum(ranked):
+    model, pixels, ids, mask, collect = ranked
+    _, for_texts, _ = rank_pairs(collect, OWNER, ids, mask, k=3)
+    with torch.no_grad():
+        features = embed_texts(model, ids, mask, texts_at_once=2)
+        best = rank_texts(model, pixels, features, ids, mask, k=3)
+    for row, found in enumerate(best):
+        order = np.argsort(-for_texts[row])[:3]
+        assert [place for place, _ in found] == order.tolist()
+        np.testing.assert_allclose([score for _, score in found], for_texts[row, order], atol=1e-5)

@@ -1,0 +1,123 @@
+"""The page of predictions and the curves: everything is escaped, bounded and in one file."""
+
+import io
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from blip_ft.report import Sample, choose_samples, draw_curves, write_report
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onclick='alert(1)",
+    "</script></style></title><!--",
+    "{title} {0} %s &amp;",
+    "🙂 שלום ‮ gnol",
+    "\ud800 half of a pair",
+]
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and all text outside script and style."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags, self.text, self.inside = [], "", ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside not in ("script", "style"):
+            self.text += data
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(samples, title="a run", history=(), size=(40, 30)):
+        path = tmp_path / "report.html"
+        noise = Image.effect_noise(size, 90).convert("RGB")
+        write_report(path, title, {"eval_vqa_accuracy": 81.25}, samples, lambda position: noise, history)
+        return path
+
+    return write
+
+
+def test_hostile_strings_are_text_and_nothing_else(write):
+    plain = Page(write([Sample("a", "b", ["c"], 0.0, 0.5, kind="d")] * 7).read_text())
+    samples = [Sample(text, text, [text, text], 0.0, 0.5, kind="x" + text) for text in HOSTILE]
+    page = Page(write(samples, title=HOSTILE[0]).read_text(encoding="utf-8"))
+    for text in HOSTILE:
+        assert text.replace("\ud800", "?") in page.text
+    allowed = {tag for tag, _ in plain.tags} | {"button"}  # several kinds have buttons
+    assert {tag for tag, _ in page.tags} <= allowed
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    kinds = {attributes["data-kind"] for tag, attributes in page.tags if tag == "article"}
+    assert kinds == {"x" + text.replace("\ud800", "?") for text in HOSTILE}
+
+
+def test_page_is_one_file_that_asks_for_nothing(write):
+    html = write([Sample("a", references=["b"], accuracy=0.0)], history=[{"step": 1, "loss": 2.0}]).read_text()
+    sources = re.findall(r"""(?:src|href|srcset)=["']?([^"'>]+)""", html)
+    assert sources and all(source.startswith("data:image/") for source in sources)
+    assert "http" not in html and "url(" not in html
+    assert 'name="viewport"' in html and "prefers-color-scheme: dark" in html
+
+
+def test_page_of_many_large_pictures_and_long_texts_stays_under_five_megabytes(write):
+    samples = [Sample("long " * 1000, "why " * 1000, ["so"] * 10, 0.0, 0.9) for _ in range(1000)]
+    path = write(samples, history=[{"step": step, "loss": 1.0} for step in range(500)], size=(1200, 1200))
+    assert path.stat().st_size < 5_000_000
+    articles = [tag for tag, _ in Page(path.read_text()).tags if tag == "article"]
+    assert len(articles) == 200
+
+
+def test_surest_wrong_ones_come_first_and_right_ones_are_spread():
+    wrong = [Sample("w", accuracy=0.3, score=score) for score in (0.2, 0.9, None, 0.5)]
+    assert choose_samples(wrong) == [1, 3, 0, 2]
+    right = [Sample("r", accuracy=1.0, score=number / 1000) for number in range(1000)]
+    chosen = choose_samples(wrong + right)
+    assert chosen[:4] == [1, 3, 0, 2] and len(chosen) == 200
+    # 196 of 1,000: every fifth or so
+    gaps = {b - a for a, b in zip(chosen[4:], chosen[5:], strict=False)}
+    assert chosen[4] == 4 and gaps == {5, 6}
+    many = [Sample("w", accuracy=0.0, score=0.5)] * 300
+    assert len(choose_samples(many)) == 200
+    verdicts = [(many + right)[position].verdict for position in choose_samples(many + right)]
+    assert verdicts == ["wrong"] * 120 + ["right"] * 80
+
+
+def test_confusions_are_counted_and_a_model_that_always_says_the_same_is_seen(write):
+    samples = [Sample("yes", references=["no"], accuracy=0.0)] * 3
+    samples += [Sample("yes", references=["two"], accuracy=0.0), Sample("yes", references=["yes"], accuracy=1.0)]
+    text = " ".join(Page(write(samples).read_text()).text.split())
+    assert "Different predictions: 1 of 5 (20.0%). The most frequent, yes, makes up 100.0%." in text
+    assert "timesnoyes3 Predictions" in text  # no row for a pair seen once, none for what is right
+
+
+def test_unreadable_picture_is_said_and_not_opened(write):
+    page = Page(write([Sample("", references=["no"], accuracy=0.0, readable=False)]).read_text())
+    assert "picture cannot be read" in page.text
+    assert not any(tag == "img" for tag, _ in page.tags)
+
+
+def test_curves_have_a_panel_for_each_kind_of_number():
+    history = [{"step": 0, "before_training_vqa_accuracy": 1.0, "before_training_runtime": 1.0}]
+    assert size(draw_curves(history)) == (550, 340)
+    history += [{"step": 5, "loss": 3.0, "loss_itc": 1.0, "loss_itm": 2.0, "learning_rate": 1e-5, "grad_norm": 2.0}]
+    assert size(draw_curves(history)) == (1100, 680)
+    assert size(draw_curves(history, columns=1)) == (550, 1360)
+    assert draw_curves([]) is None and draw_curves([{"step": 3, "epoch": 1.0}]) is None
+
+
+def size(png: bytes) -> tuple[int, int]:
+    return Image.open(io.BytesIO(png)).size
