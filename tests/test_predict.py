@@ -1,0 +1,228 @@
+"""recipes/predict.py as users start it: what it writes, and that a run which was stopped goes on."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import RECIPES
+
+from blip_ft import inference
+from blip_ft.arguments import PeftArguments
+from blip_ft.models import add_lora, generate_answer_blip, load_model, save_model
+
+
+@pytest.fixture
+def predict(monkeypatch, tmp_path, checkpoints):
+    """Runs predict.py in this process with a task's checkpoint, and returns output_dir."""
+
+    def start(task: str, *flags: str, folder: Path | None = None) -> Path:
+        folder = folder or tmp_path / "predicted"
+        path = str(RECIPES / "predict.py")
+        common = ["--model_name_or_path", str(checkpoints.get(task, task)), "--output_dir", str(folder), "--use_cpu"]
+        monkeypatch.setattr(sys, "argv", [path, *common, "--dataloader_num_workers", "0", *flags])
+        runpy.run_path(path, run_name="__main__")
+        return folder
+
+    return start
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_questions_of_a_data_set_are_answered_in_its_order_and_scored(predict, picture_folder, checkpoint):
+    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test", "--per_device_eval_batch_size", "3"]
+    folder = predict("vqa", *flags)
+    lines = lines_of(folder / "predictions.jsonl")
+    rows = [row for row in lines_of(picture_folder / "metadata.jsonl") if row["split"] == "test"]
+    assert [line["question"] for line in lines] == [row["question"] for row in rows]
+    assert [Path(line["image"]).name for line in lines] == [row["file_name"] for row in rows]
+    loaded = load_model(checkpoint, device="cpu")
+    images = [str(picture_folder / row["file_name"]) for row in rows]
+    answers = generate_answer_blip(
+        loaded["model"], loaded["processor"], images, [row["question"] for row in rows], max_length=10
+    )
+    assert [line["answer"] for line in lines] == answers
+    assert all(0 < line["score"] < 1 for line in lines)
+    scores = json.loads((folder / "scores.json").read_text())
+    right = [line["answer"] == row["answer"] for line, row in zip(lines, rows, strict=True)]
+    assert scores["exact_match"] == 100 * sum(right) / 8 and scores["scored_rows"] == 8
+    assert {path.name for path in folder.iterdir()} == {"predictions.jsonl", "scores.json", "report.html"}
+
+
+def test_one_picture_and_a_question_by_hand(predict, picture_folder):
+    picture = str(picture_folder / "1.png")
+    folder = predict("vqa", "--images", picture, "--question", "is it a dog ?")
+    (line,) = lines_of(folder / "predictions.jsonl")
+    assert (line["image"], line["question"], line["image_id"]) == (picture, "is it a dog ?", picture)
+    assert not (folder / "scores.json").exists()
+    assert "is it a dog ?" in (folder / "report.html").read_text()
+
+
+def test_captions_of_a_folder_for_the_evaluation_server(predict, picture_folder, tmp_path):
+    (tmp_path / "val").mkdir()
+    for number in (2, 1):
+        shutil.copy(picture_folder / f"{number}.png", tmp_path / "val" / f"COCO_val2014_{number:012d}.png")
+    (tmp_path / "val" / "notes.txt").write_text("no picture")
+    folder = predict("captioning", "--images", str(tmp_path / "val"), "--format", "coco")
+    lines = lines_of(folder / "predictions.jsonl")
+    wanted = [{"image_id": number, "caption": line["caption"]} for number, line in zip((1, 2), lines, strict=True)]
+    assert json.loads((folder / "results.json").read_text()) == wanted
+    assert all(line["caption"] and 0 < line["score"] < 1 for line in lines)
+
+
+def test_captions_are_scored_against_all_references_of_a_picture(predict, picture_folder):
+    folder = predict("captioning", "--dataset_name", str(picture_folder), "--eval_split", "test")
+    assert [len(line["captions"]) for line in lines_of(folder / "predictions.jsonl")] == [2] * 4
+    assert {"cider", "bleu4", "rouge_l", "exact_match"} <= set(json.loads((folder / "scores.json").read_text()))
+
+
+def test_texts_of_a_file_and_of_the_data_are_ranked_for_each_picture(predict, picture_folder, tmp_path):
+    (tmp_path / "texts.txt").write_text("a red dog\n\na blue sky\na red dog\ntwo giraffe\n")
+    flags = ["--texts", str(tmp_path / "texts.txt"), "--top_texts", "2"]
+    folder = predict("retrieval", "--images", str(picture_folder), *flags)
+    for line in lines_of(folder / "predictions.jsonl"):
+        first, second = line["texts"]
+        assert first["score"] >= second["score"] and first["text"] != second["text"]
+        assert {first["text"], second["text"]} <= {"a red dog", "a blue sky", "two giraffe"}
+    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test"]
+    folder = predict("retrieval", *flags, folder=tmp_path / "data")
+    lines = lines_of(folder / "predictions.jsonl")
+    found = [line["texts"][0]["text"] in line["captions"] for line in lines]
+    assert json.loads((folder / "scores.json").read_text())["text_recall@1"] == 25 * sum(found)
+    assert all(len(line["texts"]) == 8 for line in lines)
+
+
+def test_official_questions_without_annotations_become_official_results(predict, picture_folder, tmp_path):
+    for number in (7, 9):
+        shutil.copy(picture_folder / "0.png", tmp_path / f"COCO_test2015_{number:012d}.jpg")
+    questions = [
+        {"image_id": image, "question": "what color is it ?", "question_id": image * 10 + number}
+        for number, image in enumerate([7, 9, 7])
+    ]
+    (tmp_path / "questions.json").write_text(json.dumps({"data_subtype": "test2015", "questions": questions}))
+    flags = ["--questions_file", str(tmp_path / "questions.json"), "--image_folder", str(tmp_path), "--format", "vqa"]
+    folder = predict("vqa", *flags)
+    answers = [line["answer"] for line in lines_of(folder / "predictions.jsonl")]
+    assert json.loads((folder / "results.json").read_text()) == [
+        {"question_id": number, "answer": answer} for number, answer in zip((70, 91, 72), answers, strict=True)
+    ]
+
+
+def test_stopped_run_goes_on_after_its_last_whole_line(predict, picture_folder, tmp_path, monkeypatch):
+    """It stops in the third of four batches; then the last line that it wrote is cut in two."""
+    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test", "--per_device_eval_batch_size", "2"]
+    whole = lines_of(predict("vqa", *flags, folder=tmp_path / "whole") / "predictions.jsonl")
+    asked, answer = [], inference.answer
+
+    def answer_until(limit):
+        def stop_or_answer(model, tokenizer, states, *args):
+            if len(asked) >= limit:
+                raise KeyboardInterrupt
+            asked.extend(range(len(states)))
+            return answer(model, tokenizer, states, *args)
+
+        return stop_or_answer
+
+    monkeypatch.setattr(inference, "answer", answer_until(4))
+    with pytest.raises(SystemExit):
+        predict("vqa", *flags)
+    part = tmp_path / "predicted" / "predictions.part0.jsonl"
+    content = part.read_bytes()
+    assert len(content.splitlines()) == 4 and not (tmp_path / "predicted" / "predictions.jsonl").exists()
+    part.write_bytes(content[:-20])
+    asked.clear()
+    monkeypatch.setattr(inference, "answer", answer_until(100))
+    folder = predict("vqa", *flags, "--per_device_eval_batch_size", "8")
+    assert len(asked) == 5
+    lines = lines_of(folder / "predictions.jsonl")
+    scores = [[line.pop("score") for line in part] for part in (lines, whole)]
+    assert lines == whole and scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_run_with_other_settings_does_not_go_on(predict, picture_folder, monkeypatch, caplog):
+    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(inference, "answer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        predict("vqa", *flags)
+    with pytest.raises(SystemExit):
+        predict("vqa", *flags, "--generation_num_beams", "1")
+    assert "holds an unfinished run with another generation_num_beams" in caplog.text
+    predict("vqa", *flags)
+    with pytest.raises(SystemExit):
+        predict("vqa", *flags)
+    assert "is not empty. Choose another" in caplog.text
+
+
+def test_unreadable_picture_is_listed_and_the_rest_is_answered(predict, picture_folder, tmp_path):
+    folder = shutil.copytree(picture_folder, tmp_path / "broken")
+    (folder / "2.png").write_bytes(b"no picture")
+    out = predict("vqa", "--images", str(folder), "--question", "what color is it ?")
+    lines = lines_of(out / "predictions.jsonl")
+    assert [line.get("unreadable_picture", False) for line in lines] == [False, False, True, False]
+    assert lines[2]["answer"] == "" and lines[2]["score"] is None and lines[1]["answer"]
+    (bad,) = lines_of(out / "bad_rows.jsonl")
+    assert bad["image_id"].endswith("2.png") and "UnidentifiedImageError" in bad["reason"]
+    assert "picture cannot be read" in (out / "report.html").read_text()
+
+
+def test_two_processes_write_what_one_writes(predict, picture_folder, checkpoint, tmp_path):
+    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test", "--per_device_eval_batch_size", "2"]
+    one = lines_of(predict("vqa", *flags) / "predictions.jsonl")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(RECIPES / "predict.py")]
+    common = ["--model_name_or_path", str(checkpoint), "--use_cpu", "--dataloader_num_workers", "0"]
+    subprocess.run(
+        [*command, *common, *flags, "--output_dir", str(tmp_path / "two")],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    two = lines_of(tmp_path / "two" / "predictions.jsonl")
+    scores = [[line.pop("score") for line in part] for part in (one, two)]
+    assert one == two and scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_adapter_does_what_it_was_trained_for(predict, picture_folder, checkpoints, tmp_path):
+    """Its base names another task."""
+    base = load_model(checkpoints["vqa"], device="cpu")
+    other = shutil.copytree(checkpoints["vqa"], tmp_path / "base")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "architectures": ["BlipForConditionalGeneration"]}))
+    adapted = add_lora(base["model"], PeftArguments(use_peft=True))
+    adapted.peft_config["default"].base_model_name_or_path = str(other)
+    save_model(adapted, tmp_path / "adapter")
+    folder = predict(str(tmp_path / "adapter"), "--images", str(picture_folder / "0.png"), "--question", "is it ?")
+    assert "answer" in lines_of(folder / "predictions.jsonl")[0]
+
+
+MISTAKES = {
+    "nothing named": ([], "by one of --images, --dataset_name and --questions_file"),
+    "no question": (["--images", "{pictures}"], 'Give --question "what is it?"'),
+    "no such picture": (["--images", "none.jpg", "--question", "is it ?"], "no picture and no folder none.jpg"),
+    "no picture": (["--images", "{empty}", "--question", "is it ?"], "holds no picture"),
+    "no split": (["--dataset_name", "{pictures}", "--eval_split", "dev"], "the data has train, test"),
+    "other format": (["--dataset_name", "{pictures}", "--format", "coco"], "is for captions"),
+    "no number": (["--dataset_name", "{pictures}", "--format", "vqa"], "needs ids that are numbers, found 'eval-0'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_ends_in_one_message(predict, picture_folder, tmp_path, caplog, mistake):
+    flags, message = MISTAKES[mistake]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        predict("vqa", *(flag.format(pictures=picture_folder, empty=tmp_path / "empty") for flag in flags))
+    assert stopped.value.code == 1
+    assert message in caplog.text and "Traceback" not in caplog.text
+    assert not (tmp_path / "predicted").exists()
+
+
+def test_texts_are_asked_for_where_there_are_none(predict, picture_folder, caplog):
+    with pytest.raises(SystemExit):
+        predict("retrieval", "--images", str(picture_folder))
+    assert "Give --texts FILE with one a line" in caplog.text
