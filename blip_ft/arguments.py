@@ -409,7 +409,8 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
             )
         try:
             # the Trainer would make them after the model is loaded
-            get_reporting_integration_callbacks(self.report_to)
+            for make_callback in get_reporting_integration_callbacks(self.report_to):
+                make_callback()
         except (ValueError, RuntimeError, ImportError) as error:
             raise ValueError(
                 f"report_to takes tensorboard, trackio, wandb or none, each installed with pip: {error}"

@@ -1,13 +1,19 @@
-"""The page of predictions and the curves: everything is escaped, bounded and in one file."""
+"""The page of predictions, the curves, and what trackers are given."""
 
 import io
+import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.integrations import integration_utils
 
 from blip_ft.report import Sample, choose_samples, draw_curves, write_report
+from blip_ft.trainer import BlipTrainer, _TrackerCallback
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -121,3 +127,108 @@ def test_curves_have_a_panel_for_each_kind_of_number():
 
 def size(png: bytes) -> tuple[int, int]:
     return Image.open(io.BytesIO(png)).size
+
+
+@pytest.fixture
+def few(checkpoints, picture_folder):
+    """Flags of a run of three steps."""
+
+    def flags(task: str) -> list[str]:
+        queue = ["--queue_size", "24", "--k_test", "3"] if task == "retrieval" else []
+        return [
+            *("--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(picture_folder), *queue),
+            *("--eval_split", "test", "--per_device_train_batch_size", "8", "--max_steps", "3", "--logging_steps", "1"),
+        ]
+
+    return flags
+
+
+def test_run_that_is_cut_leaves_its_curves(recipe, few, tmp_path, monkeypatch):
+    steps = []
+
+    def stop_in_the_third(self, *args, step=BlipTrainer.training_step, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(BlipTrainer, "training_step", stop_in_the_third)
+    with pytest.raises(SystemExit):
+        recipe(*few("vqa"))
+    assert size((tmp_path / "run" / "training_curves.png").read_bytes()) == (1100, 680)  # loss, rate and norm
+
+
+def test_parts_of_the_retrieval_loss_are_logged(recipe, few):
+    history = json.loads((recipe(*few("retrieval"), task="retrieval") / "trainer_state.json").read_text())
+    logged = [entry for entry in history["log_history"] if "loss" in entry]
+    assert len(logged) == 3
+    for entry in logged:
+        assert entry["loss"] == pytest.approx(entry["loss_itc"] + entry["loss_itm"], abs=2e-4)
+
+
+def test_tensorboard_gets_numbers_pictures_and_predictions_in_output_dir(recipe, few, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = recipe(*few("vqa"), "--report_to", "tensorboard", "--eval_on_start")
+    assert not (tmp_path / "runs").exists()
+    images, texts, scalars = {}, {}, {}
+    for path in folder.rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        tags = events.Tags()
+        scalars |= {tag: events.Scalars(tag) for tag in tags["scalars"]}
+        images |= {tag: events.Images(tag) for tag in tags["images"]}
+        texts |= {tag: events.Tensors(tag) for tag in tags["tensors"]}
+    assert {"train/loss", "train/grad_norm", "eval/vqa_accuracy"} <= set(scalars)
+    assert set(images) == {f"samples/{number}" for number in range(8)}
+    assert (images["samples/0"][-1].width, images["samples/0"][-1].step) == (160, 3)
+    row = json.loads((folder / "predictions.jsonl").read_text().splitlines()[1])
+    text = texts["samples/1/text_summary"][-1].tensor_proto.string_val[0].decode()
+    assert row["question"] in text and f"**prediction** {row['prediction']}" in text
+
+
+class Package:
+    """Stands for wandb and trackio: keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.logged = []
+
+    def Image(self, picture):
+        return picture.size
+
+    def Table(self, columns, data):
+        return [dict(zip(columns, row, strict=True)) for row in data]
+
+    def log(self, entry):
+        self.logged.append(entry)
+
+
+def test_wandb_and_trackio_get_a_table(picture_folder, tmp_path):
+    rows = Dataset.from_list(
+        [
+            {"image": {"bytes": None, "path": str(picture_folder / "0.png")}, "image_id": "0", "captions": ["a", "b"]},
+            {"image": {"bytes": None, "path": "gone.png"}, "image_id": "1", "captions": ["c"]},
+        ]
+    )
+    callbacks = []
+    for kind, name in ((integration_utils.WandbCallback, "_wandb"), (integration_utils.TrackioCallback, "_trackio")):
+        callbacks.append(object.__new__(kind))  # without the package that it would import
+        setattr(callbacks[-1], name, Package())
+    trainer = SimpleNamespace(
+        callback_handler=SimpleNamespace(callbacks=callbacks),
+        eval_dataset=rows,
+        results=[{"prediction": "a", "probability": 0.5, "accuracy": 1.0}, None],
+    )
+    state = SimpleNamespace(is_world_process_zero=True, global_step=7)
+    _TrackerCallback(trainer).on_evaluate(None, state, None)
+    table = [{"picture": (40, 36), "question": "", "references": "a, b", "prediction": "a", "score": 0.5}]
+    for package in (callbacks[0]._wandb, callbacks[1]._trackio):
+        assert package.logged == [{"samples": table, "train/global_step": 7}]
+
+
+def test_tracker_that_is_not_there_is_said_before_the_model_is_loaded(recipe, few, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(integration_utils, "is_trackio_available", lambda: False)
+    for name, message in (("notebook", "notebook is not supported"), ("trackio", "Run `pip install trackio`")):
+        with pytest.raises(SystemExit):
+            recipe(*few("vqa"), "--report_to", name, "--model_name_or_path", "/no/such/model")
+        assert "report_to takes tensorboard, trackio, wandb or none" in caplog.text and message in caplog.text
+        assert "/no/such/model" not in caplog.text and not (tmp_path / "run").exists()
