@@ -114,20 +114,19 @@ def main() -> None:
     model = model.get_base_model() if hasattr(model, "peft_config") else model
     task = TASK_OF_CLASS[type(model).__name__]
     rows, bad_rows = read_rows(data_args, task)
-    make_results = RESULTS[args.format](rows, task) if args.format else None
+    ids = official_ids(args.format, rows, task) if args.format else []
     texts = read_texts(data_args.texts, rows) if task == "image_text_retrieval" else []
 
     folder, done = settle_output_dir(args, settings_of(args, data_args, rows, texts))
     order = np.argsort(number_pictures(rows), kind="stable")
     share = np.array_split(order[~np.isin(order, list(done))], state.num_processes)[state.process_index]
     with torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16), torch.no_grad():
-        predict_share(rows, share.tolist(), PREDICT[task](model, processor, args, texts), processor, args, folder)
+        predict_share(rows, share.tolist(), make_predict(model, processor, args, task, texts), processor, args, folder)
     state.wait_for_everyone()
     if state.is_main_process:
-        lines = merge(folder, len(rows))
-        finish(folder, args, data_args, rows, lines, bad_rows, task)
-        if make_results:
-            (folder / "results.json").write_text(json.dumps(make_results(lines)), encoding="utf-8")
+        found = read_parts(folder)
+        lines = [found[position] for position in range(len(rows))]
+        finish(folder, args, data_args, rows, lines, bad_rows, task, ids)
         logger.info("%d predictions: %s, to look at: %s", len(lines), folder / "predictions.jsonl", "report.html")
 
 
@@ -135,6 +134,7 @@ def main() -> None:
 
 
 def read_rows(args: Data, task: str) -> tuple[Dataset, list[Line]]:
+    """Rows, with references where the data has them, and those that cannot be used."""
     asks = task == "vqa"
     if args.question and not asks:
         raise ValueError(f"--question needs a checkpoint that answers questions; this one does {task}.")
@@ -144,13 +144,10 @@ def read_rows(args: Data, task: str) -> tuple[Dataset, list[Line]]:
         rows, bad_rows = list_pictures(args.images), []
     else:
         rows, bad_rows = load_to_predict(args, "vqa" if asks and not args.question else "pictures")
-    return (ask(rows, args.question) if args.question else rows), bad_rows
-
-
-def ask(pictures: Dataset, question: str) -> Dataset:
-    """The same question of each picture; its id is the picture's."""
-    rows = pictures.select_columns(["image", "image_id"])
-    return rows.add_column("question", [question] * len(rows)).add_column("question_id", rows["image_id"][:])
+    if args.question:
+        rows = rows.select_columns(["image", "image_id"]).add_column("question", [args.question] * len(rows))
+        rows = rows.add_column("question_id", rows["image_id"][:])
+    return rows, bad_rows
 
 
 def read_texts(path: str | None, rows: Dataset) -> list[str]:
@@ -168,50 +165,37 @@ def read_texts(path: str | None, rows: Dataset) -> list[str]:
 # ---- the three tasks ----
 
 
-def predict_answers(model: Any, processor: BlipProcessor, args: Prediction, texts: list[str]) -> Predict:
-    def predict(batch: dict[str, torch.Tensor]) -> list[Line]:
+def make_predict(model: Any, processor: BlipProcessor, args: Prediction, task: str, texts: list[str]) -> Predict:
+    """The score of an answer or caption is its probability as written (inference.sequence_probabilities). That of a
+    text is cosine + matching logit: it has no bounds, and compares texts of one picture."""
+    tokenizer = processor.tokenizer
+    cleaned = [clean_caption(text) for text in texts] if args.clean_captions else texts
+    tokens = encode_texts(cleaned, tokenizer, args.max_caption_tokens) if texts else {}
+    features: list[torch.Tensor] = []  # filled with the first batch: a run with nothing left to do encodes no text
+
+    def answer(batch: dict[str, torch.Tensor]) -> list[Line]:
         images = model.encode_images(batch["pixel_values"]).last_hidden_state
         mask = batch["attention_mask"]
         states = model.encode_questions(images, batch["input_ids"], mask, batch["image_index"])
         limits = (args.generation_max_length or 10, args.generation_num_beams)
-        answers = inference.answer(model, processor.tokenizer, states, mask, *limits)
+        answers = inference.answer(model, tokenizer, states, mask, *limits)
         return [{"answer": text, "score": score} for text, score in zip(*answers, strict=True)]
 
-    return predict
-
-
-def predict_captions(model: Any, processor: BlipProcessor, args: Prediction, texts: list[str]) -> Predict:
-    def predict(batch: dict[str, torch.Tensor]) -> list[Line]:
+    def caption(batch: dict[str, torch.Tensor]) -> list[Line]:
         limits = (args.generation_max_length or 20, args.generation_num_beams, args.generation_min_length)
-        captions = inference.caption(model, processor.tokenizer, batch["pixel_values"], args.prompt, *limits)
+        captions = inference.caption(model, tokenizer, batch["pixel_values"], args.prompt, *limits)
         return [{"caption": text, "score": score} for text, score in zip(*captions, strict=True)]
 
-    return predict
-
-
-def predict_rankings(model: Any, processor: BlipProcessor, args: Prediction, texts: list[str]) -> Predict:
-    """The score is cosine + matching logit: it has no bounds, and compares texts of one picture."""
-    cleaned = [clean_caption(text) for text in texts] if args.clean_captions else texts
-    tokens = encode_texts(cleaned, processor.tokenizer, args.max_caption_tokens)
-    features: list[torch.Tensor] = []
-
-    def predict(batch: dict[str, torch.Tensor]) -> list[Line]:
-        if not features:  # a run that has nothing left to do encodes no text
+    def rank(batch: dict[str, torch.Tensor]) -> list[Line]:
+        if not features:
             features.append(inference.embed_texts(model, **tokens))
         ranked = inference.rank_texts(model, batch["pixel_values"], features[0], **tokens, k=args.k_test)
-        return [
-            {"texts": [{"text": texts[place], "score": score} for place, score in best[: args.top_texts]]}
-            for best in ranked
-        ]
+        best = [ranking[: args.top_texts] for ranking in ranked]
+        return [{"texts": [{"text": texts[place], "score": score} for place, score in ranking]} for ranking in best]
 
-    return predict
+    return {"vqa": answer, "conditional_generation": caption, "image_text_retrieval": rank}[task]
 
 
-PREDICT = {
-    "vqa": predict_answers,
-    "conditional_generation": predict_captions,
-    "image_text_retrieval": predict_rankings,
-}
 EMPTY = {
     "vqa": {"answer": "", "score": None},
     "conditional_generation": {"caption": "", "score": None},
@@ -325,12 +309,6 @@ def read_parts(folder: Path) -> dict[int, Line]:
     return lines
 
 
-def merge(folder: Path, num_rows: int) -> list[Line]:
-    """The predictions in the order of the rows."""
-    lines = read_parts(folder)
-    return [lines[position] for position in range(num_rows)]
-
-
 def finish(
     folder: Path,
     args: Prediction,
@@ -339,8 +317,9 @@ def finish(
     lines: list[Line],
     bad_rows: list[Line],
     task: str,
+    ids: list[int],
 ) -> None:
-    """predictions.jsonl, scores.json, bad_rows.jsonl and report.html; the part files go last."""
+    """report.html, scores.json, bad_rows.jsonl, results.json and predictions.jsonl; the part files go last."""
     texts = rows.remove_columns("image")
     for position, (line, row) in enumerate(zip(lines, texts, strict=True)):
         path = rows[position]["image"]["path"]
@@ -367,6 +346,9 @@ def finish(
     if bad_rows:
         write_lines(folder / "bad_rows.jsonl", bad_rows)
         logger.warning("%d rows have no prediction: %s", len(bad_rows), folder / "bad_rows.jsonl")
+    if args.format:
+        results = official_results(args.format, ids, lines)
+        (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     write_lines(folder / "predictions.jsonl", lines)
     for path in (*folder.glob("predictions.part*.jsonl"), folder / SETTINGS_FILE):
         path.unlink()
@@ -387,27 +369,17 @@ def why_unreadable(image: Line) -> str:
     return "picture could not be read at first, and now can"
 
 
-def vqa_results(rows: Dataset, task: str) -> Callable[[list[Line]], list[Line]]:
-    if task != "vqa":
-        raise ValueError(f"--format vqa is for answers; this checkpoint does {task}.")
-    ids = official_ids(rows["question_id"][:], r"(\d+)")
-    return lambda lines: [
-        {"question_id": number, "answer": line["answer"]} for number, line in zip(ids, lines, strict=True)
-    ]
-
-
-def coco_results(rows: Dataset, task: str) -> Callable[[list[Line]], list[Line]]:
-    if task != "conditional_generation":
-        raise ValueError(f"--format coco is for captions; this checkpoint does {task}.")
-    # also of a file: COCO_val2014_000000000042.jpg is 42
-    ids = official_ids(rows["image_id"][:], r"(?:.*\D)?(\d+)(?:\.\w+)?")
-    return lambda lines: [
-        {"image_id": number, "caption": line["caption"]} for number, line in zip(ids, lines, strict=True)
-    ]
-
-
-def official_ids(texts: list[str], form: str) -> list[int]:
-    found = [re.fullmatch(form, text) for text in texts]
+def official_ids(form: str, rows: Dataset, task: str) -> list[int]:
+    """The numbers by which an evaluation server knows the rows."""
+    wanted, column, pattern = {
+        "vqa": ("vqa", "question_id", r"(\d+)"),
+        # also of a file: COCO_val2014_000000000042.jpg is 42
+        "coco": ("conditional_generation", "image_id", r"(?:.*\D)?(\d+)(?:\.\w+)?"),
+    }[form]
+    if task != wanted:
+        raise ValueError(f"--format {form} is for {wanted}; this checkpoint does {task}.")
+    texts = rows[column][:]
+    found = [re.fullmatch(pattern, text) for text in texts]
     if None in found:
         raise ValueError(f"--format needs ids that are numbers, found {texts[found.index(None)]!r}. Leave it out.")
     ids = [int(match[1]) for match in found]
@@ -416,7 +388,9 @@ def official_ids(texts: list[str], form: str) -> list[int]:
     return ids
 
 
-RESULTS = {"vqa": vqa_results, "coco": coco_results}
+def official_results(form: str, ids: list[int], lines: list[Line]) -> list[Line]:
+    id_name, text_name = {"vqa": ("question_id", "answer"), "coco": ("image_id", "caption")}[form]
+    return [{id_name: number, text_name: line[text_name]} for number, line in zip(ids, lines, strict=True)]
 
 
 # ---- scores ----

@@ -64,6 +64,15 @@ def test_one_picture_and_a_question_by_hand(predict, picture_folder):
     assert "is it a dog ?" in (folder / "report.html").read_text()
 
 
+def test_one_question_of_every_picture_of_a_data_set(predict, picture_folder):
+    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test", "--question", "what color is it ?"]
+    lines = lines_of(predict("vqa", *flags) / "predictions.jsonl")
+    assert [(line["image_id"], line["question"]) for line in lines] == [
+        (f"{number}.png", "what color is it ?") for number in range(4)
+    ]
+    assert not any("answers" in line or "captions" in line for line in lines)
+
+
 def test_captions_of_a_folder_for_the_evaluation_server(predict, picture_folder, tmp_path):
     (tmp_path / "val").mkdir()
     for number in (2, 1):
@@ -160,14 +169,21 @@ def test_run_with_other_settings_does_not_go_on(predict, picture_folder, monkeyp
 
 
 def test_unreadable_picture_is_listed_and_the_rest_is_answered(predict, picture_folder, tmp_path):
-    folder = shutil.copytree(picture_folder, tmp_path / "broken")
-    (folder / "2.png").write_bytes(b"no picture")
-    out = predict("vqa", "--images", str(folder), "--question", "what color is it ?")
+    (tmp_path / "broken").mkdir()
+    for number in range(4):
+        shutil.copy(picture_folder / f"{number}.png", tmp_path / "broken" / f"COCO_x_{number}.png")
+    (tmp_path / "broken" / "COCO_x_2.png").write_bytes(b"no picture")
+    questions = [{"file_name": f"COCO_x_{n}.png", "question": "what ?", "question_id": n} for n in range(4)]
+    questions.append({"file_name": "../../away.png", "question": "what ?", "question_id": 4})
+    (tmp_path / "broken" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    out = predict("vqa", "--dataset_name", str(tmp_path / "broken"), "--format", "vqa")
+    assert json.loads((out / "results.json").read_text())[2] == {"question_id": 2, "answer": ""}
     lines = lines_of(out / "predictions.jsonl")
     assert [line.get("unreadable_picture", False) for line in lines] == [False, False, True, False]
     assert lines[2]["answer"] == "" and lines[2]["score"] is None and lines[1]["answer"]
-    (bad,) = lines_of(out / "bad_rows.jsonl")
-    assert bad["image_id"].endswith("2.png") and "UnidentifiedImageError" in bad["reason"]
+    away, bad = lines_of(out / "bad_rows.jsonl")
+    assert "lies outside" in away["reason"]
+    assert bad["image_id"] == "COCO_x_2.png" and "UnidentifiedImageError" in bad["reason"]
     assert "picture cannot be read" in (out / "report.html").read_text()
 
 
@@ -206,7 +222,7 @@ MISTAKES = {
     "no such picture": (["--images", "none.jpg", "--question", "is it ?"], "no picture and no folder none.jpg"),
     "no picture": (["--images", "{empty}", "--question", "is it ?"], "holds no picture"),
     "no split": (["--dataset_name", "{pictures}", "--eval_split", "dev"], "the data has train, test"),
-    "other format": (["--dataset_name", "{pictures}", "--format", "coco"], "is for captions"),
+    "other format": (["--dataset_name", "{pictures}", "--format", "coco"], "is for conditional_generation"),
     "no number": (["--dataset_name", "{pictures}", "--format", "vqa"], "needs ids that are numbers, found 'eval-0'"),
 }
 
