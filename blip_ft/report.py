@@ -133,9 +133,18 @@ def draw_curves(log_history: Sequence[dict[str, Any]], columns: int = 2) -> byte
     FigureCanvasAgg(figure)
     for number, (panel, series) in enumerate(lines.items(), 1):
         axes = figure.add_subplot(rows, columns, number)
-        for name, points in series.items():
+        for name, points in sorted(series.items(), key=lambda item: item[0].startswith("eval_")):
             steps, values = zip(*sorted(points), strict=True)
-            axes.plot(steps, values, marker="o" if len(points) < 20 else None, markersize=3, linewidth=1.4, label=name)
+            # between two evaluations nothing is known
+            is_measured = panel == "metrics, %" or name.startswith("eval_")
+            axes.plot(
+                *(steps, values),
+                linestyle=":" if is_measured else "-",
+                marker="o" if is_measured or len(points) < 20 else None,
+                markersize=3,
+                linewidth=1.4,
+                label=name,
+            )
         axes.set_title(panel, loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel("step")
         axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
