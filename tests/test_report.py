@@ -171,7 +171,8 @@ def test_tensorboard_gets_numbers_pictures_and_predictions_in_output_dir(recipe,
     folder = recipe(*few("vqa"), "--report_to", "tensorboard", "--eval_on_start")
     assert not (tmp_path / "runs").exists()
     images, texts, scalars = {}, {}, {}
-    for path in folder.rglob("events.out.tfevents.*"):
+    # one file of the evaluation before training, one of the rest; they may be of the same second
+    for path in sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns):
         events = EventAccumulator(str(path))
         events.Reload()
         tags = events.Tags()
