@@ -29,30 +29,39 @@ def open_image(image: Any, size: int | None = None) -> Image.Image:
         image: a path, encoded bytes, a PIL image, an array (height, width, 3) of bytes, or datasets' {"bytes": ...,
             "path": ...}.
         size: pixels a side that are enough: a larger JPEG is decoded at a half, quarter or eighth of its size.
-    Raises: OSError where it cannot be read, ValueError where it is none of these.
+    Raises: OSError where it cannot be read, ValueError where it is none of these, or larger than Pillow's limit.
     """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        image = open_encoded(image)
+        if size is not None:
+            image.draft(image.mode, (size, size))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        # convert() would clip 16 bits to white
+        values = np.nan_to_num(np.asarray(image))
+        image = Image.fromarray((values / 257 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # a palette may hold transparency, which convert("RGB") warns about
+    return image.convert("RGB")
+
+
+def open_encoded(image: Any) -> Image.Image:
+    """Reads the header only. image and errors: as of open_image, but for PIL images and arrays."""
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if isinstance(image, bytes):
         image = io.BytesIO(image)
     if image is None:
         raise ValueError("A picture is a path, bytes or a PIL image; this row has none.")
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        if not isinstance(image, (str, os.PathLike, io.BytesIO)):
-            raise ValueError(f"A picture is a path, bytes, a PIL image or an array; this is a {type(image).__name__}.")
-        image = Image.open(image)
-        if size is not None:
-            image.draft(image.mode, (size, size))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        # convert() would clip 16 bits to white
-        values = np.asarray(image)
-        image = Image.fromarray((values / 257 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
-    elif image.mode == "P":
-        image = image.convert("RGBA")  # a palette may hold transparency, which convert("RGB") warns about
-    return image.convert("RGB")
+    if not isinstance(image, (str, os.PathLike, io.BytesIO)):
+        raise ValueError(f"A picture is a path, bytes, a PIL image or an array; this is a {type(image).__name__}.")
+    opened, limit = Image.open(image), Image.MAX_IMAGE_PIXELS
+    # a few bytes can stand for gigabytes of pixels; Pillow warns here, and refuses twice as many
+    if limit and opened.width * opened.height > limit:
+        raise ValueError(f"It has {opened.width} x {opened.height} pixels, more than the {limit} that Pillow allows.")
+    return opened
 
 
 def picture_key(image: dict[str, Any]) -> str:

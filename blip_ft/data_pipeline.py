@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import difflib
 import hashlib
-import io
 import json
 import logging
 import math
 import os
 import re
 import tempfile
+import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +36,9 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from datasets.config import HF_CACHE_HOME
-from PIL import Image as PillowImage
+from datasets.config import HF_CACHE_HOME, HF_DATASETS_CACHE
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.constants import HF_HUB_CACHE
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import BlipProcessor
@@ -51,13 +52,23 @@ from blip_ft.arguments import (
     VqaArguments,
     parse,
 )
-from blip_ft.collators import VqaCollator, encode_labels, encode_row_images, encode_texts, picture_key
+from blip_ft.collators import (
+    VqaCollator,
+    clean_caption,
+    encode_labels,
+    encode_row_images,
+    encode_texts,
+    open_encoded,
+    open_image,
+    picture_key,
+)
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+HUB_CACHES = (HF_DATASETS_CACHE, HF_HUB_CACHE)
 COCO_FILE = re.compile(r"COCO_(\w+)_\d{12}\.jpg")
 VQA_FEATURES = {
     **{name: Value("string") for name in ("question", "question_id", "answer_type")},
@@ -98,11 +109,14 @@ def load_vqa(args: DataArguments, bad_rows_file: Path | None = None, seed: int =
 
     Columns: image ({"bytes", "path"}, not decoded), image_id, question, question_id, answers (one string or more) and,
     where the source has it, answer_type. Rows that cannot be used are left out and listed in bad_rows_file (jsonl); in
-    evaluation those whose picture cannot be read stay, to be counted as wrong.
+    evaluation those whose picture cannot be read stay, to be counted as wrong. A question_id that stands twice is named
+    in a warning.
 
     Raises: ValueError for a source, column or split that is not there, and where more than max_bad_fraction is bad.
     """
     rows = _load(_VqaSchema, args, bad_rows_file, seed)
+    for name, part in rows.items():
+        _warn_of_repeated_ids(part, name)
     return _first(rows["train"], args.max_train_samples), _first(rows["eval"], args.max_eval_samples)
 
 
@@ -167,7 +181,7 @@ def _load(schema: type[_Schema], args: DataArguments, bad_rows_file: Path | None
     }
     unreadable = _unreadable_pictures(parts.values(), args.check_images)
 
-    bad = [row for part in parts.values() for row in part.bad_rows(unreadable)]
+    bad = [row for name, part in parts.items() for row in part.bad_rows(unreadable[name])]
     total = sum(len(part) for part in parts.values())
     if bad:
         _report_bad_rows(bad, total, args.max_bad_fraction, bad_rows_file)
@@ -175,7 +189,7 @@ def _load(schema: type[_Schema], args: DataArguments, bad_rows_file: Path | None
     rows = {name: part.good() for name, part in parts.items()}
     if "eval" not in rows:
         rows["train"], rows["eval"] = _hold_out_pictures(rows["train"], args.eval_fraction, seed)
-    rows["train"] = _without_pictures(rows["train"], unreadable)
+    rows["train"] = _without_pictures(rows["train"], unreadable["train"])
     for name, part in rows.items():
         if not len(part):
             raise ValueError(f"No row is left to {name} on. {total} rows were read, {len(bad)} of them were bad.")
@@ -184,6 +198,18 @@ def _load(schema: type[_Schema], args: DataArguments, bad_rows_file: Path | None
 
 def _first(rows: Dataset, limit: int | None) -> Dataset:
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _warn_of_repeated_ids(rows: Dataset, name: str) -> None:
+    ids = _dictionary(rows, "question_id")
+    counts = np.bincount(ids.indices)
+    if repeated := int((counts > 1).sum()):
+        example = ids.dictionary[int(counts.argmax())]
+        logger.warning(
+            "%d question_ids of the rows to %s on stand in several rows, e.g. %s. All rows are used, but files of "
+            "answers to be scored elsewhere, as on the server of VQA v2, need each question_id once.",
+            *(repeated, name, example),
+        )
 
 
 class CaptionRows(torch.utils.data.Dataset):
@@ -212,10 +238,15 @@ def number_pictures(rows: Dataset | CaptionRows) -> np.ndarray:
     """(rows,) from 0 in order of first appearance, equal where the image_id is."""
     if isinstance(rows, CaptionRows):
         return number_pictures(rows.pictures)[rows.picture]
+    return _dictionary(rows, "image_id").indices.to_numpy()
+
+
+def _dictionary(rows: Dataset, column: str) -> pa.DictionaryArray:
+    """The column's different strings in order of first appearance, and of each row which."""
     # as Arrow and in portions: as Python's strings the ids of a million rows are the larger part of all memory
-    portions = rows.select_columns("image_id").with_format("arrow").iter(10_000)
-    ids = pa.chunked_array([table["image_id"].combine_chunks() for table in portions], pa.string())
-    return ids.combine_chunks().dictionary_encode().indices.to_numpy()
+    portions = rows.select_columns(column).with_format("arrow").iter(10_000)
+    ids = pa.chunked_array([table[column].combine_chunks() for table in portions], pa.string())
+    return ids.combine_chunks().dictionary_encode()
 
 
 def require_whole_batch(number: int, global_batch_size: int) -> None:
@@ -385,7 +416,10 @@ def _read(args: DataArguments) -> tuple[dict[str, Table], Path | None]:
     if not path.is_dir():
         return _read_hub(name, args.dataset_config), folder
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        saved = load_from_disk(str(path))
+        try:
+            saved = load_from_disk(str(path))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{path}, written by save_to_disk, cannot be read any more: {error}") from error
         return dict(saved) if isinstance(saved, DatasetDict) else {"": saved}, folder or path
     for file in METADATA_FILES:
         if (path / file).is_file():
@@ -399,7 +433,10 @@ def _read(args: DataArguments) -> tuple[dict[str, Table], Path | None]:
 
 def _read_file(path: Path) -> Table:
     if path.suffix == ".parquet":
-        return Dataset.from_parquet(str(path))
+        try:
+            return Dataset.from_parquet(str(path))
+        except (DatasetGenerationError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{path} holds no row, or is no whole parquet file: {error.__cause__ or error}") from error
     readers: dict[str, Callable[[Path], Iterable[Row]]] = {
         ".json": _read_json,
         ".jsonl": _read_json_lines,
@@ -435,7 +472,7 @@ def _rows_of_coco(content: Row, path: Path) -> list[Row]:
     """Rows of COCO's captions_*.json (images, annotations) and of Karpathy's dataset_*.json (images with sentences)."""
     try:
         if "annotations" in content:
-            files = {image["id"]: image["file_name"] for image in content["images"]}
+            files = _by_id(content["images"], "id", "file_name", path)
             return [
                 {
                     "file_name": files[entry["image_id"]],
@@ -454,7 +491,7 @@ def _rows_of_coco(content: Row, path: Path) -> list[Row]:
             }
             for image in content["images"]
         ]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} must hold COCO captions (images with id and file_name, annotations with image_id and caption) or "
             f"Karpathy's splits (images with filename, sentences and split); missing: {error}."
@@ -463,25 +500,34 @@ def _rows_of_coco(content: Row, path: Path) -> list[Row]:
 
 def _load_json(path: str | Path) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+        return _parse_json(Path(path).read_bytes(), path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _read_json_lines(path: Path) -> Iterable[Row]:
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}).") from error
+            row = _parse_json(line, path, number)
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: needs an object in braces, found {line.strip()[:40]}")
+                raise ValueError(f"{path}, line {number}: needs an object in braces, found a {type(row).__name__}.")
             yield row
+
+
+def _parse_json(content: bytes, path: str | Path, line: int = 1) -> Any:
+    """line: where content begins in the file."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}).") from error
+    except UnicodeDecodeError as error:
+        line += content.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}, line {line}: must be text in UTF-8 ({error.reason}).") from error
+    # a number of thousands of digits, or a thousand brackets within each other
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, from line {line}: JSON that cannot be read ({error}).") from error
 
 
 def _read_csv(path: Path) -> Iterable[Row]:
@@ -503,7 +549,7 @@ def _list_in_csv(value: str) -> Any:
     if value.startswith("["):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             pass
     return value
 
@@ -525,26 +571,35 @@ def _read_vqa_v2(questions_file: str, annotations_file: str | None) -> list[Row]
     annotations = _load_json(annotations_file) if annotations_file else {"annotations": []}
     try:
         subtype = questions["data_subtype"]
-        annotation = {entry["question_id"]: entry for entry in annotations["annotations"]}
+        answers = _by_id(annotations["annotations"], "question_id", "answers", annotations_file)
+        types = {entry["question_id"]: entry.get("answer_type") for entry in annotations["annotations"]}
         rows = []
         for entry in questions["questions"]:
-            known = annotation.get(entry["question_id"], {})
             rows.append(
                 {
                     "image": f"COCO_{subtype}_{entry['image_id']:012d}.jpg",
                     "image_id": str(entry["image_id"]),
                     "question": entry["question"],
                     "question_id": str(entry["question_id"]),
-                    "answers": known.get("answers"),
-                    "answer_type": known.get("answer_type"),
+                    "answers": answers.get(entry["question_id"]),
+                    "answer_type": types.get(entry["question_id"]),
                 }
             )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{questions_file} and {annotations_file} must be official VQA v2 files (data_subtype, questions, "
             f"annotations); missing: {error}."
         ) from error
     return rows
+
+
+def _by_id(entries: list[Row], id_name: str, value_name: str, path: str | Path) -> dict[Any, Any]:
+    """Raises: ValueError for an id with two values, of which one would be lost."""
+    values: dict[Any, Any] = {}
+    for entry in entries:
+        if values.setdefault(entry[id_name], entry.get(value_name)) != entry.get(value_name):
+            raise ValueError(f"{path} has two different {value_name} for {id_name} {entry[id_name]}. Remove one.")
+    return values
 
 
 # ---- splits ----
@@ -628,6 +683,7 @@ class _Schema:
         if self.id_column != "image_id":
             _require_columns({"image_id_column": self.id_column}, columns)
         self.has_type = "answer_type" in columns
+        self.pictures: dict[str, int] = {}  # given image_id -> hash of the path or bytes that it stands for
         self.in_place = False  # whether the pictures stay in the table that they came in
         self.features = Features({"image": Image(decode=False), "image_id": Value("string"), **self._text_features()})
         self.needed = {self.image_column, self.id_column, *self.text_columns.values(), "question_id", "answer_type"}
@@ -646,11 +702,15 @@ class _Schema:
     def convert(self, row: Row, position: int) -> tuple[Row, str | None]:
         """The row in the schema, and why it cannot be used, if so."""
         image, made_id, reason = _find_picture(row.get(self.image_column), self.folder, self.in_place)
-        given = row.get(self.id_column)
-        # an empty cell of a csv is no id
-        image_id = made_id if given in (None, "") else _clean_text(str(given))
+        given_id = _as_id(row.get(self.id_column))
         texts, problem = self._texts(row, position)
-        return {"image": image, "image_id": image_id, **texts}, reason or problem
+        reason = reason or problem
+        if given_id and not reason:
+            # the pictures of an id stand once in a batch: the second one would never be seen
+            picture = hash(image["path"] or made_id)
+            if self.pictures.setdefault(given_id, picture) != picture:
+                reason = f"picture is another one than that of an earlier row with {self.id_column} {given_id}"
+        return {"image": image, "image_id": given_id or made_id, **texts}, reason
 
     def good(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
         """The rows with a picture's path or bytes and its texts."""
@@ -672,18 +732,18 @@ class _VqaSchema(_Schema):
     def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
         question, reason = row.get(self.text_columns["question_column"]), None
         answers = _as_texts(row.get(self.text_columns["answer_column"]), "answer")
-        if not isinstance(question, str) or not question.strip():
-            question, reason = "", "question is empty or no text"
+        question = _clean_text(question) if isinstance(question, str) else ""
+        if not question:
+            reason = "question is empty or no text"
         elif not answers and self.needs_references:
             reason = "answer is empty or no text"
-        question_id = row.get("question_id")
         texts = {
-            "question": _clean_text(question).strip(),
+            "question": question,
             "answers": answers,
-            "question_id": f"{self.name}-{position}" if question_id in (None, "") else _clean_text(str(question_id)),
+            "question_id": _as_id(row.get("question_id")) or f"{self.name}-{position}",
         }
         if self.has_type:
-            texts["answer_type"] = _clean_text(str(row.get("answer_type") or "unknown"))
+            texts["answer_type"] = _as_id(row.get("answer_type")) or "unknown"
         return texts, reason
 
 
@@ -698,6 +758,8 @@ class _CaptionSchema(_Schema):
 
     def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
         captions = _as_texts(row.get(self.text_columns["caption_column"]), "caption")
+        # "..." is one without a word once it is cleaned
+        captions = [caption for caption in captions if clean_caption(caption)]
         missing = self.needs_references and not captions
         return {"captions": captions}, "caption is empty or no text" if missing else None
 
@@ -723,7 +785,13 @@ class _Part:
         if isinstance(table, Dataset):
             # another column of pictures would be decoded with each row
             table = table.select_columns([name for name in table.column_names if name in schema.needed])
-            if _holds_pictures(table.features[schema.image_column]):
+            feature = table.features[schema.image_column]
+            if isinstance(feature, List):
+                raise ValueError(
+                    f"A row has one picture, and those of the column {schema.image_column} are lists. Give each "
+                    "picture a row, or name another column: --image_column"
+                )
+            if _holds_pictures(feature):
                 table = table.cast_column(schema.image_column, Image(decode=False))
                 if schema.folder is None or _any_bytes(table, schema.image_column):
                     schema.in_place = True
@@ -798,13 +866,16 @@ def _find_picture(value: Any, folder: Path | None, in_place: bool) -> tuple[Row,
         content, value = value.get("bytes"), value.get("path")
     if isinstance(content, bytes):
         return {"bytes": content, "path": None}, hashlib.sha1(content).hexdigest(), None
-    if in_place:
-        # without a folder the paths are those of the Hub's own cache
-        located, reason = value, "picture has no bytes" if folder and value else None
+    if in_place and folder:
+        located, reason = value, "picture has no bytes" if value else None
+    elif in_place:
+        # of a Hub data set, whose files lie in the cache; a row that names another file is not to be trusted
+        inside = not value or any(Path(value).resolve().is_relative_to(Path(cache).resolve()) for cache in HUB_CACHES)
+        located, reason = value, None if inside else "picture lies outside the Hub's cache"
     else:
         located, reason = _locate(value, folder) if isinstance(value, str) else (None, "picture is no path")
     # neither of both is refused by datasets
-    return {"bytes": None, "path": located or ""}, _clean_text(str(value)), reason
+    return {"bytes": None, "path": located or ""}, _as_id(value) or "none", reason
 
 
 def _holds_pictures(feature: Any) -> bool:
@@ -826,31 +897,54 @@ def _require_columns(needed: dict[str, str], found: list[str]) -> None:
 
 
 def _clean_text(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode()
+    """Without control characters, halves of surrogate pairs and the like, which the tokenizer passes over."""
+    text = text.strip()
+    if text.isascii() and text.isprintable():
+        return text  # nearly all, and the rest takes longer
+    kept = [char for char in text if char.isspace() or unicodedata.category(char)[0] != "C" and char != "\ufffd"]
+    # accents alone are no text: the tokenizer strips them
+    has_text = any(unicodedata.category(char)[0] in "LNPS" for char in kept)
+    return "".join(kept).strip() if has_text else ""
+
+
+def _as_id(value: Any) -> str | None:
+    """An id as text that UTF-8 can hold, None for what is none: an empty cell, NaN, a list."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if not isinstance(value, (str, int, float)) or value == "":
+        return None
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _as_texts(value: Any, name: str) -> list[str]:
     """Strings of a column's value: a string, number or boolean, a dict with one under `name`, or a list of these."""
-    if isinstance(value, dict):
-        return _as_texts(value.get(name), name)
-    if isinstance(value, (list, tuple)):
-        return [text for entry in value for text in _as_texts(entry, name)]
+    texts, waiting = [], [value]
+    while waiting:  # not by recursion: a file may hold brackets within brackets
+        entry = waiting.pop()
+        if isinstance(entry, dict):
+            waiting.append(entry.get(name))
+        elif isinstance(entry, (list, tuple)):
+            waiting += reversed(entry)
+        elif text := _as_text(entry):
+            texts.append(text)
+    return texts
+
+
+def _as_text(value: Any) -> str:
     if isinstance(value, bool):
-        return ["yes" if value else "no"]
+        return "yes" if value else "no"
     if isinstance(value, float):
         if not math.isfinite(value):
-            return []
+            return ""
         value = int(value) if value.is_integer() else value
-    text = _clean_text(str(value)).strip() if isinstance(value, (str, int, float)) else ""
-    return [text] if text else []
+    return _clean_text(str(value)) if isinstance(value, (str, int, float)) else ""
 
 
 @lru_cache(maxsize=1 << 16)  # the rows of a picture repeat its path
 def _locate(path: str, folder: Path | None) -> tuple[str | None, str | None]:
     """The absolute path of a picture, or None and the reason why it is refused."""
-    if path != _clean_text(path):
-        return None, "picture's path is no text in UTF-8"
+    if path != _as_id(path):
+        return None, "picture has no path, or one that is no text in UTF-8"
     if "://" in path or path.startswith("data:"):
         return None, "picture is a URL; nothing is fetched from a row"
     if not path.strip() or "\0" in path:
@@ -860,7 +954,10 @@ def _locate(path: str, folder: Path | None) -> tuple[str | None, str | None]:
     subset = COCO_FILE.fullmatch(path)
     if subset and (root / subset[1] / path).exists():
         path = os.path.join(subset[1], path)
-    resolved = (root / path).resolve()  # follows links, so that none leads out of the folder
+    try:
+        resolved = (root / path).resolve()  # follows links, so that none leads out of the folder
+    except (OSError, RuntimeError) as error:  # links in a circle
+        return None, f"picture's path leads nowhere: {error}"
     if not resolved.is_relative_to(root):
         return None, f"picture lies outside {root}"
     return str(resolved), None
@@ -869,12 +966,17 @@ def _locate(path: str, folder: Path | None) -> tuple[str | None, str | None]:
 # ---- pictures that cannot be read ----
 
 
-def _unreadable_pictures(parts: Iterable[_Part], mode: str) -> dict[str, str]:
-    """image_id -> reason, of the pictures whose header, or in mode `full` whose pixels, cannot be read."""
+def _unreadable_pictures(parts: Iterable[_Part], mode: str) -> dict[str, dict[str, str]]:
+    """Part -> image_id -> reason, of the pictures whose header, or in mode `full` whose pixels, cannot be read.
+
+    By part, for two files may count their pictures from 0 each.
+    """
     remembered = Path(HF_CACHE_HOME) / "blip_ft" / "readable_images.txt"
     known = set(remembered.read_text().split("\n")) if remembered.is_file() else set()
-    found, fresh = {}, []
+    found: dict[str, dict[str, str]] = {}
+    fresh: list[str] = []
     for part in parts:
+        found[part.name] = {}
         ordered, column = list(part.first), part.rows.select_columns("image")
         progress = tqdm(total=len(ordered), desc=f"Checking pictures ({part.name})", delay=3)
         with ThreadPoolExecutor() as pool:
@@ -885,7 +987,7 @@ def _unreadable_pictures(parts: Iterable[_Part], mode: str) -> dict[str, str]:
                 results = pool.map(_picture_problem, images, [mode] * len(ids), [known] * len(ids))
                 for image_id, (problem, key) in zip(ids, results, strict=True):
                     if problem:
-                        found[image_id] = problem
+                        found[part.name][image_id] = problem
                     elif key and key not in known:
                         fresh.append(key)
                 progress.update(len(ids))
@@ -918,11 +1020,10 @@ def _picture_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None
             key = f"{picture_key(image)} {mode}"
             if key in known:
                 return None, key
-        source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
-        with PillowImage.open(source) as picture:
-            if mode == "full":
-                picture.draft("RGB", (64, 64))  # a JPEG is then decoded at an eighth of its size
-                picture.load()
+        if mode == "full":
+            open_image(image, size=64)  # a JPEG is then decoded at an eighth of its size
+        else:
+            open_encoded(image).close()
     # decoders raise what they like on broken input: OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
     except Exception as error:
         return f"picture cannot be read: {type(error).__name__}: {error}", None
