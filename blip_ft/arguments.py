@@ -166,6 +166,17 @@ class DataArguments:
         default=0.01,
         metadata={"help": "Stop when a larger share of all rows has a picture that cannot be read, 0 to 1."},
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the rows to train on as they are needed, without a copy on disk. Takes --max_steps, which is "
+            "then one epoch, and something to evaluate on; a bad picture is met in training and counts for nothing."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=1000,
+        metadata={"help": "Pictures that each worker holds of a stream, to draw the next one from."},
+    )
     group_questions: bool | None = field(
         default=None,
         metadata={
@@ -187,9 +198,20 @@ class DataArguments:
                 raise ValueError(f"{questions} and {answers} go together: the official VQA v2 files come in pairs.")
         if self.questions_file and not self.image_folder:
             raise ValueError("questions_file needs image_folder: the folder that holds the COCO pictures.")
+        if self.streaming and not (self.eval_split or self.eval_dataset_name or self.eval_questions_file):
+            raise ValueError("From a stream no picture can be held out. Give --eval_split or --eval_dataset_name.")
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction is a share between 0 and 1, found {self.eval_fraction}.")
-        _check_ranges(self, max_train_samples=(1, math.inf), max_eval_samples=(1, math.inf), max_bad_fraction=(0, 1))
+        at_least_one = (1, math.inf)
+        _check_ranges(self, max_train_samples=at_least_one, max_eval_samples=at_least_one, shuffle_buffer=at_least_one)
+        _check_ranges(self, max_bad_fraction=(0, 1))
+
+    def require_end(self, training_args: BlipTrainingArguments) -> None:
+        """Raise ValueError where rows are streamed and training_args do not go with that."""
+        if self.streaming and training_args.max_steps < 1:
+            raise ValueError("A stream has no end: --streaming needs --max_steps, the optimiser steps to train for.")
+        if self.streaming and training_args.cache_image_features:
+            raise ValueError("cache_image_features needs to know all pictures before training: leave out --streaming.")
 
     @property
     def hub_id(self) -> str | None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, count, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from datasets import (
     DatasetDict,
     Features,
     Image,
+    IterableDataset,
     List,
     Value,
     concatenate_datasets,
@@ -101,10 +102,12 @@ class RowsOfFile:
                 yield row
 
 
-Table = Dataset | RowsOfFile
+Table = Dataset | RowsOfFile | IterableDataset
 
 
-def load_vqa(args: DataArguments, bad_rows_file: Path | None = None, seed: int = 42) -> tuple[Dataset, Dataset]:
+def load_vqa(
+    args: DataArguments, bad_rows_file: Path | None = None, seed: int = 42
+) -> tuple[Dataset | StreamedRows, Dataset]:
     """The rows to train on and those to evaluate on, one question each.
 
     Columns: image ({"bytes", "path"}, not decoded), image_id, question, question_id, answers (one string or more) and,
@@ -116,20 +119,22 @@ def load_vqa(args: DataArguments, bad_rows_file: Path | None = None, seed: int =
     """
     rows = _load(_VqaSchema, args, bad_rows_file, seed)
     for name, part in rows.items():
-        _warn_of_repeated_ids(part, name)
+        if isinstance(part, Dataset):
+            _warn_of_repeated_ids(part, name)
     return _first(rows["train"], args.max_train_samples), _first(rows["eval"], args.max_eval_samples)
 
 
 def load_captions(
     args: DataArguments, bad_rows_file: Path | None = None, seed: int = 42
-) -> tuple[CaptionRows, Dataset]:
+) -> tuple[CaptionRows | StreamedRows, Dataset]:
     """Captions to train on, one a row, and pictures with all their captions to evaluate on.
 
     Columns: image ({"bytes", "path"}, not decoded), image_id, and caption to train, captions (strings) to evaluate on.
     What a picture's rows in the source say is put together, each caption once. Bad rows and errors as in load_vqa.
     """
     rows = _load(_CaptionSchema, args, bad_rows_file, seed)
-    return CaptionRows(rows["train"], args.max_train_samples), _first(rows["eval"], args.max_eval_samples)
+    train = rows["train"] if args.streaming else CaptionRows(rows["train"], args.max_train_samples)
+    return train, _first(rows["eval"], args.max_eval_samples)
 
 
 def load_to_predict(args: DataArguments, task: str) -> tuple[Dataset, list[Row]]:
@@ -164,7 +169,8 @@ def list_pictures(paths: Iterable[str]) -> Dataset:
         if not path.exists():
             raise ValueError(f"There is no picture and no folder {path}. Check the path.")
         endings = PillowImage.registered_extensions()
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings) if path.is_dir() else [path]
+        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
+        found = inside if path.is_dir() else [path]
         if not found:
             raise ValueError(f"{path} holds no picture (.jpg, .png, ...).")
         files += map(str, found)
@@ -173,12 +179,16 @@ def list_pictures(paths: Iterable[str]) -> Dataset:
     return _on_disk(rows, features)
 
 
-def _load(schema: type[_Schema], args: DataArguments, bad_rows_file: Path | None, seed: int) -> dict[str, Dataset]:
+def _load(
+    schema: type[_Schema], args: DataArguments, bad_rows_file: Path | None, seed: int
+) -> dict[str, Dataset | StreamedRows]:
     """The good rows of `train` and `eval`."""
-    parts = {
-        name: _Part(table, schema(args, table.column_names, folder, name))
+    sources = {
+        name: (table, schema(args, _columns_of(table), folder, name))
         for name, (table, folder) in _read_splits(args).items()
     }
+    stream = StreamedRows(*sources.pop("train"), args, bad_rows_file, seed) if args.streaming else None
+    parts = {name: _Part(*source) for name, source in sources.items()}
     unreadable = _unreadable_pictures(parts.values(), args.check_images)
 
     bad = [row for name, part in parts.items() for row in part.bad_rows(unreadable[name])]
@@ -187,17 +197,20 @@ def _load(schema: type[_Schema], args: DataArguments, bad_rows_file: Path | None
         _report_bad_rows(bad, total, args.max_bad_fraction, bad_rows_file)
 
     rows = {name: part.good() for name, part in parts.items()}
-    if "eval" not in rows:
+    if "eval" not in rows:  # a stream is never held out from
         rows["train"], rows["eval"] = _hold_out_pictures(rows["train"], args.eval_fraction, seed)
-    rows["train"] = _without_pictures(rows["train"], unreadable["train"])
+    if stream is None:
+        rows["train"] = _without_pictures(rows["train"], unreadable["train"])
     for name, part in rows.items():
         if not len(part):
             raise ValueError(f"No row is left to {name} on. {total} rows were read, {len(bad)} of them were bad.")
-    return rows
+    return rows if stream is None else {"train": stream, **rows}
 
 
-def _first(rows: Dataset, limit: int | None) -> Dataset:
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+def _first(rows: Dataset | StreamedRows, limit: int | None) -> Dataset | StreamedRows:
+    if limit is None or isinstance(rows, StreamedRows):  # which stops each pass there itself
+        return rows
+    return rows.select(range(min(limit, len(rows))))
 
 
 def _warn_of_repeated_ids(rows: Dataset, name: str) -> None:
@@ -232,6 +245,98 @@ class CaptionRows(torch.utils.data.Dataset):
     def __getitem__(self, position: int) -> Row:
         row = self.pictures[int(self.picture[position])]
         return {"image": row["image"], "image_id": row["image_id"], "caption": row["captions"][self.place[position]]}
+
+
+class StreamedRows(torch.utils.data.IterableDataset):
+    """Rows to train on, read as they are needed and without end; rows of a picture that follow each other stay so.
+
+    A pass over the source gives each row once, among all processes and workers together. Where the Hub has a number of
+    files that they can share evenly, each reads files of its own; else each reads all and keeps every n-th picture.
+    Rows that cannot be used are skipped, and listed in bad_rows_file during the first pass. Same seed, processes and
+    workers: same order.
+
+    The trainer sets process, num_processes, batch_size, and first_batch to begin at: those of this process before it
+    are read, but no picture of theirs is decoded.
+
+    Raises: ValueError in a pass where more than max_bad_fraction of the rows cannot be used, counted from 1,000 rows.
+    """
+
+    def __init__(
+        self, table: Table, schema: _Schema, args: DataArguments, bad_rows_file: Path | None, seed: int
+    ) -> None:
+        if isinstance(table, Dataset):
+            pictures = [name for name, feature in table.features.items() if isinstance(feature, Image)]
+            for name in pictures:
+                table = table.cast_column(name, Image(decode=False))
+        if bad_rows_file is not None:
+            bad_rows_file.unlink(missing_ok=True)  # of a run that is resumed: its rows are read, and listed, anew
+        self.table, self.schema, self.args, self.seed = table, schema, args, seed
+        self.bad_rows_file = bad_rows_file
+        self.process, self.num_processes, self.batch_size, self.first_batch = 0, 1, 1, 0
+
+    def __iter__(self) -> Iterator[Row]:
+        worker = torch.utils.data.get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        # the loader takes a batch of each worker in turn, and begins with the first
+        number = (number + self.first_batch) % workers
+        place, places = self.process * workers + number, self.num_processes * workers
+        rows = chain.from_iterable(self.read_pass(epoch, place, places) for epoch in count())
+        batches_before = len(range(number, self.first_batch, workers))
+        return islice(rows, batches_before * self.batch_size, None)
+
+    def read_pass(self, epoch: int, place: int = 0, places: int = 1) -> Iterator[Row]:
+        """The rows that one of `places` readers has in a pass, in random order."""
+        generator = np.random.default_rng((self.seed, epoch, place))
+        table, share, shares = self.table, place, places
+        if isinstance(table, IterableDataset) and table.num_shards % places == 0 and not self.args.max_train_samples:
+            table, share, shares = table.shard(places, place), 0, 1
+        good = self._good_rows(table, listed=epoch == 0 and share == 0)
+        if self.args.group_questions is False:
+            groups = ([row] for row in good)
+        else:
+            groups = (list(rows) for _, rows in groupby(good, key=lambda row: row["image_id"]))
+        held, empty = [], True
+        for group in islice(groups, share, None, shares):
+            empty = False
+            if len(held) < self.args.shuffle_buffer:
+                held.append(group)
+                continue
+            drawn = generator.integers(len(held))
+            group, held[drawn] = held[drawn], group
+            yield from self.schema.to_train(group)
+        if empty:
+            raise ValueError(
+                f"The stream has too few rows for {places} readers (processes x --dataloader_num_workers): nothing is "
+                "left for one of them. Take fewer, or leave out --streaming."
+            )
+        for drawn in generator.permutation(len(held)):
+            yield from self.schema.to_train(held[drawn])
+
+    def _good_rows(self, table: Table, listed: bool) -> Iterator[Row]:
+        num_bad = position = 0
+        for position, row in enumerate(islice(_iterate(table), self.args.max_train_samples)):
+            converted, reason = self.schema.convert(row, position)
+            if not reason:
+                yield converted
+                continue
+            num_bad += 1
+            bad = {"split": "train", "row": position, "image_id": converted["image_id"], "reason": reason}
+            if listed:
+                logger.warning("train row %d (%s) is skipped: %s", position, bad["image_id"], reason)
+                if self.bad_rows_file is not None:
+                    with self.bad_rows_file.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(bad) + "\n")
+            self._require_few(num_bad, max(position + 1, 1000), bad)
+        if num_bad:
+            self._require_few(num_bad, position + 1, bad)
+
+    def _require_few(self, num_bad: int, num_rows: int, last: Row) -> None:
+        if num_bad > self.args.max_bad_fraction * num_rows:
+            raise ValueError(
+                f"{num_bad} of the first {num_rows} rows of the stream cannot be used, the last of them, row "
+                f"{last['row']}, for: {last['reason']}. That is more than max_bad_fraction = "
+                f"{self.args.max_bad_fraction:.2%}. Mend or remove them, or set --max_bad_fraction"
+            )
 
 
 def number_pictures(rows: Dataset | CaptionRows) -> np.ndarray:
@@ -324,6 +429,8 @@ class DataPipeline:
     def setup(self) -> None:
         """Read the rows, and the processor of model_name_or_path, by default that of the recipe's checkpoint."""
         name = self.model_args.model_name_or_path or "Salesforce/blip-vqa-base"
+        if self.data_args.streaming:
+            raise ValueError("streaming is for the recipes. Leave it out of DataPipeline's YAML.")
         self.train_rows, self.eval_rows = load_vqa(self.data_args, seed=self.training_args.seed)
         if name == "demo":
             processor = demo.build_demo_processor()
@@ -412,9 +519,9 @@ def _read(args: DataArguments) -> tuple[dict[str, Table], Path | None]:
         return dict(demo.load_demo()), folder
     path = Path(name).expanduser()
     if path.is_file():
-        return {"": _read_file(path)}, folder or path.parent
+        return {"": _read_file(path, args.streaming)}, folder or path.parent
     if not path.is_dir():
-        return _read_hub(name, args.dataset_config), folder
+        return _read_hub(name, args.dataset_config, args.streaming), folder
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         try:
             saved = load_from_disk(str(path))
@@ -423,7 +530,7 @@ def _read(args: DataArguments) -> tuple[dict[str, Table], Path | None]:
         return dict(saved) if isinstance(saved, DatasetDict) else {"": saved}, folder or path
     for file in METADATA_FILES:
         if (path / file).is_file():
-            return {"": _read_file(path / file)}, folder or path
+            return {"": _read_file(path / file, args.streaming)}, folder or path
     raise ValueError(
         f"{path} is a folder without {', '.join(METADATA_FILES[:-1])} or {METADATA_FILES[-1]} and was not written by "
         "save_to_disk. Add a metadata.jsonl with a line "
@@ -431,9 +538,11 @@ def _read(args: DataArguments) -> tuple[dict[str, Table], Path | None]:
     )
 
 
-def _read_file(path: Path) -> Table:
+def _read_file(path: Path, streaming: bool = False) -> Table:
     if path.suffix == ".parquet":
         try:
+            if streaming:
+                return RowsOfFile(partial(_iterate, IterableDataset.from_parquet(str(path)).decode(False)))
             return Dataset.from_parquet(str(path))
         except (DatasetGenerationError, pa.ArrowInvalid) as error:
             raise ValueError(f"{path} holds no row, or is no whole parquet file: {error.__cause__ or error}") from error
@@ -554,9 +663,10 @@ def _list_in_csv(value: str) -> Any:
     return value
 
 
-def _read_hub(name: str, config: str | None) -> dict[str, Table]:
+def _read_hub(name: str, config: str | None, streaming: bool) -> dict[str, Table]:
     try:
-        return dict(load_dataset(name, config))
+        splits = load_dataset(name, config, streaming=streaming)
+        return {split: table.decode(False) if streaming else table for split, table in splits.items()}
     # datasets and huggingface_hub raise a dozen unrelated classes here: offline, missing, gated, script, wrong config
     except Exception as error:
         raise ValueError(
@@ -603,6 +713,11 @@ def _by_id(entries: list[Row], id_name: str, value_name: str, path: str | Path) 
 
 
 # ---- splits ----
+
+
+def _columns_of(table: Table) -> list[str]:
+    # a stream of json or csv does not know its columns before its first row
+    return table.column_names or list(next(iter(table), {}))
 
 
 def _select_splits(tables: dict[str, Table], args: DataArguments) -> tuple[Table, Table | None]:
@@ -673,6 +788,7 @@ class _Schema:
         self, args: DataArguments, columns: list[str], folder: Path | None, name: str, needs_references: bool = True
     ) -> None:
         self.folder, self.name, self.id_column = folder, name, args.image_id_column
+        self.max_eval_samples = args.max_eval_samples
         self.image_column = args.image_column or ("image" if "image" in columns else "file_name")
         self.text_columns = self._text_columns(args, columns)
         self.needs_references = needs_references
@@ -711,6 +827,10 @@ class _Schema:
             if self.pictures.setdefault(given_id, picture) != picture:
                 reason = f"picture is another one than that of an earlier row with {self.id_column} {given_id}"
         return {"image": image, "image_id": given_id or made_id, **texts}, reason
+
+    def to_train(self, rows: list[Row]) -> Iterable[Row]:
+        """Converted rows of one picture as they are trained on."""
+        return rows
 
     def good(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
         """The rows with a picture's path or bytes and its texts."""
@@ -763,6 +883,11 @@ class _CaptionSchema(_Schema):
         missing = self.needs_references and not captions
         return {"captions": captions}, "caption is empty or no text" if missing else None
 
+    def to_train(self, rows: list[Row]) -> Iterable[Row]:
+        captions = dict.fromkeys(caption for row in rows for caption in row["captions"])
+        picture = {name: rows[0][name] for name in ("image", "image_id")}
+        return [{**picture, "caption": caption} for caption in captions]
+
     def good(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
         """One row a picture, in order of first appearance, with the different captions of all its good rows."""
         first: dict[str, int] = {}
@@ -804,7 +929,9 @@ class _Part:
             self.rows = concatenate_datasets([pictures, self.rows], axis=1)
 
     def _convert(self, table: Table, features: Features) -> Iterator[Row]:
-        for position, row in enumerate(_iterate(table)):
+        # what is not needed of a stream is not fetched
+        limit = self.schema.max_eval_samples if isinstance(table, IterableDataset) else None
+        for position, row in enumerate(islice(_iterate(table), limit)):
             converted, reason = self.schema.convert(row, position)
             self.reasons.append(reason)
             if not reason:
@@ -846,7 +973,7 @@ def _on_disk(rows: Iterable[Row], features: Features) -> Dataset:
 
 
 def _iterate(table: Table) -> Iterator[Row]:
-    if not isinstance(table, Dataset):
+    if isinstance(table, RowsOfFile):
         yield from table
         return
     # datasets makes Python objects of a batch several times faster than of its rows

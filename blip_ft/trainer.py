@@ -34,12 +34,13 @@ from transformers.integrations.integration_utils import (
     WandbCallback,
     default_logdir,
 )
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments
 from blip_ft.checkpoints import BUILDING, explain_full_disk, finish_checkpoint, newest_checkpoint, what_is_missing
 from blip_ft.collators import open_image
-from blip_ft.data_pipeline import GroupedSampler, number_pictures, require_whole_batch
+from blip_ft.data_pipeline import GroupedSampler, StreamedRows, number_pictures, require_whole_batch
 from blip_ft.feature_store import require_constant_features, store_pictures
 from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_waiting, upload_command
 from blip_ft.report import THUMBNAIL_PIXELS, Sample, draw_curves, write_report
@@ -98,6 +99,9 @@ class BlipTrainer(Trainer):
         self.add_callback(_CurvesCallback())
         self.add_callback(_TrackerCallback(self))
         self.add_callback(_StopCallback(self))
+        if isinstance(self.train_dataset, StreamedRows):
+            self.args.ignore_data_skip = True  # the callback skips rows, the Trainer would decode each picture
+            self.add_callback(_StreamCallback(_stream_order(self.args)))
         if self.args.sample_steps and predict and describe and not self.is_fsdp_enabled:
             self.add_callback(_SampleCallback(self, predict, describe))
 
@@ -118,6 +122,21 @@ class BlipTrainer(Trainer):
         self.twin.load_state_dict(get_model_state_dict(self.model_wrapped, options=whole))
         self.twin.to(self.args.device).eval()
         return self.twin.get_base_model() if hasattr(self.twin, "peft_config") else self.twin
+
+    def get_train_dataloader(self) -> DataLoader:
+        rows, args = self.train_dataset, self.args
+        if not isinstance(rows, StreamedRows):
+            return super().get_train_dataloader()
+        rows.process, rows.num_processes, rows.batch_size = args.process_index, args.world_size, self._train_batch_size
+        # not through accelerate, which would share out once more what each process has for itself
+        return DataLoader(
+            rows,
+            self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            generator=torch.Generator(),  # a resumed run opens it once more, and dropout must not notice
+        )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupedSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -310,6 +329,39 @@ class _ContrastiveCallback(TrainerCallback):
             contrastive.begin_step(state.epoch)
 
 
+def _stream_order(args: BlipTrainingArguments) -> dict[str, int]:
+    """What the order of a stream, and the place that a step has reached in it, depend on."""
+    return {
+        "processes": args.world_size,
+        **{
+            name: getattr(args, name)
+            for name in ("dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+        },
+    }
+
+
+class _StreamCallback(TrainerCallback, ExportableState):
+    """Lets a resumed run go on at the row that its stream had reached."""
+
+    def __init__(self, order: dict[str, int]) -> None:
+        self.order = order
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"order": self.order}, "attributes": {}}
+
+    def on_train_begin(
+        self, args: BlipTrainingArguments, state: Any, control: Any, train_dataloader: DataLoader, **kwargs: Any
+    ) -> None:
+        order = _stream_order(args)
+        saved = state.stateful_callbacks.get(type(self).__name__, {"args": {"order": "no stream"}})["args"]["order"]
+        if saved != order:
+            raise ValueError(f"A stream goes on where it stopped with the same settings only: {saved}; now {order}.")
+        train_dataloader.dataset.first_batch = state.global_step * args.gradient_accumulation_steps
+
+    def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step / state.max_steps  # the Trainer counts from where it resumed
+
+
 class Stopped(Exception):
     """Raised between two steps, where weights, optimiser and random numbers belong together."""
 
@@ -485,14 +537,15 @@ def _require_same_adapter(checkpoint: Path, args: PeftArguments) -> None:
         )
 
 
-def check_run(args: BlipTrainingArguments, rows: Dataset, outline: torch.nn.Module) -> None:
+def check_run(args: BlipTrainingArguments, rows: Dataset | StreamedRows, outline: torch.nn.Module) -> None:
     """Refuse, before weights are loaded, what cannot be trained on these rows or kept of this model.
 
     outline: the model without its weights. Raises: ValueError.
     """
     if args.cache_image_features:
         require_constant_features(outline.get_base_model() if hasattr(outline, "peft_config") else outline)
-    require_whole_batch(len(rows), args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
+    if not isinstance(rows, StreamedRows):
+        require_whole_batch(len(rows), args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
 
 
 def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> str:
@@ -593,6 +646,7 @@ def run(
         )
         results = {name: value for name, value in results.items() if name != "epoch"} | result_notes
         (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        trained_on = "a stream" if isinstance(trainer.train_dataset, StreamedRows) else len(trainer.train_dataset)
         trainer.card = build_model_card(
             trainer.hub_model_id or args.hub_model_id or folder.resolve().name,
             task=pipeline_tag,
@@ -606,7 +660,7 @@ def run(
             scores=_scores_of(results),
             notes=result_notes,
             facts={
-                "rows trained on, rows held out": f"{len(trainer.train_dataset)}, {len(trainer.eval_dataset)}",
+                "rows trained on, rows held out": f"{trained_on}, {len(trainer.eval_dataset)}",
                 "optimizer steps": trainer.state.global_step,
                 "rows a step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
                 "processes": f"{args.world_size} ({args.device.type})",

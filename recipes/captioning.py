@@ -57,6 +57,7 @@ def main() -> None:
         *(Model, DataArguments, CaptioningArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "captioning_demo.yaml",
     )
+    data_args.require_end(training_args)
     checkpoint = prepare_output_dir(training_args, "captioning", peft_args)
     output_dir = Path(training_args.output_dir)
     planned = outline("conditional_generation", model_args, peft_args)

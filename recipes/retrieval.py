@@ -59,6 +59,8 @@ def main() -> None:
         *(Model, DataArguments, RetrievalArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "retrieval_demo.yaml",
     )
+    if data_args.streaming:
+        raise ValueError("streaming is for questions and captions: in retrieval a picture's captions must be together.")
     checkpoint = prepare_output_dir(training_args, "retrieval", peft_args)
     output_dir = Path(training_args.output_dir)
     planned = outline("image_text_retrieval", model_args, peft_args)

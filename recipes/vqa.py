@@ -61,6 +61,7 @@ def main() -> None:
         *(Model, DataArguments, VqaArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "vqa_demo.yaml",
     )
+    data_args.require_end(training_args)
     checkpoint = prepare_output_dir(training_args, "vqa", peft_args)
     candidates = read_answer_list(vqa_args.answer_list)
     output_dir = Path(training_args.output_dir)
