@@ -168,15 +168,21 @@ def list_pictures(paths: Iterable[str]) -> Dataset:
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"There is no picture and no folder {path}. Check the path.")
-        endings = PillowImage.registered_extensions()
-        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
-        found = inside if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            endings = PillowImage.registered_extensions()
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
         if not found:
             raise ValueError(f"{path} holds no picture (.jpg, .png, ...).")
         files += map(str, found)
     features = Features({"image": Image(decode=False), "image_id": Value("string")})
     rows = ({"image": {"bytes": None, "path": file}, "image_id": file} for file in dict.fromkeys(files))
     return _on_disk(rows, features)
+
+
+def column_names(args: DataArguments) -> list[str]:
+    """Of the rows to train on, as the source calls them."""
+    return _columns_of(_read_splits(args)["train"][0])
 
 
 def _load(
@@ -245,6 +251,11 @@ class CaptionRows(torch.utils.data.Dataset):
     def __getitem__(self, position: int) -> Row:
         row = self.pictures[int(self.picture[position])]
         return {"image": row["image"], "image_id": row["image_id"], "caption": row["captions"][self.place[position]]}
+
+    def captions(self) -> list[str]:
+        """Of all rows, without reading a picture."""
+        of_picture = self.pictures["captions"][:]
+        return [of_picture[picture][place] for picture, place in zip(self.picture, self.place, strict=True)]
 
 
 class StreamedRows(torch.utils.data.IterableDataset):

@@ -1,0 +1,79 @@
+"""What check_data.py prints is what the recipes read, and its exit code is whether they would train."""
+
+import json
+import runpy
+import sys
+
+import pytest
+from conftest import RECIPES
+
+
+@pytest.fixture
+def check(monkeypatch, tmp_path, capsys):
+    """Runs check_data.py in an empty folder and returns what it prints, word by word with single spaces."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", [str(RECIPES / "check_data.py"), *map(str, flags)])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def test_questions_are_counted_by_row_picture_length_type_and_answer(check, picture_folder):
+    lines = check("--dataset_name", picture_folder, "--eval_split", "test")
+    assert lines[0] == "0 rows cannot be used."
+    assert "train 8 4" in lines and "evaluate 8 4" in lines
+    assert "question 5 5 5" in lines and "answer 1 1 1" in lines
+    assert "answer types: other 50.0%, yes/no 50.0%" in lines
+    assert "most frequent answers: yes 25.0%, no 25.0%, red 12.5%, green 12.5%, blue 12.5%, white 12.5%" in lines
+    first = "image_id: '0.png', question: 'what color is it ?', question_id: 'train-0', answers: ['red']"
+    assert first in lines
+    assert lines[-1] == "This can be trained on, with at most 8 rows a step."
+
+
+@pytest.mark.parametrize("config", ["captioning_base_lora", "retrieval_base"])
+def test_yaml_of_any_recipe_is_taken_and_captions_are_counted(check, picture_folder, config):
+    path = RECIPES / "configs" / f"{config}.yaml"
+    task = config.split("_")[0]
+    rows = ["--dataset_name", picture_folder, "--eval_split", "test", "--per_device_train_batch_size", "8"]
+    lines = check("--config", path, *rows, "--task", task, "--gradient_accumulation_steps", "1")
+    assert f"What recipes/{task}.py would read of {picture_folder.name}:" in lines
+    assert "train 8 4" in lines and "evaluate 4 4" in lines
+    assert "caption 7.5 10 10" in lines  # five words or ten
+
+
+def test_rows_of_captions_alone_need_no_task(check, picture_folder, tmp_path):
+    rows = [json.loads(line) for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
+    kept = [{name: row[name] for name in ("file_name", "caption")} for row in rows]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    flags = ["--dataset_name", "captions.jsonl", "--image_folder", picture_folder]
+    lines = check(*flags, "--per_device_train_batch_size", "6")
+    assert "What recipes/captioning.py would read of captions.jsonl:" in lines
+
+
+def test_bad_rows_are_counted_by_reason_and_too_many_end_in_exit_code_1(
+    check, picture_folder, tmp_path, capsys, caplog
+):
+    rows = [json.loads(line) for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
+    rows += [{**rows[0], "file_name": name} for name in ("none.png", "nowhere.png", "../a.png")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--dataset_name", "rows.jsonl", "--image_folder", picture_folder, "--eval_split", "test"]
+    with pytest.raises(SystemExit) as stopped:
+        check(*flags)
+    assert stopped.value.code == 1
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == [
+        "3 rows cannot be used, all listed in bad_rows.jsonl:",
+        "2 picture cannot be read: FileNotFoundError, first train row 8 (none.png)",
+    ]
+    assert "--max_bad_fraction 0.158" in caplog.text
+    assert check(*flags, "--max_bad_fraction", "0.158")[-1] == "This can be trained on, with at most 8 rows a step."
+    assert len((tmp_path / "bad_rows.jsonl").read_text().splitlines()) == 3
+
+
+def test_batch_of_more_rows_than_there_are_is_refused_as_in_a_recipe(check, picture_folder, caplog):
+    with pytest.raises(SystemExit):
+        check("--dataset_name", picture_folder, "--eval_split", "test", "--per_device_train_batch_size", "9")
+    assert "Choose at most 8" in caplog.text
