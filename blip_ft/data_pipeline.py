@@ -40,6 +40,7 @@ from datasets import (
 from datasets.config import HF_CACHE_HOME, HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.constants import HF_HUB_CACHE
+from PIL import Image as PillowImage
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import BlipProcessor
