@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import wraps
@@ -27,23 +24,29 @@ from huggingface_hub import ModelCard
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
-from transformers.integrations.integration_utils import (
-    TensorBoardCallback,
-    TrackioCallback,
-    WandbCallback,
-    default_logdir,
-)
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments
+from blip_ft.callbacks import (
+    ContrastiveCallback,
+    CurvesCallback,
+    SampleCallback,
+    Signals,
+    StopCallback,
+    Stopped,
+    StreamCallback,
+    TrackerCallback,
+    samples_of,
+    stream_order,
+    write_curves,
+)
 from blip_ft.checkpoints import BUILDING, explain_full_disk, finish_checkpoint, newest_checkpoint, what_is_missing
 from blip_ft.collators import open_image
 from blip_ft.data_pipeline import GroupedSampler, StreamedRows, number_pictures, require_whole_batch
 from blip_ft.feature_store import require_constant_features, store_pictures
 from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_waiting, upload_command
-from blip_ft.report import THUMBNAIL_PIXELS, Sample, draw_curves, write_report
+from blip_ft.report import THUMBNAIL_PIXELS, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -95,15 +98,15 @@ class BlipTrainer(Trainer):
         self.signals = Signals()
         self.building: str | None = None  # where a checkpoint is being written
         self.loss_parts: list[torch.Tensor] = []  # since the last log, (2,) each: loss_itc and loss_itm
-        self.add_callback(_ContrastiveCallback(self))
-        self.add_callback(_CurvesCallback())
-        self.add_callback(_TrackerCallback(self))
-        self.add_callback(_StopCallback(self))
+        self.add_callback(ContrastiveCallback(self))
+        self.add_callback(CurvesCallback())
+        self.add_callback(TrackerCallback(self))
         if isinstance(self.train_dataset, StreamedRows):
             self.args.ignore_data_skip = True  # the callback skips rows, the Trainer would decode each picture
-            self.add_callback(_StreamCallback(_stream_order(self.args)))
+            self.add_callback(StreamCallback(stream_order(self.args)))
         if self.args.sample_steps and predict and describe and not self.is_fsdp_enabled:
-            self.add_callback(_SampleCallback(self, predict, describe))
+            self.add_callback(SampleCallback(self, predict, describe))
+        self.add_callback(StopCallback(self))  # last: what the step leaves behind belongs to the checkpoint
 
     @property
     def blip(self) -> torch.nn.Module:
@@ -158,7 +161,7 @@ class BlipTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:  # also of a run that is cut
-            _write_curves(self.args, self.state)
+            write_curves(self.args, self.state)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: Batch, return_outputs: bool = False, **kwargs: Any
@@ -311,185 +314,6 @@ class BlipTrainer(Trainer):
             logger.warning("A checkpoint was not pushed; training goes on. %s", explain(error))
 
 
-class _ContrastiveCallback(TrainerCallback):
-    """Moves the momentum weights, once per optimiser step."""
-
-    def __init__(self, trainer: BlipTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.blip.contrastive and args.gradient_accumulation_steps > 1:
-            logger.warning(
-                "gradient_accumulation_steps averages the contrastive loss over small batches, whose pairs are no "
-                "negatives to each other; a larger batch, more processes or a longer queue bring more of them."
-            )
-
-    def on_step_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if contrastive := self.trainer.blip.contrastive:
-            contrastive.begin_step(state.epoch)
-
-
-def _stream_order(args: BlipTrainingArguments) -> dict[str, int]:
-    """What the order of a stream, and the place that a step has reached in it, depend on."""
-    return {
-        "processes": args.world_size,
-        **{
-            name: getattr(args, name)
-            for name in ("dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
-        },
-    }
-
-
-class _StreamCallback(TrainerCallback, ExportableState):
-    """Lets a resumed run go on at the row that its stream had reached."""
-
-    def __init__(self, order: dict[str, int]) -> None:
-        self.order = order
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {"order": self.order}, "attributes": {}}
-
-    def on_train_begin(
-        self, args: BlipTrainingArguments, state: Any, control: Any, train_dataloader: DataLoader, **kwargs: Any
-    ) -> None:
-        order = _stream_order(args)
-        saved = state.stateful_callbacks.get(type(self).__name__, {"args": {"order": "no stream"}})["args"]["order"]
-        if saved != order:
-            raise ValueError(f"A stream goes on where it stopped with the same settings only: {saved}; now {order}.")
-        train_dataloader.dataset.first_batch = state.global_step * args.gradient_accumulation_steps
-
-    def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        state.epoch = state.global_step / state.max_steps  # the Trainer counts from where it resumed
-
-
-class Stopped(Exception):
-    """Raised between two steps, where weights, optimiser and random numbers belong together."""
-
-
-class Signals:
-    """Remembers SIGINT and SIGTERM until a step has ended; a second SIGINT stops at once.
-
-    Not the Trainer's enable_jit_checkpoint (5.23): that leaves out SIGINT, exits with 0 and knows one process only.
-    """
-
-    received: int | None = None
-
-    def __enter__(self) -> Signals:
-        self.process = os.getpid()
-        in_main = threading.current_thread() is threading.main_thread()  # elsewhere Python refuses handlers
-        self.previous = {
-            number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM) if in_main
-        }
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: Any) -> None:
-        if os.getpid() != self.process:
-            return  # a worker, which is needed until the step has ended
-        if number == self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-        logger.warning("%s: stopping after this step.", signal.Signals(number).name)
-
-    def stop_if_received(self) -> None:
-        if self.received:
-            raise Stopped
-
-
-class _StopCallback(TrainerCallback):
-    def __init__(self, trainer: BlipTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        signals, accelerator = self.trainer.signals, self.trainer.accelerator
-        if args.world_size > 1:
-            # a signal reaches the processes at different steps
-            if signals.received:
-                accelerator.set_trigger()
-            if accelerator.check_trigger():
-                signals.received = signals.received or signal.SIGTERM
-        signals.stop_if_received()
-
-
-class _CurvesCallback(TrainerCallback):
-    """training_curves.png, at each evaluation."""
-
-    def __init__(self) -> None:
-        self.before_training: list[dict[str, Any]] = []
-
-    def on_evaluate(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self.before_training = list(state.log_history)
-        _write_curves(args, state)
-
-    def on_train_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        # train() starts from a new state, or from a checkpoint's, which has them
-        state.log_history = state.log_history or self.before_training
-
-
-class _TrackerCallback(TrainerCallback):
-    """A few rows with pictures and predictions to TensorBoard, Weights & Biases and Trackio, at each evaluation."""
-
-    def __init__(self, trainer: BlipTrainer, num_rows: int = 8) -> None:
-        self.trainer, self.num_rows = trainer, num_rows
-        for callback in trainer.callback_handler.callbacks:
-            # of an evaluation before training transformers 5.23 makes a log in ./runs, and stays there
-            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                callback.logging_dir = str(Path(trainer.args.output_dir) / default_logdir())
-
-    def on_evaluate(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        trackers = (TensorBoardCallback, WandbCallback, TrackioCallback)
-        callbacks = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, trackers)]
-        if not callbacks or not state.is_world_process_zero:
-            return
-        rows = self.trainer.eval_dataset.select(range(min(self.num_rows, len(self.trainer.eval_dataset))))
-        samples = _samples_of(rows, self.trainer.results[: len(rows)])
-        shown = [position for position, sample in enumerate(samples) if sample.readable]
-        pictures = [open_image(rows[position]["image"], THUMBNAIL_PIXELS) for position in shown]
-        columns = ["question", "references", "prediction", "score"]
-        table = [
-            [sample.question, ", ".join(dict.fromkeys(sample.references)), sample.prediction, sample.score]
-            for sample in (samples[position] for position in shown)
-        ]
-        for callback in callbacks:
-            if isinstance(callback, TensorBoardCallback):
-                for number, (picture, row) in enumerate(zip(pictures, table, strict=True)):
-                    pixels = np.asarray(picture.resize((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)))
-                    callback.tb_writer.add_image(f"samples/{number}", pixels, state.global_step, dataformats="HWC")
-                    lines = [f"**{name}** {value}" for name, value in zip(columns, row, strict=True)]
-                    callback.tb_writer.add_text(f"samples/{number}", "  \n".join(lines), state.global_step)
-                continue
-            package = callback._wandb if isinstance(callback, WandbCallback) else callback._trackio
-            data = [[package.Image(picture), *row] for picture, row in zip(pictures, table, strict=True)]
-            logged = package.Table(columns=["picture", *columns], data=data)
-            package.log({"samples": logged, "train/global_step": state.global_step})
-
-
-class _SampleCallback(TrainerCallback):
-    """A few rows with their predictions, every sample_steps."""
-
-    def __init__(self, trainer: BlipTrainer, predict: Predict, describe: Callable[[dict, dict], str]) -> None:
-        self.trainer, self.predict, self.describe = trainer, predict, describe
-
-    def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % args.sample_steps or not state.is_world_process_zero:
-            return
-        trainer = self.trainer
-        rows = trainer.eval_dataset.select(range(min(4, len(trainer.eval_dataset)))).to_list()
-        batch = trainer._prepare_inputs(trainer.eval_collator(rows))
-        del batch["readable"]
-        model = trainer.blip
-        model.eval()
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            predicted = self.predict(model, batch, list(range(len(rows))))
-        model.train()
-        lines = [f"  {self.describe(*pair)}" for pair in zip(rows, predicted, strict=True)]
-        logger.info("Step %d of %d:\n%s", state.global_step, state.max_steps, "\n".join(lines))
-
-
 def prepare_output_dir(args: BlipTrainingArguments, recipe: str, peft_args: PeftArguments) -> str | None:
     """Settle args.output_dir before anything is written, and return the checkpoint to resume from, if any.
 
@@ -640,7 +464,7 @@ def run(
             folder / "report.html",
             f"{folder.resolve().name}: {data_args.label}",
             scores=_scores_of(results),
-            samples=_samples_of(rows, trainer.results),
+            samples=samples_of(rows, trainer.results),
             open_picture=lambda position: open_image(rows[position]["image"], THUMBNAIL_PIXELS),
             log_history=trainer.state.log_history,
         )
@@ -695,34 +519,6 @@ def _scores_of(results: dict[str, Any]) -> dict[str, float]:
     return {
         name: value for name, value in results.items() if name.startswith("eval_") and not name.endswith(not_scores)
     }
-
-
-def _write_curves(args: BlipTrainingArguments, state: Any) -> None:
-    if state.is_world_process_zero and (curves := draw_curves(state.log_history)):
-        path = Path(args.output_dir) / "training_curves.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(curves)
-
-
-def _samples_of(rows: Dataset, results: list[dict[str, Any] | None]) -> list[Sample]:
-    samples = []
-    for row, result in zip(rows.remove_columns("image"), results, strict=True):
-        known = {"question": row.get("question", ""), "references": row["answers" if "answers" in row else "captions"]}
-        if result is None:
-            samples.append(Sample("", accuracy=0.0, readable=False, kind=row.get("answer_type", ""), **known))
-            continue
-        score_name = "score" if "score" in result else "probability"
-        samples.append(
-            Sample(
-                result["prediction"],
-                accuracy=result["accuracy"],
-                score=result[score_name],
-                score_name=score_name,
-                kind=result.get("answer_type", ""),
-                **known,
-            )
-        )
-    return samples
 
 
 def _write_predictions(path: Path, rows: Dataset, results: list[dict[str, Any] | None]) -> None:

@@ -36,7 +36,17 @@ ARROWS = {
     "data_pipeline": {"arguments", "demo", "collators"},
     "feature_store": {"arguments", "collators", "data_pipeline", "modeling"},
     "checkpoints": set(),
-    "trainer": {"arguments", "checkpoints", "collators", "data_pipeline", "feature_store", "hub", "report"},
+    "callbacks": {"arguments", "collators", "report"},
+    "trainer": {
+        "arguments",
+        "callbacks",
+        "checkpoints",
+        "collators",
+        "data_pipeline",
+        "feature_store",
+        "hub",
+        "report",
+    },
 }
 
 

@@ -12,8 +12,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.integrations import integration_utils
 
+from blip_ft.callbacks import TrackerCallback
 from blip_ft.report import Sample, choose_samples, draw_curves, write_report
-from blip_ft.trainer import BlipTrainer, _TrackerCallback
+from blip_ft.trainer import BlipTrainer
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -220,7 +221,7 @@ def test_wandb_and_trackio_get_a_table(picture_folder, tmp_path):
         results=[{"prediction": "a", "probability": 0.5, "accuracy": 1.0}, None],
     )
     state = SimpleNamespace(is_world_process_zero=True, global_step=7)
-    _TrackerCallback(trainer).on_evaluate(None, state, None)
+    TrackerCallback(trainer).on_evaluate(None, state, None)
     table = [{"picture": (40, 36), "question": "", "references": "a, b", "prediction": "a", "score": 0.5}]
     for package in (callbacks[0]._wandb, callbacks[1]._trackio):
         assert package.logged == [{"samples": table, "train/global_step": 7}]

@@ -1,0 +1,239 @@
+"""What happens between the steps of training: pictures and predictions for the reader, signals, momentum weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.integration_utils import (
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    default_logdir,
+)
+from transformers.trainer_callback import ExportableState
+
+from blip_ft.arguments import BlipTrainingArguments
+from blip_ft.collators import open_image
+from blip_ft.report import THUMBNAIL_PIXELS, Sample, draw_curves
+
+logger = logging.getLogger(__name__)
+
+
+class ContrastiveCallback(TrainerCallback):
+    """Moves the momentum weights, once per optimiser step."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.blip.contrastive and args.gradient_accumulation_steps > 1:
+            logger.warning(
+                "gradient_accumulation_steps averages the contrastive loss over small batches, whose pairs are no "
+                "negatives to each other; a larger batch, more processes or a longer queue bring more of them."
+            )
+
+    def on_step_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if contrastive := self.trainer.blip.contrastive:
+            contrastive.begin_step(state.epoch)
+
+
+def stream_order(args: BlipTrainingArguments) -> dict[str, int]:
+    """What the order of a stream, and the place that a step has reached in it, depend on."""
+    return {
+        "processes": args.world_size,
+        **{
+            name: getattr(args, name)
+            for name in ("dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+        },
+    }
+
+
+class StreamCallback(TrainerCallback, ExportableState):
+    """Lets a resumed run go on at the row that its stream had reached."""
+
+    def __init__(self, order: dict[str, int]) -> None:
+        self.order = order
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"order": self.order}, "attributes": {}}
+
+    def on_train_begin(
+        self, args: BlipTrainingArguments, state: Any, control: Any, train_dataloader: DataLoader, **kwargs: Any
+    ) -> None:
+        order = stream_order(args)
+        saved = state.stateful_callbacks.get(type(self).__name__, {"args": {"order": "no stream"}})["args"]["order"]
+        if saved != order:
+            raise ValueError(f"A stream goes on where it stopped with the same settings only: {saved}; now {order}.")
+        train_dataloader.dataset.first_batch = state.global_step * args.gradient_accumulation_steps
+
+    def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        state.epoch = state.global_step / state.max_steps  # the Trainer counts from where it resumed
+
+
+class Stopped(Exception):
+    """Raised between two steps, where weights, optimiser and random numbers belong together."""
+
+
+class Signals:
+    """Remembers SIGINT and SIGTERM until a step has ended; a second SIGINT stops at once.
+
+    Not the Trainer's enable_jit_checkpoint (5.23): that leaves out SIGINT, exits with 0 and knows one process only.
+    """
+
+    received: int | None = None
+
+    def __enter__(self) -> Signals:
+        self.process = os.getpid()
+        in_main = threading.current_thread() is threading.main_thread()  # elsewhere Python refuses handlers
+        self.previous = {
+            number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM) if in_main
+        }
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.process:
+            return  # a worker, which is needed until the step has ended
+        if number == self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        logger.warning("%s: stopping after this step.", signal.Signals(number).name)
+
+    def stop_if_received(self) -> None:
+        if self.received:
+            raise Stopped
+
+
+class StopCallback(TrainerCallback):
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        signals, accelerator = self.trainer.signals, self.trainer.accelerator
+        if args.world_size > 1:
+            # a signal reaches the processes at different steps
+            if signals.received:
+                accelerator.set_trigger()
+            if accelerator.check_trigger():
+                signals.received = signals.received or signal.SIGTERM
+        signals.stop_if_received()
+
+
+class CurvesCallback(TrainerCallback):
+    """training_curves.png, at each evaluation."""
+
+    def __init__(self) -> None:
+        self.before_training: list[dict[str, Any]] = []
+
+    def on_evaluate(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.before_training = list(state.log_history)
+        write_curves(args, state)
+
+    def on_train_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        # train() starts from a new state, or from a checkpoint's, which has them
+        state.log_history = state.log_history or self.before_training
+
+
+class TrackerCallback(TrainerCallback):
+    """A few rows with pictures and predictions to TensorBoard, Weights & Biases and Trackio, at each evaluation."""
+
+    def __init__(self, trainer: Trainer, num_rows: int = 8) -> None:
+        self.trainer, self.num_rows = trainer, num_rows
+        for callback in trainer.callback_handler.callbacks:
+            # of an evaluation before training transformers 5.23 makes a log in ./runs, and stays there
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(Path(trainer.args.output_dir) / default_logdir())
+
+    def on_evaluate(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        trackers = (TensorBoardCallback, WandbCallback, TrackioCallback)
+        callbacks = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, trackers)]
+        if not callbacks or not state.is_world_process_zero:
+            return
+        rows = self.trainer.eval_dataset.select(range(min(self.num_rows, len(self.trainer.eval_dataset))))
+        samples = samples_of(rows, self.trainer.results[: len(rows)])
+        shown = [position for position, sample in enumerate(samples) if sample.readable]
+        pictures = [open_image(rows[position]["image"], THUMBNAIL_PIXELS) for position in shown]
+        columns = ["question", "references", "prediction", "score"]
+        table = [
+            [sample.question, ", ".join(dict.fromkeys(sample.references)), sample.prediction, sample.score]
+            for sample in (samples[position] for position in shown)
+        ]
+        for callback in callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                for number, (picture, row) in enumerate(zip(pictures, table, strict=True)):
+                    pixels = np.asarray(picture.resize((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)))
+                    callback.tb_writer.add_image(f"samples/{number}", pixels, state.global_step, dataformats="HWC")
+                    lines = [f"**{name}** {value}" for name, value in zip(columns, row, strict=True)]
+                    callback.tb_writer.add_text(f"samples/{number}", "  \n".join(lines), state.global_step)
+                continue
+            package = callback._wandb if isinstance(callback, WandbCallback) else callback._trackio
+            data = [[package.Image(picture), *row] for picture, row in zip(pictures, table, strict=True)]
+            logged = package.Table(columns=["picture", *columns], data=data)
+            package.log({"samples": logged, "train/global_step": state.global_step})
+
+
+class SampleCallback(TrainerCallback):
+    """A few rows with their predictions, every sample_steps."""
+
+    def __init__(
+        self, trainer: Trainer, predict: Callable[..., list[dict[str, Any]]], describe: Callable[[dict, dict], str]
+    ) -> None:
+        self.trainer, self.predict, self.describe = trainer, predict, describe
+
+    def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % args.sample_steps or not state.is_world_process_zero:
+            return
+        trainer = self.trainer
+        rows = trainer.eval_dataset.select(range(min(4, len(trainer.eval_dataset)))).to_list()
+        batch = trainer._prepare_inputs(trainer.eval_collator(rows))
+        del batch["readable"]
+        model = trainer.blip
+        model.eval()
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            predicted = self.predict(model, batch, list(range(len(rows))))
+        model.train()
+        lines = [f"  {self.describe(*pair)}" for pair in zip(rows, predicted, strict=True)]
+        logger.info("Step %d of %d:\n%s", state.global_step, state.max_steps, "\n".join(lines))
+
+
+def write_curves(args: BlipTrainingArguments, state: Any) -> None:
+    if state.is_world_process_zero and (curves := draw_curves(state.log_history)):
+        path = Path(args.output_dir) / "training_curves.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(curves)
+
+
+def samples_of(rows: Dataset, results: list[dict[str, Any] | None]) -> list[Sample]:
+    samples = []
+    for row, result in zip(rows.remove_columns("image"), results, strict=True):
+        known = {"question": row.get("question", ""), "references": row["answers" if "answers" in row else "captions"]}
+        if result is None:
+            samples.append(Sample("", accuracy=0.0, readable=False, kind=row.get("answer_type", ""), **known))
+            continue
+        score_name = "score" if "score" in result else "probability"
+        samples.append(
+            Sample(
+                result["prediction"],
+                accuracy=result["accuracy"],
+                score=result[score_name],
+                score_name=score_name,
+                kind=result.get("answer_type", ""),
+                **known,
+            )
+        )
+    return samples
