@@ -2,7 +2,10 @@
 
 import ast
 import re
+import runpy
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,3 +106,58 @@ def test_python_of_the_readme_runs(checkpoint, picture_folder, tmp_path, monkeyp
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert (tmp_path / "checkpoints" / "mine" / "model.safetensors").is_file()
+
+
+README = (ROOT / "README.md").read_text()
+# every line of a bash block
+LINES = [
+    line.split(" #")[0] for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.split("\n")
+]
+COMMANDS = [line for line in LINES if line]
+
+
+class Parsed(Exception):
+    """Raised in the place of a run: all flags are known and go together."""
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "recipes/" in line])
+def test_recipe_commands_of_the_readme_parse(command, monkeypatch):
+    words = shlex.split(command)
+    script = next(number for number, word in enumerate(words) if word.startswith("recipes/"))
+
+    def parse_only(*types, **kwargs):
+        parse(*types, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr("blip_ft.arguments.parse", parse_only)
+    # bf16 of a YAML needs a device that has it, and a push a name that could be one
+    on_cpu = [] if words[script] == "recipes/check_data.py" else ["--use_cpu"]
+    monkeypatch.setattr(sys, "argv", [word.replace("OWNER/", "owner/") for word in words[script:]] + on_cpu)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(Parsed):
+        runpy.run_path(words[script], run_name="__main__")
+    if "--config_file" in words:
+        assert load_config_from_file(words[words.index("--config_file") + 1]).num_processes
+
+
+def test_other_commands_of_the_readme_are_there():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert set(words[1:]) <= set(targets)
+        elif "recipes/" not in command:
+            assert words[:2] in (["hf", "upload"], ["pip", "install"])  # test_hub runs the first
+
+
+def test_promises_of_the_readme_are_held_by_tests_that_exist():
+    promises = README.split("## What is promised")[1].split("\n## ")[0]
+    held_by = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", promises)
+    assert len(held_by) >= 10
+    for file, name in held_by:
+        assert not name or f"def {name}(" in (ROOT / file).read_text()
+
+
+def test_pictures_of_the_readme_are_small():
+    for path in re.findall(r"!\[[^\]]*\]\((.*?)\)", README):
+        assert 1000 < (ROOT / path).stat().st_size < 200_000
