@@ -554,7 +554,8 @@ def _read_file(path: Path, streaming: bool = False) -> Table:
     if path.suffix == ".parquet":
         try:
             if streaming:
-                return RowsOfFile(partial(_iterate, IterableDataset.from_parquet(str(path)).decode(False)))
+                stream = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+                return RowsOfFile(partial(_iterate, stream.decode(False)))
             return Dataset.from_parquet(str(path))
         except (DatasetGenerationError, pa.ArrowInvalid) as error:
             raise ValueError(f"{path} holds no row, or is no whole parquet file: {error.__cause__ or error}") from error
