@@ -1,0 +1,235 @@
+"""A page to try a checkpoint by hand: drop a picture, ask questions, have a caption written, or rank texts.
+
+    python recipes/app.py
+        opens outputs/vqa, which recipes/vqa.py leaves behind, on http://127.0.0.1:7860
+    python recipes/app.py --model_name_or_path FOLDER_OR_HUB_ID
+        any checkpoint or adapter; the page follows its task
+    MODEL_ID=you/your-model python app.py
+        the same file as the app.py of a Space
+
+Needs gradio: pip install -r requirements-app.txt. The page loads nothing from other machines.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from transformers import BlipProcessor
+
+from blip_ft import inference
+from blip_ft.arguments import parse, start_recipe
+from blip_ft.collators import clean_caption, encode_images, encode_prompt, encode_texts, longest_side, open_image
+from blip_ft.models import TASK_OF_CLASS, load_model
+
+logger = logging.getLogger("blip_ft.app")
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+# ---- what to edit ----
+
+MAX_FILE_SIZE = "20mb"
+MAX_PIXELS = 50_000_000
+# of uploads nothing else is decoded: for EPS, Pillow would start another program
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_LINES = 64  # questions, or texts, at once
+MAX_CAPTION_TOKENS = 16  # after what it begins with
+SECONDS_KEPT = 3600  # pictures that were uploaded
+
+# the colours are the theme's, which follows the browser into the dark
+CSS = """
+#result { overflow-wrap: anywhere; }
+#result table { width: 100%; border: 0; }
+#result tr, #result th, #result td { border: 0 solid var(--border-color-primary); border-bottom-width: 1px; }
+#result th, #result td { padding: .5em; }
+#result th { font-weight: normal; white-space: nowrap; }
+#result :is(th, td):last-child { text-align: right; }
+#result meter { display: block; width: 100%; min-width: 4em; }
+#result .message { padding: .8em; border-left: 4px solid var(--color-accent); }
+"""
+
+
+@dataclass
+class App:
+    _argument_group_name = "Page"
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of a checkpoint or adapter. Default: MODEL_ID of the environment, outputs/vqa."
+        },
+    )
+    host: str | None = field(
+        default=None, metadata={"help": "Default: GRADIO_SERVER_NAME, else 127.0.0.1, which is this machine alone."}
+    )
+    port: int | None = field(
+        default=None, metadata={"help": "Default: GRADIO_SERVER_PORT, else the first free one from 7860."}
+    )
+    share: bool = field(default=False, metadata={"help": "Open the page to anyone, by a tunnel over gradio.live."})
+
+
+def main() -> None:
+    (args,) = parse(App)
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise ImportError(f"The page needs gradio: pip install -r requirements-app.txt ({error})") from error
+    name = args.model_name_or_path or os.environ.get("MODEL_ID") or "outputs/vqa"
+    if name == "outputs/vqa" and not Path(name).exists():
+        raise ValueError(
+            f"There is no {name} to try. Give --model_name_or_path FOLDER_OR_HUB_ID, or train one first: "
+            "accelerate launch --quiet recipes/vqa.py"
+        )
+    loaded = load_model(name, merge=True)
+    build_page(name, loaded["model"], loaded["processor"]).launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=args.share,
+        max_file_size=MAX_FILE_SIZE,
+        css=CSS,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        footer_links=["settings"],
+        run_history=False,
+        enable_monitoring=False,
+    )
+
+
+# ---- the three tasks: from a picture, (1, 3, height, width), and the text field to rows of strings and a score ----
+
+Rows = list[tuple[list[str], float]]
+
+
+def answer(model: Any, processor: BlipProcessor, pixels: torch.Tensor, text: str) -> Rows:
+    questions = lines_of(text)
+    tokens = encode_texts(questions, processor.tokenizer, model.config.text_config.max_position_embeddings)
+    ids, mask = tokens["input_ids"].to(model.device), tokens["attention_mask"].to(model.device)
+    index = torch.zeros(len(questions), dtype=torch.long, device=model.device)
+    states = model.encode_questions(model.encode_images(pixels).last_hidden_state, ids, mask, index)
+    answers = inference.answer(model, processor.tokenizer, states, mask)
+    return [([question, text], score) for question, text, score in zip(questions, *answers, strict=True)]
+
+
+def write_caption(model: Any, processor: BlipProcessor, pixels: torch.Tensor, text: str) -> Rows:
+    prompt = " ".join(text.split())
+    length = len(encode_prompt(prompt, processor.tokenizer)) + MAX_CAPTION_TOKENS
+    if length > model.config.text_config.max_position_embeddings:
+        raise ValueError("This is too long to begin with. A few words are enough.")
+    captions = inference.caption(model, processor.tokenizer, pixels, prompt, max_length=length)
+    return [([f"{prompt} {text}".strip()], score) for text, score in zip(*captions, strict=True)]
+
+
+def rank(model: Any, processor: BlipProcessor, pixels: torch.Tensor, text: str) -> Rows:
+    texts = lines_of(text)
+    longest = model.config.text_config.max_position_embeddings
+    tokens = encode_texts([clean_caption(text) for text in texts], processor.tokenizer, longest)
+    (ranked,) = inference.rank_texts(model, pixels, inference.embed_texts(model, **tokens), **tokens, k=len(texts))
+    return [([texts[place]], score) for place, score in ranked]
+
+
+def lines_of(text: str) -> list[str]:
+    """Each line once."""
+    lines = list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
+    if not 0 < len(lines) <= MAX_LINES:
+        raise ValueError(f"Write 1 to {MAX_LINES} lines of text below the picture; there are {len(lines)}.")
+    return lines
+
+
+class Page(NamedTuple):
+    run: Callable[[Any, BlipProcessor, torch.Tensor, str], Rows]
+    heading: str
+    label: str  # of the text field
+    text: str  # what stands in it at first
+    button: str
+    columns: tuple[str, ...]
+    note: str = ""
+
+
+PROBABILITY = "probability"
+PAGES = {
+    "vqa": Page(
+        *(answer, "Ask about a picture", "Questions, one a line", "what is in the picture?", "Ask"),
+        columns=("question", "answer", PROBABILITY),
+    ),
+    "conditional_generation": Page(
+        *(write_caption, "Have a picture described", "What the caption begins with", "a picture of", "Describe"),
+        columns=("caption", PROBABILITY),
+    ),
+    "image_text_retrieval": Page(
+        *(rank, "Which text fits the picture?", "Texts, one a line", "", "Rank"),
+        columns=("text", "score"),
+        note="A score is cosine + matching logit: it compares texts of one picture.",
+    ),
+}
+
+# ---- the page ----
+
+
+def build_page(name: str, model: Any, processor: BlipProcessor) -> Any:
+    """gradio's Blocks, for the task of the model."""
+    import gradio as gr
+
+    page = PAGES[TASK_OF_CLASS[type(model).__name__]]
+    with gr.Blocks(title=page.heading, delete_cache=(SECONDS_KEPT, SECONDS_KEPT)) as blocks:
+        gr.HTML(f"<h1>{page.heading}</h1><p>{escape(name)}</p>")
+        with gr.Row():
+            with gr.Column():
+                picture = gr.Image(label="Picture", height=320, buttons=[])
+                # gr.Image opens the file itself, and tells nobody what is wrong with it
+                picture.preprocess = lambda payload: payload and payload.path
+                text = gr.Textbox(page.text, label=page.label, lines=3, max_length=10_000)
+                button = gr.Button(page.button, variant="primary")
+            with gr.Column():
+                result = gr.HTML(elem_id="result")
+
+        button.click(partial(try_picture, page, model, processor), [picture, text], result, api_name="try")
+    return blocks
+
+
+def try_picture(page: Page, model: Any, processor: BlipProcessor, path: str | None, text: str) -> str:
+    """HTML of the result, in which nothing that users or models write is markup, or of what to do instead."""
+    start = time.perf_counter()
+    try:
+        picture = read_picture(path, longest_side(processor.image_processor))
+        with torch.no_grad():
+            pixels = encode_images([picture], processor.image_processor).to(model.device)
+            rows = page.run(model, processor, pixels, text)
+    except ValueError as error:
+        return f'<p class="message">{escape(str(error))}</p>'
+    lines = ["".join(f"<th>{column}</th>" for column in page.columns)]
+    for texts, score in rows:
+        is_share = page.columns[-1] == PROBABILITY
+        number = f'{score:.1%}<meter value="{score:.4f}"></meter>' if is_share else f"{score:.2f}"
+        cells = [*(escape(text) or "<em>(nothing)</em>" for text in texts), number]
+        lines.append("".join(f"<td>{cell}</td>" for cell in cells))
+    table = "".join(f"<tr>{line}</tr>" for line in lines)
+    seconds = time.perf_counter() - start
+    return f"<table>{table}</table><p>{seconds:.2f} seconds on {model.device.type}. {page.note}</p>"
+
+
+def read_picture(path: str | None, size: int) -> Image.Image:
+    """Upright, in RGB. Raises: ValueError that says what is wrong with it."""
+    if path is None:
+        raise ValueError("Drop a picture first.")
+    try:
+        with Image.open(path, formats=FORMATS) as header:
+            too_large = header.width * header.height > MAX_PIXELS
+        if not too_large:
+            return open_image(path, size)
+    except Image.DecompressionBombError:
+        pass
+    # decoders raise what they like on broken input
+    except Exception as error:
+        logger.warning("%s cannot be read: %s", path, error)
+        raise ValueError(f"This file is damaged, or none of {', '.join(FORMATS)}. Try another picture.") from error
+    raise ValueError(f"This picture has more than {MAX_PIXELS // 10**6} million pixels. Make it smaller.")
+
+
+if __name__ == "__main__":
+    start_recipe(main)

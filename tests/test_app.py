@@ -1,0 +1,271 @@
+"""The page to try a checkpoint: its functions as they are, its server, and its use in a browser."""
+
+import base64
+import json
+import os
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from conftest import RECIPES
+from PIL import Image
+
+from blip_ft import inference
+from blip_ft.collators import encode_images, encode_texts, open_image
+from blip_ft.models import load_model
+
+APP = RECIPES / "app.py"
+GOOD = "seconds on cpu"
+HOSTILE = "<img src=x onerror=alert(1)> ${1+1} {{1}}"
+
+
+@pytest.fixture(scope="module")
+def app() -> dict:
+    """What stands in recipes/app.py, by name."""
+    return runpy.run_path(str(APP))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A good picture and some that are none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    Image.effect_noise((60, 40), 90).convert("RGB").save(folder / "good.png")
+    content = (folder / "good.png").read_bytes()
+    (folder / "truncated.png").write_bytes(content[: len(content) // 2])
+    (folder / "text.png").write_text("no picture")
+    (folder / "empty.png").touch()
+    (folder / "postscript.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    Image.new("1", (8000, 8000)).save(folder / "large.png")
+    Image.new("1", (20000, 20000)).save(folder / "bomb.png")
+    turned = Image.Exif()
+    turned[274] = 6
+    picture = Image.open(folder / "good.png")
+    picture.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=turned)
+    return folder
+
+
+@pytest.fixture
+def try_picture(app, checkpoints, pictures):
+    """Runs what the button does, and returns HTML; and the model, its processor and the picture good.png for it."""
+
+    def start(task: str):
+        loaded = load_model(checkpoints[task], device="cpu")
+        model, processor = loaded["model"], loaded["processor"]
+        page = app["PAGES"][app["TASK_OF_CLASS"][type(model).__name__]]
+
+        def run(text: str, picture: str | None = "good.png", page=page) -> str:
+            return app["try_picture"](page, model, processor, picture and str(pictures / picture), text)
+
+        pixels = encode_images([open_image(pictures / "good.png")], processor.image_processor)
+        return run, model, processor, pixels
+
+    return start
+
+
+def test_each_question_gets_the_answer_of_inference(try_picture, pictures):
+    run, model, processor, _ = try_picture("vqa")
+    questions = ["what color is it ?", "is it a dog ?"]
+    html = run("\n".join([*questions, "", questions[0]]))
+    answers = inference.answer_questions(model, processor, [str(pictures / "good.png")] * 2, questions)
+    for question, answer in zip(questions, answers, strict=True):
+        assert html.count(f"<td>{question}</td><td>{answer}</td>") == 1
+    assert GOOD in html
+
+
+def test_caption_goes_on_where_it_is_told_to_begin(try_picture):
+    run, model, processor, pixels = try_picture("captioning")
+    for prompt, length in (("a picture of", 20), ("", 17)):
+        (text,), (score,) = inference.caption(model, processor.tokenizer, pixels, prompt, max_length=length)
+        html = run(f" {prompt}\n")
+        assert f"<td>{f'{prompt} {text}'.strip()}</td><td>{score:.1%}" in html
+    assert "too long to begin with" in run("the dog " * 30)
+
+
+def test_texts_are_ranked_as_by_scoring_each_pair(try_picture):
+    run, model, processor, pixels = try_picture("retrieval")
+    texts = ["a dog on the grass", "a cat", "two people riding horse", "a city street with bus and car"]
+    tokens = encode_texts(texts, processor.tokenizer, 64)
+    with torch.no_grad():
+        pairs = {"pixel_values": pixels.repeat(4, 1, 1, 1), **tokens}
+        scores = model(**pairs, use_itm_head=True).itm_score[:, 1] + model(**pairs, use_itm_head=False).itm_score[0]
+    html = run("\n".join(texts))
+    rows = [f"<td>{texts[place]}</td><td>{scores[place]:.2f}</td>" for place in scores.argsort(descending=True)]
+    assert [html.index(row) for row in rows] == sorted(html.index(row) for row in rows)
+
+
+def test_picture_is_turned_upright(try_picture):
+    run, *_ = try_picture("vqa")
+    question = "what color is it ?"
+    assert run(question, "turned.png").split("seconds")[0][:-5] == run(question).split("seconds")[0][:-5]
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (None, "Drop a picture first"),
+        ("truncated.png", "damaged"),
+        ("text.png", "damaged"),
+        ("empty.png", "damaged"),
+        ("postscript.png", "damaged"),
+        ("large.png", "more than 50 million pixels"),
+        ("bomb.png", "more than 50 million pixels"),
+    ],
+)
+def test_bad_picture_ends_in_a_message(try_picture, picture, message):
+    run, *_ = try_picture("vqa")
+    assert message in run("what color is it ?", picture)
+
+
+@pytest.mark.parametrize("text", ["", " \n", "a\n" + "\n".join(map(str, range(64)))])
+def test_no_line_and_too_many_end_in_a_message(try_picture, text):
+    run, *_ = try_picture("vqa")
+    assert "Write 1 to 64 lines" in run(text)
+
+
+def test_what_users_and_models_write_is_no_markup(app, try_picture):
+    run, *_ = try_picture("vqa")
+    page = app["PAGES"]["vqa"]._replace(run=lambda *args: [([HOSTILE, HOSTILE], 0.5)])
+    assert run("").count("<img") == run(HOSTILE, page=page).count("<img") == 0
+    assert run(HOSTILE, page=page).count("&lt;img src=x") == 2
+
+
+def test_without_checkpoint_or_gradio_one_message_says_what_to_do(monkeypatch, tmp_path, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MODEL_ID", raising=False)
+    monkeypatch.setattr(sys, "argv", [str(APP)])
+    for missing, message in (({}, "There is no outputs/vqa to try"), ({"gradio": None}, "requirements-app.txt")):
+        for module, value in missing.items():
+            monkeypatch.setitem(sys.modules, module, value)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(APP), run_name="__main__")
+        assert end.value.code == 1 and message in caplog.text
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_space_runs_the_file_alone_and_listens_where_the_space_says(monkeypatch, tmp_path, checkpoint):
+    import gradio
+
+    launched, launch, port = [], gradio.Blocks.launch, free_port()
+
+    def launch_and_return(blocks, **kwargs):
+        launched.append(blocks)
+        launch(blocks, **kwargs, prevent_thread_lock=True, quiet=True)
+
+    shutil.copy(APP, tmp_path / "app.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    monkeypatch.setattr(gradio.Blocks, "launch", launch_and_return)
+    for name, value in {"MODEL_ID": checkpoint, "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SERVER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    runpy.run_path("app.py", run_name="__main__")
+    try:
+        url = f"http://127.0.0.2:{port}"
+        assert httpx.get(url).status_code == 200
+        assert not launched[0].analytics_enabled and launched[0].share_url is None
+        upload = {"files": ("large.png", bytes(21_000_000), "image/png")}
+        assert httpx.post(f"{url}/gradio_api/upload", files=upload).status_code == 413
+    finally:
+        launched[0].close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    binary, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    if not (binary and driver):
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chromium
+    chromium.quit()
+
+
+@pytest.fixture(scope="module")
+def url(checkpoint, tmp_path_factory):
+    """The page as `python recipes/app.py --model_name_or_path ... --port ...` serves it."""
+    port, folder = free_port(), tmp_path_factory.mktemp("app")
+    command = [sys.executable, str(APP), "--model_name_or_path", str(checkpoint), "--port", str(port)]
+    environment = {**os.environ, "GRADIO_TEMP_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        while f"Running on local URL:  {address[:-1]}" not in (folder / "log").read_text():
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.2)
+        yield address
+        assert process.poll() is None, "the server has ended"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.browser
+def test_page_in_a_browser(browser, url, checkpoint, pictures, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    def find(selector: str):
+        return WebDriverWait(browser, 30).until(lambda _: browser.find_elements(By.CSS_SELECTOR, selector))[0]
+
+    def resize(width: int) -> None:
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    def screenshot(name: str) -> None:
+        png = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True})
+        (tmp_path / name).write_bytes(base64.b64decode(png["data"]))
+
+    def try_picture(name: str, wanted: str) -> str:
+        for remove in browser.find_elements(By.CSS_SELECTOR, "[aria-label='Remove Image']"):
+            remove.click()
+        find("input[type=file]").send_keys(str(pictures / name))
+        find("[aria-label='Remove Image']")
+        find("button.primary").click()
+        WebDriverWait(browser, 30).until(lambda _: wanted in find("#result").text)
+        return find("#result").text
+
+    resize(1280)
+    browser.get(url)
+    questions = ["what color is it ?", HOSTILE]
+    find("textarea").clear()
+    find("textarea").send_keys("\n".join(questions))
+    text = try_picture("good.png", GOOD)
+    screenshot("1280.png")
+    loaded = load_model(checkpoint, device="cpu")
+    images = [str(pictures / "good.png")] * 2
+    answers = inference.answer_questions(loaded["model"], loaded["processor"], images, questions)
+    for question, answer in zip(questions, answers, strict=True):
+        assert f"{question} {answer}" in text
+    assert not browser.find_elements(By.CSS_SELECTOR, "#result img")
+
+    try_picture("text.png", "damaged")
+    try_picture("bomb.png", "million pixels")
+    screenshot("bad.png")
+    assert try_picture("good.png", GOOD).split(GOOD)[0][:-5] == text.split(GOOD)[0][:-5]
+    resize(390)
+    screenshot("390.png")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert len(asked) > 10
+    assert [address for address in asked if not address.startswith((url, "data:", "blob:"))] == []
+    with pytest.raises(OSError):  # any other address of this machine
+        socket.create_connection(("127.0.0.2", int(url.rsplit(":", 1)[1].rstrip("/"))), timeout=5)
