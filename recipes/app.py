@@ -45,12 +45,12 @@ SECONDS_KEPT = 3600  # pictures that were uploaded
 
 # the colours are the theme's, which follows the browser into the dark
 CSS = """
-#result { overflow-wrap: anywhere; }
-#result table { width: 100%; border: 0; }
-#result tr, #result th, #result td { border: 0 solid var(--border-color-primary); border-bottom-width: 1px; }
+#result { overflow-x: auto; }
+#result table { width: 100%; border-width: 0; }
+#result tr, #result th, #result td { border-width: 0 0 1px; border-color: var(--border-color-primary); }
 #result th, #result td { padding: .5em; }
-#result th { font-weight: normal; white-space: nowrap; }
-#result :is(th, td):last-child { text-align: right; }
+#result td:first-child { overflow-wrap: anywhere; }
+#result td:last-child, #result th:last-child { text-align: right; }
 #result meter { display: block; width: 100%; min-width: 4em; }
 #result .message { padding: .8em; border-left: 4px solid var(--color-accent); }
 """

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -206,9 +207,10 @@ def url(checkpoint, tmp_path_factory):
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     address = f"http://127.0.0.1:{port}/"
     try:
-        while f"Running on local URL:  {address[:-1]}" not in (folder / "log").read_text():
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(0.2)
+        end = time.monotonic() + 120
+        while f"Running on local URL:  {address[:-1]}" not in (text := (folder / "log").read_text()):
+            assert process.poll() is None and time.monotonic() < end, text
+            time.sleep(0.1)
         yield address
         assert process.poll() is None, "the server has ended"
     finally:
