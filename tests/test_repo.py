@@ -131,7 +131,7 @@ def test_recipe_commands_of_the_readme_parse(command, monkeypatch):
 
     monkeypatch.setattr("blip_ft.arguments.parse", parse_only)
     # bf16 of a YAML needs a device that has it, and a push a name that could be one
-    on_cpu = [] if words[script] == "recipes/check_data.py" else ["--use_cpu"]
+    on_cpu = [] if words[script] in ("recipes/app.py", "recipes/check_data.py") else ["--use_cpu"]
     monkeypatch.setattr(sys, "argv", [word.replace("OWNER/", "owner/") for word in words[script:]] + on_cpu)
     monkeypatch.chdir(ROOT)
     with pytest.raises(Parsed):
