@@ -980,7 +980,7 @@ def _on_disk(rows: Iterable[Row], features: Features) -> Dataset:
     """The rows in a memory-mapped temporary file: held as Python objects, a million with ten answers take 3 GB."""
     file, rows = Path(_temporary_folder().name) / f"{uuid.uuid4().hex}.arrow", iter(rows)
     with pa.ipc.new_stream(file, features.arrow_schema) as stream:
-        for chunk in iter(lambda: list(islice(rows, 10_000)), []):
+        for chunk in iter(lambda: list(islice(rows, 1_000)), []):  # a row may hold a picture of megabytes
             stream.write_table(pa.Table.from_pylist(chunk, schema=features.arrow_schema))
     return Dataset.from_file(str(file))
 
@@ -1148,6 +1148,11 @@ def _without_pictures(rows: Dataset, unreadable: dict[str, str]) -> Dataset:
     return rows.select(
         [position for position, image_id in enumerate(rows["image_id"][:]) if image_id not in unreadable]
     )
+
+
+def why_unreadable(image: Row) -> str | None:
+    """Why a picture cannot be decoded; None where it can."""
+    return _picture_problem(image, "full", known=set())[0]
 
 
 def _picture_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None, str | None]:
