@@ -16,38 +16,33 @@ import hashlib
 import json
 import logging
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import BlipProcessor
 
-from blip_ft import inference, metrics
+from blip_ft import inference, predictions
 from blip_ft.arguments import DataArguments, parse, start_recipe
 from blip_ft.collators import clean_caption, encode_row_images, encode_texts, open_image
-from blip_ft.data_pipeline import list_pictures, load_to_predict, number_pictures
+from blip_ft.data_pipeline import list_pictures, load_to_predict, number_pictures, why_unreadable
 from blip_ft.models import TASK_OF_CLASS, load_model
-from blip_ft.report import THUMBNAIL_PIXELS, Sample, write_report
+from blip_ft.report import THUMBNAIL_PIXELS, write_report
 
 logger = logging.getLogger("blip_ft.predict")
 
 Line = dict[str, Any]
 # a batch to what is to be written of each of its rows
 Predict = Callable[[dict[str, torch.Tensor]], list[Line]]
-
-SETTINGS_FILE = "predict_settings.json"
-# what may change when a run goes on
-NOT_SETTINGS = ("output_dir", "format", "per_device_eval_batch_size", "dataloader_num_workers", "use_cpu")
 
 
 @dataclass
@@ -81,6 +76,7 @@ class Prediction:
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of a BLIP checkpoint or PEFT adapter."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
+    allow_pickle: bool = field(default=False, metadata={"help": "Also take weights that lie there as .bin only."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Default: outputs/predict, or the next free outputs/predict-2, -3, ..."}
     )
@@ -109,25 +105,27 @@ class Prediction:
 def main() -> None:
     args, data_args = parse(Prediction, Data)
     state = PartialState(cpu=args.use_cpu)
-    loaded = load_model(args.model_name_or_path, device=state.device, revision=args.model_revision)
+    settings = {"revision": args.model_revision, "allow_pickle": args.allow_pickle, "merge": True}
+    loaded = load_model(args.model_name_or_path, device=state.device, **settings)
     model, processor = loaded["model"], loaded["processor"]
-    model = model.get_base_model() if hasattr(model, "peft_config") else model
     task = TASK_OF_CLASS[type(model).__name__]
     rows, bad_rows = read_rows(data_args, task)
-    ids = official_ids(args.format, rows, task) if args.format else []
+    ids = predictions.official_ids(args.format, task, rows) if args.format else []
     texts = read_texts(data_args.texts, rows) if task == "image_text_retrieval" else []
 
-    folder, done = settle_output_dir(args, settings_of(args, data_args, rows, texts))
+    folder, done = predictions.settle_folder(args.output_dir, settings_of(args, data_args, rows, texts))
+    if done:
+        logger.info("Going on in %s: %d rows are done.", folder, len(done))
     order = np.argsort(number_pictures(rows), kind="stable")
     share = np.array_split(order[~np.isin(order, list(done))], state.num_processes)[state.process_index]
     with torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16), torch.no_grad():
-        predict_share(rows, share.tolist(), make_predict(model, processor, args, task, texts), processor, args, folder)
+        predict = make_predict(model, processor, args, task, texts)
+        predictions.append_part(folder, predict_rows(rows, share.tolist(), predict, processor, args))
     state.wait_for_everyone()
     if state.is_main_process:
-        found = read_parts(folder)
-        lines = [found[position] for position in range(len(rows))]
-        finish(folder, args, data_args, rows, lines, bad_rows, task, ids)
-        logger.info("%d predictions: %s, to look at: %s", len(lines), folder / "predictions.jsonl", "report.html")
+        predicted = predictions.read_parts(folder)
+        lines = [predictions.describe(row, predicted[position], task) for position, row in enumerate(rows)]
+        write_results(folder, args, data_args, rows, lines, bad_rows, task, ids)
 
 
 # ---- what to predict on ----
@@ -171,7 +169,7 @@ def make_predict(model: Any, processor: BlipProcessor, args: Prediction, task: s
     tokenizer = processor.tokenizer
     cleaned = [clean_caption(text) for text in texts] if args.clean_captions else texts
     tokens = encode_texts(cleaned, tokenizer, args.max_caption_tokens) if texts else {}
-    features: list[torch.Tensor] = []  # filled with the first batch: a run with nothing left to do encodes no text
+    features = inference.embed_texts(model, **tokens) if texts else None
 
     def answer(batch: dict[str, torch.Tensor]) -> list[Line]:
         images = model.encode_images(batch["pixel_values"]).last_hidden_state
@@ -187,20 +185,11 @@ def make_predict(model: Any, processor: BlipProcessor, args: Prediction, task: s
         return [{"caption": text, "score": score} for text, score in zip(*captions, strict=True)]
 
     def rank(batch: dict[str, torch.Tensor]) -> list[Line]:
-        if not features:
-            features.append(inference.embed_texts(model, **tokens))
-        ranked = inference.rank_texts(model, batch["pixel_values"], features[0], **tokens, k=args.k_test)
+        ranked = inference.rank_texts(model, batch["pixel_values"], features, **tokens, k=args.k_test)
         best = [ranking[: args.top_texts] for ranking in ranked]
         return [{"texts": [{"text": texts[place], "score": score} for place, score in ranking]} for ranking in best]
 
     return {"vqa": answer, "conditional_generation": caption, "image_text_retrieval": rank}[task]
-
-
-EMPTY = {
-    "vqa": {"answer": "", "score": None},
-    "conditional_generation": {"caption": "", "score": None},
-    "image_text_retrieval": {"texts": []},
-}
 
 
 def collate(rows: list[Line], processor: BlipProcessor, max_question_tokens: int) -> dict[str, torch.Tensor]:
@@ -211,31 +200,30 @@ def collate(rows: list[Line], processor: BlipProcessor, max_question_tokens: int
     return batch
 
 
-def predict_share(
-    rows: Dataset, share: list[int], predict: Predict, processor: BlipProcessor, args: Prediction, folder: Path
-) -> None:
-    """Append a line for each row to this process's part file, batch by batch."""
-    state, pictures = PartialState(), number_pictures(rows)[share]
+def predict_rows(
+    rows: Dataset, share: list[int], predict: Predict, processor: BlipProcessor, args: Prediction
+) -> Iterator[dict[int, Line]]:
+    """Batch by batch, what to write of each row, by its position."""
+    state, positions = PartialState(), iter(share)
     loader = DataLoader(
         Subset(rows, share),
         args.per_device_eval_batch_size,
         collate_fn=partial(collate, processor=processor, max_question_tokens=args.max_question_tokens),
         num_workers=args.dataloader_num_workers,
     )
-    progress = tqdm(total=len(set(pictures)), unit=" pictures", disable=not state.is_local_main_process)
-    with (folder / f"predictions.part{state.process_index}.jsonl").open("a", encoding="utf-8") as file:
-        done, seen = 0, set()
+    # of the rows of a picture, which stand together
+    is_first = np.diff(number_pictures(rows)[share], prepend=-1) != 0
+    with tqdm(total=int(is_first.sum()), unit=" pictures", disable=not state.is_local_main_process) as progress:
         for batch in loader:
             readable = batch.pop("readable").tolist()
-            predicted = predict({name: tensor.to(state.device) for name, tensor in batch.items()})
-            for position, line, good in zip(share[done:], predicted, readable, strict=False):
-                row = {"position": position, "readable": good, **line}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            before, seen = len(seen), seen | set(pictures[done : done + len(readable)].tolist())
-            done += len(readable)
-            progress.update(len(seen) - before)
-    progress.close()
+            lines = predict({name: tensor.to(state.device) for name, tensor in batch.items()})
+            here = list(islice(positions, len(readable)))
+            yield {
+                position: line if good else {"unreadable_picture": True}
+                for position, line, good in zip(here, lines, readable, strict=True)
+            }
+            progress.update(int(is_first[: len(here)].sum()))
+            is_first = is_first[len(here) :]
 
 
 # ---- files ----
@@ -243,73 +231,17 @@ def predict_share(
 
 def settings_of(args: Prediction, data_args: Data, rows: Dataset, texts: list[str]) -> Line:
     """What two runs must have in common for the one to go on with the predictions of the other."""
-    digest = hashlib.sha1()
-    for name in ("image_id", "question"):
-        if name in rows.column_names:
-            digest.update(json.dumps(rows[name][:]).encode())
-    digest.update(json.dumps(texts).encode())
+    free = ("output_dir", "format", "per_device_eval_batch_size", "dataloader_num_workers", "use_cpu")
+    read = [texts, *(rows[name][:] for name in ("image_id", "question") if name in rows.column_names)]
     weights = Path(args.model_name_or_path).glob("*.safetensors")
-    settings = {name: value for name, value in asdict(args).items() if name not in NOT_SETTINGS}
-    written = sorted(file.stat().st_mtime_ns for file in weights)
-    return {**settings, "dataset_name": data_args.dataset_name, "weights": written, "rows": digest.hexdigest()}
+    return {
+        **{name: value for name, value in {**asdict(data_args), **asdict(args)}.items() if name not in free},
+        "weights": sorted(file.stat().st_mtime_ns for file in weights),
+        "rows": hashlib.sha1(json.dumps(read).encode()).hexdigest(),
+    }
 
 
-def settle_output_dir(args: Prediction, settings: Line) -> tuple[Path, set[int]]:
-    """The folder to write to, and the positions of the rows that an unfinished run has left there."""
-    choice: list[Any] = [None]
-    if PartialState().is_main_process:
-        try:
-            folder = choose_output_dir(args.output_dir, settings)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
-            choice = [(folder, set(read_parts(folder)))]
-        except ValueError as error:
-            choice = [error]
-    broadcast_object_list(choice)
-    if isinstance(choice[0], ValueError):
-        raise choice[0]
-    folder, done = choice[0]
-    if done:
-        logger.info("Going on in %s: %d rows are done.", folder, len(done))
-    return folder, done
-
-
-def choose_output_dir(given: str | None, settings: Line) -> Path:
-    number = 1
-    while True:
-        folder = Path(given or ("outputs/predict" if number == 1 else f"outputs/predict-{number}"))
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return folder
-        unfinished = (folder / SETTINGS_FILE).is_file() and not (folder / "predictions.jsonl").exists()
-        earlier = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8")) if unfinished else {}
-        other = [name for name in settings if earlier.get(name) != settings[name]]
-        if unfinished and not other:
-            return folder
-        if given and unfinished:
-            raise ValueError(
-                f"output_dir {given} holds an unfinished run with another {', '.join(other)}. Start that run again to "
-                "finish it, choose another --output_dir, or remove it."
-            )
-        if given:
-            raise ValueError(f"output_dir {given} is not empty. Choose another, or remove it.")
-        number += 1
-
-
-def read_parts(folder: Path) -> dict[int, Line]:
-    """Lines by position. A last line that a kill has cut is taken out of its file."""
-    lines = {}
-    for path in sorted(folder.glob("predictions.part*.jsonl")):
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            path.write_bytes(whole)
-        for text in whole.decode().splitlines():
-            line = json.loads(text)
-            lines[line.pop("position")] = line
-    return lines
-
-
-def finish(
+def write_results(
     folder: Path,
     args: Prediction,
     data_args: Data,
@@ -319,19 +251,12 @@ def finish(
     task: str,
     ids: list[int],
 ) -> None:
-    """report.html, scores.json, bad_rows.jsonl, results.json and predictions.jsonl; the part files go last."""
-    texts = rows.remove_columns("image")
-    for position, (line, row) in enumerate(zip(lines, texts, strict=True)):
-        path = rows[position]["image"]["path"]
-        known = {name: value for name, value in row.items() if value or name in ("image_id", "question")}
-        if not line.pop("readable"):
-            line |= {**EMPTY[task], "unreadable_picture": True}
-            reason = why_unreadable(rows[position]["image"])
-            bad_rows.append({"split": "eval", "row": position, "image_id": row["image_id"], "reason": reason})
-        predicted = dict(line)
-        line.clear()
-        line |= {"image": path, **known, **predicted}
-    scores, samples = score(lines, task)
+    """report.html, scores.json, bad_rows.jsonl, results.json, and at the end predictions.jsonl."""
+    for position, line in enumerate(lines):
+        if "unreadable_picture" in line:
+            reason = why_unreadable(rows[position]["image"]) or "picture could not be read at first, and now can"
+            bad_rows.append({"split": "eval", "image_id": line["image_id"], "reason": reason})
+    scores, samples = predictions.score(lines, task)
     name = data_args.dataset_name or data_args.questions_file or ", ".join(data_args.images)
     write_report(
         folder / "report.html",
@@ -344,93 +269,13 @@ def finish(
         (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
         logger.info("Scores: %s", json.dumps(scores, indent=2))
     if bad_rows:
-        write_lines(folder / "bad_rows.jsonl", bad_rows)
+        predictions.write_lines(folder / "bad_rows.jsonl", bad_rows)
         logger.warning("%d rows have no prediction: %s", len(bad_rows), folder / "bad_rows.jsonl")
     if args.format:
-        results = official_results(args.format, ids, lines)
+        results = predictions.official_results(args.format, ids, lines)
         (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    write_lines(folder / "predictions.jsonl", lines)
-    for path in (*folder.glob("predictions.part*.jsonl"), folder / SETTINGS_FILE):
-        path.unlink()
-
-
-def write_lines(path: Path, lines: list[Line]) -> None:
-    """All of them or no file."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    unfinished.replace(path)
-
-
-def why_unreadable(image: Line) -> str:
-    try:
-        open_image(image)
-    except Exception as error:  # decoders raise what they like on broken input
-        return f"picture cannot be read: {type(error).__name__}: {error}"
-    return "picture could not be read at first, and now can"
-
-
-def official_ids(form: str, rows: Dataset, task: str) -> list[int]:
-    """The numbers by which an evaluation server knows the rows."""
-    wanted, column, pattern = {
-        "vqa": ("vqa", "question_id", r"(\d+)"),
-        # also of a file: COCO_val2014_000000000042.jpg is 42
-        "coco": ("conditional_generation", "image_id", r"(?:.*\D)?(\d+)(?:\.\w+)?"),
-    }[form]
-    if task != wanted:
-        raise ValueError(f"--format {form} is for {wanted}; this checkpoint does {task}.")
-    texts = rows[column][:]
-    found = [re.fullmatch(pattern, text) for text in texts]
-    if None in found:
-        raise ValueError(f"--format needs ids that are numbers, found {texts[found.index(None)]!r}. Leave it out.")
-    ids = [int(match[1]) for match in found]
-    if len(set(ids)) < len(ids):
-        raise ValueError("--format needs an id of its own for each row; here some are the same. Leave it out.")
-    return ids
-
-
-def official_results(form: str, ids: list[int], lines: list[Line]) -> list[Line]:
-    id_name, text_name = {"vqa": ("question_id", "answer"), "coco": ("image_id", "caption")}[form]
-    return [{id_name: number, text_name: line[text_name]} for number, line in zip(ids, lines, strict=True)]
-
-
-# ---- scores ----
-
-
-def score(lines: list[Line], task: str) -> tuple[dict[str, float], list[Sample]]:
-    """Scores of the lines with references, in percent, and all lines for the report."""
-    references = [line.get("answers" if task == "vqa" else "captions", []) for line in lines]
-    known = [position for position, own in enumerate(references) if own]
-    texts = [line.get("answer", line.get("caption")) for line in lines]
-    if task == "image_text_retrieval":
-        texts = [line["texts"][0]["text"] if line["texts"] else "" for line in lines]
-    samples = []
-    for line, text, own in zip(lines, texts, references, strict=True):
-        sample = Sample(text, line.get("question", ""), own, score=line.get("score"))
-        sample.readable = "unreadable_picture" not in line
-        if task == "vqa" and own:
-            sample.accuracy = metrics.vqa_accuracy(text, own)
-            sample.kind = line.get("answer_type") or metrics.answer_type(own)
-        elif task == "conditional_generation" and own:
-            sample.accuracy = metrics.caption_scores([text], [own])["rouge_l"] / 100
-        elif task == "image_text_retrieval":
-            sample.accuracy = float(text in own) if own else None
-            sample.score, sample.score_name = (line["texts"][0]["score"] if line["texts"] else None), "score"
-        samples.append(sample)
-    if not known:
-        return {}, samples
-    pairs = {"predictions": [texts[p] for p in known], "references": [references[p] for p in known]}
-    if task == "vqa":
-        scores = metrics.VqaAccuracy().compute(**pairs, answer_types=[samples[p].kind for p in known])
-    elif task == "conditional_generation":
-        scores = {**metrics.CaptionScores().compute(**pairs), "exact_match": metrics.caption_exact_match(**pairs)}
-    else:
-        ranked = [[entry["text"] in references[p] for entry in lines[p]["texts"]] for p in known]
-        scores = {
-            f"text_recall@{k}": 100 * sum(any(right[:k]) for right in ranked) / len(ranked)
-            for k in (1, 5, 10)
-            if k <= max(map(len, ranked))
-        }
-    return {**scores, "scored_rows": len(known)}, samples
+    predictions.finish(folder, lines)
+    logger.info("%d predictions: %s, to look at: %s", len(lines), folder / predictions.FILE, folder / "report.html")
 
 
 if __name__ == "__main__":

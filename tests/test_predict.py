@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import RECIPES
+from safetensors.torch import load_file
 
 from blip_ft import inference
 from blip_ft.arguments import PeftArguments
 from blip_ft.models import add_lora, generate_answer_blip, load_model, save_model
+from blip_ft.predictions import append_part, read_parts
 
 
 @pytest.fixture
@@ -160,12 +163,12 @@ def test_run_with_other_settings_does_not_go_on(predict, picture_folder, monkeyp
         patch.setattr(inference, "answer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         predict("vqa", *flags)
     with pytest.raises(SystemExit):
-        predict("vqa", *flags, "--generation_num_beams", "1")
-    assert "holds an unfinished run with another generation_num_beams" in caplog.text
+        predict("vqa", *flags, "--generation_num_beams", "1", "--image_folder", str(picture_folder))
+    assert "holds an unfinished run with another image_folder, generation_num_beams" in caplog.text
     predict("vqa", *flags)
     with pytest.raises(SystemExit):
         predict("vqa", *flags)
-    assert "is not empty. Choose another" in caplog.text
+    assert "holds other files. Choose another" in caplog.text
 
 
 def test_unreadable_picture_is_listed_and_the_rest_is_answered(predict, picture_folder, tmp_path):
@@ -174,7 +177,7 @@ def test_unreadable_picture_is_listed_and_the_rest_is_answered(predict, picture_
         shutil.copy(picture_folder / f"{number}.png", tmp_path / "broken" / f"COCO_x_{number}.png")
     (tmp_path / "broken" / "COCO_x_2.png").write_bytes(b"no picture")
     questions = [{"file_name": f"COCO_x_{n}.png", "question": "what ?", "question_id": n} for n in range(4)]
-    questions.append({"file_name": "../../away.png", "question": "what ?", "question_id": 4})
+    questions.insert(0, {"file_name": "../../away.png", "question": "what ?", "question_id": 4})
     (tmp_path / "broken" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     out = predict("vqa", "--dataset_name", str(tmp_path / "broken"), "--format", "vqa")
     assert json.loads((out / "results.json").read_text())[2] == {"question_id": 2, "answer": ""}
@@ -182,7 +185,9 @@ def test_unreadable_picture_is_listed_and_the_rest_is_answered(predict, picture_
     assert [line.get("unreadable_picture", False) for line in lines] == [False, False, True, False]
     assert lines[2]["answer"] == "" and lines[2]["score"] is None and lines[1]["answer"]
     away, bad = lines_of(out / "bad_rows.jsonl")
-    assert "lies outside" in away["reason"]
+    assert "lies outside" in away["reason"] and away["row"] == 0
+    # no number of a row: that among the lines is another one than that in the data
+    assert bad.keys() == {"split", "image_id", "reason"}
     assert bad["image_id"] == "COCO_x_2.png" and "UnidentifiedImageError" in bad["reason"]
     assert "picture cannot be read" in (out / "report.html").read_text()
 
@@ -236,6 +241,23 @@ def test_mistake_ends_in_one_message(predict, picture_folder, tmp_path, caplog, 
     assert stopped.value.code == 1
     assert message in caplog.text and "Traceback" not in caplog.text
     assert not (tmp_path / "predicted").exists()
+
+
+def test_lines_are_read_back_whatever_their_texts_hold(tmp_path):
+    lines = {5: {"answer": "a\u2028b\x85c\r\nd"}, 2: {"answer": "🙂"}}
+    append_part(tmp_path, [{5: lines[5]}, {2: lines[2]}])
+    assert read_parts(tmp_path) == lines
+
+
+def test_pickled_weights_are_taken_where_that_is_said(predict, picture_folder, checkpoint, tmp_path, caplog):
+    pickled = shutil.copytree(checkpoint, tmp_path / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    asked = [str(pickled), "--images", str(picture_folder / "0.png"), "--question", "is it ?"]
+    with pytest.raises(SystemExit):
+        predict(*asked)
+    assert "add --allow_pickle" in caplog.text
+    assert lines_of(predict(*asked, "--allow_pickle") / "predictions.jsonl")
 
 
 def test_texts_are_asked_for_where_there_are_none(predict, picture_folder, caplog):

@@ -40,6 +40,7 @@ ARROWS = {
     "feature_store": {"arguments", "collators", "data_pipeline", "modeling"},
     "checkpoints": set(),
     "callbacks": {"arguments", "collators", "report"},
+    "predictions": {"metrics", "report"},
     "trainer": {
         "arguments",
         "callbacks",
