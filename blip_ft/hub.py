@@ -19,8 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError
 NOT_PUSHED = 3
 # Without this huggingface_hub waits for ever for an answer.
 SECONDS_TO_WAIT = 60
-# The Hub leaves out of every upload what a folder's .gitignore names: the user's rows, paths and pickles.
-GITIGNORE = "predictions.jsonl\nbad_rows.jsonl\nreport.html\ntraining_args.bin\n"
+# The Hub leaves out of every upload what a folder's .gitignore names: the user's rows, pictures, paths and pickles.
+GITIGNORE = "predictions.jsonl\nbad_rows.jsonl\nreport.html\nevents.out.tfevents.*\ntraining_args.bin\n"
 
 # part of a metric's name -> its id on the Hub, and the name that papers give it
 METRICS = {

@@ -77,7 +77,7 @@ def assert_whole(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "more"),
     [
-        ("vqa", []),
+        ("vqa", ["--report_to", "tensorboard"]),
         ("vqa", ["--use_peft"]),
         ("captioning", []),
         ("retrieval", ["--use_peft", "--queue_size", "24", "--k_test", "3"]),
@@ -93,9 +93,12 @@ def test_pushed_run_loads_by_its_id_in_stock_as_its_card_says(
     pushed = local_hub.repositories[PUSHED]
     assert pushed.private
     assert pushed.files["README.md"] == (folder / "README.md").read_bytes()
-    rows_and_pickles = {"predictions.jsonl", "training_args.bin"}
+    rows_and_pickles = {"predictions.jsonl", "report.html", "training_args.bin"}
     assert rows_and_pickles < {path.name for path in folder.iterdir()}
     assert not rows_and_pickles & set(pushed.files) and not any("checkpoint-" in path for path in pushed.files)
+    # they hold questions and pictures
+    assert any(folder.rglob("*tfevents*")) == ("tensorboard" in more)
+    assert not any("tfevents" in path for path in pushed.files)
     assert_token_is_nowhere(folder, caplog.text, *capfd.readouterr())
 
     card = ModelCard.load(folder / "README.md")
