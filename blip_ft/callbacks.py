@@ -48,21 +48,23 @@ class ContrastiveCallback(TrainerCallback):
             contrastive.begin_step(state.epoch)
 
 
-def stream_order(args: BlipTrainingArguments) -> dict[str, int]:
-    """What the order of a stream, and the place that a step has reached in it, depend on."""
+def stream_order(args: BlipTrainingArguments, rows: Any) -> dict[str, Any]:
+    """What the order of a stream, and the place that a step has reached in it, depend on.
+
+    rows: data_pipeline's StreamedRows.
+    """
+    numbers = ("dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
     return {
         "processes": args.world_size,
-        **{
-            name: getattr(args, name)
-            for name in ("dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
-        },
+        **{name: getattr(args, name) for name in numbers},
+        **{name: getattr(rows.args, name) for name in ("shuffle_buffer", "max_train_samples", "group_questions")},
     }
 
 
 class StreamCallback(TrainerCallback, ExportableState):
     """Lets a resumed run go on at the row that its stream had reached."""
 
-    def __init__(self, order: dict[str, int]) -> None:
+    def __init__(self, order: dict[str, Any]) -> None:
         self.order = order
 
     def state(self) -> dict[str, Any]:
@@ -71,7 +73,7 @@ class StreamCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: BlipTrainingArguments, state: Any, control: Any, train_dataloader: DataLoader, **kwargs: Any
     ) -> None:
-        order = stream_order(args)
+        order = stream_order(args, train_dataloader.dataset)
         saved = state.stateful_callbacks.get(type(self).__name__, {"args": {"order": "no stream"}})["args"]["order"]
         if saved != order:
             raise ValueError(f"A stream goes on where it stopped with the same settings only: {saved}; now {order}.")

@@ -53,7 +53,7 @@ def settle_folder(given: str | None, settings: Line) -> tuple[Path, set[int]]:
         try:
             folder = _choose_folder(given, settings)
             folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(folder / SETTINGS_FILE, json.dumps(settings, indent=2))
+            write_lines(folder / SETTINGS_FILE, [settings])
             choice = [(folder, set(read_parts(folder)))]
         except ValueError as error:
             choice = [error]
@@ -159,12 +159,10 @@ def finish(folder: Path, lines: list[Line]) -> None:
 
 def write_lines(path: Path, lines: Iterable[Line]) -> None:
     """All of them or no file."""
-    _write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def _write_whole(path: Path, text: str) -> None:
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
     unfinished.replace(path)
 
 

@@ -46,6 +46,7 @@ from blip_ft.collators import open_image
 from blip_ft.data_pipeline import GroupedSampler, StreamedRows, number_pictures, require_whole_batch
 from blip_ft.feature_store import require_constant_features, store_pictures
 from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_waiting, upload_command
+from blip_ft.predictions import write_lines
 from blip_ft.report import THUMBNAIL_PIXELS, write_report
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class BlipTrainer(Trainer):
         self.add_callback(TrackerCallback(self))
         if isinstance(self.train_dataset, StreamedRows):
             self.args.ignore_data_skip = True  # the callback skips rows, the Trainer would decode each picture
-            self.add_callback(StreamCallback(stream_order(self.args)))
+            self.add_callback(StreamCallback(stream_order(self.args, self.train_dataset)))
         if self.args.sample_steps and predict and describe and not self.is_fsdp_enabled:
             self.add_callback(SampleCallback(self, predict, describe))
         self.add_callback(StopCallback(self))  # last: what the step leaves behind belongs to the checkpoint
@@ -458,8 +459,10 @@ def run(
     trainer.save_state()
     results |= trainer.evaluate()
     if trainer.is_world_process_zero():
-        _write_predictions(folder / "predictions.jsonl", trainer.eval_dataset, trainer.results)
         rows = trainer.eval_dataset
+        unreadable = {"prediction": "", "unreadable_picture": True}
+        pairs = zip(rows.remove_columns("image"), trainer.results, strict=True)
+        write_lines(folder / "predictions.jsonl", ({**row, **(result or unreadable)} for row, result in pairs))
         write_report(
             folder / "report.html",
             f"{folder.resolve().name}: {data_args.label}",
@@ -519,10 +522,3 @@ def _scores_of(results: dict[str, Any]) -> dict[str, float]:
     return {
         name: value for name, value in results.items() if name.startswith("eval_") and not name.endswith(not_scores)
     }
-
-
-def _write_predictions(path: Path, rows: Dataset, results: list[dict[str, Any] | None]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row, result in zip(rows.remove_columns("image"), results, strict=True):
-            line = {**row, **(result or {"prediction": "", "unreadable_picture": True})}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")

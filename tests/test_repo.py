@@ -49,6 +49,7 @@ ARROWS = {
         "data_pipeline",
         "feature_store",
         "hub",
+        "predictions",
         "report",
     },
 }

@@ -193,16 +193,8 @@ def flags(checkpoints, picture_folder):
         return [
             *("--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(picture_folder), "--streaming"),
             *("--eval_split", "test", "--learning_rate", "3e-3", "--per_device_train_batch_size", "3"),
-            *(
-                "--gradient_accumulation_steps",
-                "2",
-                "--max_steps",
-                "6",
-                "--save_strategy",
-                "steps",
-                "--save_steps",
-                "2",
-            ),
+            *("--gradient_accumulation_steps", "2", "--max_steps", "6"),
+            *("--save_strategy", "steps", "--save_steps", "2"),
             *("--save_total_limit", "9", "--logging_steps", "1", "--dropout", "0.1", "--sample_steps", "2"),
         ]
 
@@ -241,10 +233,12 @@ def test_settings_that_do_not_go_with_a_stream_are_refused(recipe, flags, caplog
 
 def test_stream_goes_on_with_the_settings_it_began_with_only(recipe, flags, tmp_path, caplog):
     folder = recipe(*flags("vqa"), "--max_steps", "2", output_dir=tmp_path / "run")
-    with pytest.raises(SystemExit):
-        changed = ["--per_device_train_batch_size", "2", "--resume_from_checkpoint", "last"]
-        recipe(*flags("vqa"), *changed, output_dir=folder)
-    assert "A stream goes on where it stopped with the same settings only" in caplog.text
+    for name in ("per_device_train_batch_size", "shuffle_buffer"):
+        caplog.clear()
+        with pytest.raises(SystemExit):
+            recipe(*flags("vqa"), f"--{name}", "2", "--resume_from_checkpoint", "last", output_dir=folder)
+        assert "A stream goes on where it stopped with the same settings only" in caplog.text
+        assert f"'{name}': 2" in caplog.text
 
 
 def test_stream_needs_rows_to_evaluate_on():
