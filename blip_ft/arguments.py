@@ -396,9 +396,8 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
             num_train_epochs=(1e-6, math.inf),
         )
         if self.metrics and "loss" not in self.metrics and self.load_best_model_at_end:
-            self.metric_for_best_model = (
-                self.metric_for_best_model or self.metrics[0]
-            )  # the Trainer would take the loss
+            # the Trainer would take the loss
+            self.metric_for_best_model = self.metric_for_best_model or self.metrics[0]
         best = self.metric_for_best_model
         # a longer name is that of an answer type or a k
         if self.metrics and best and not best.removeprefix("eval_").startswith(self.metrics):
