@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -486,6 +487,8 @@ def start_recipe(main: Callable[[], None]) -> None:
     first_process = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("blip_ft").setLevel(logging.INFO if first_process else logging.ERROR)
+    # an exit, unlike a kill, removes temporary files
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
@@ -495,6 +498,8 @@ def start_recipe(main: Callable[[], None]) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class _Parser(HfArgumentParser):

@@ -16,6 +16,7 @@ from conftest import RECIPES
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from blip_ft import data_pipeline
 from blip_ft.checkpoints import newest_checkpoint, what_is_missing
 
 # dropout: random numbers must go on too
@@ -127,6 +128,15 @@ def test_signal_saves_says_how_to_go_on_and_ends_with_its_code(flags_of, tmp_pat
     assert what_is_missing(saved) is None
     assert f"{saved} is whole. Go on with: --output_dir {folder} --resume_from_checkpoint last" in errors
     assert "Traceback" not in errors
+
+
+def test_sigterm_while_rows_are_read_is_an_exit_which_removes_temporary_files(recipe, flags_of, monkeypatch):
+    task, flags = flags_of("full")
+    monkeypatch.setattr(data_pipeline, "_unreadable_pictures", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        recipe(*flags, task=task)
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_stopped_run_goes_on_to_the_end_of_the_unbroken_one(recipe, flags_of, tmp_path, monkeypatch):
