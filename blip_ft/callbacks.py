@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,7 @@ class Signals:
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        release_sigterm()
 
     def _remember(self, number: int, frame: Any) -> None:
         if os.getpid() != self.process:
@@ -120,9 +122,45 @@ class Signals:
             raise Stopped
 
 
+def outlive_signals(worker: int, init: Callable[[int], None] | None = None) -> None:
+    """A loader's worker_init_fn: only its parent ends a worker, for the step that is to be ended needs it.
+
+    A terminal sends SIGINT, and timeout, torchrun and Slurm send SIGTERM, to workers too.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere nothing tells who has sent a signal
+        hold_sigterm()
+        threading.Thread(target=_end_by_parent, daemon=True).start()
+    if init:
+        init(worker)
+
+
+def _end_by_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def hold_sigterm() -> None:
+    """Until release_sigterm, also in workers that are started: one would die of it before its worker_init_fn."""
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def release_sigterm() -> None:
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 class StopCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+
+    def on_epoch_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        hold_sigterm()
+
+    def on_step_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        release_sigterm()  # the first batch is there, and so are all workers
 
     def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         signals, accelerator = self.trainer.signals, self.trainer.accelerator

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress, islice, takewhile
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import BlipProcessor, PreTrainedModel
 
 from blip_ft.arguments import BlipTrainingArguments
+from blip_ft.callbacks import outlive_signals
 from blip_ft.collators import PictureCollator, picture_key
 from blip_ft.data_pipeline import number_pictures
 from blip_ft.modeling import BlipForImageTextRetrieval
@@ -126,7 +127,11 @@ class StoredPictures:
 
 
 def store_pictures(
-    model: PreTrainedModel, processor: BlipProcessor, rows: Any, args: BlipTrainingArguments
+    model: PreTrainedModel,
+    processor: BlipProcessor,
+    rows: Any,
+    args: BlipTrainingArguments,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> StoredPictures:
     """Encode those pictures of rows that no earlier run has stored; a picture is then neither decoded nor encoded.
 
@@ -134,6 +139,7 @@ def store_pictures(
 
     Args:
         rows: with image and image_id, and a column of image_id.
+        after_batch: what it raises ends the encoding; what is encoded by then is kept.
     Raises: ValueError where features are not constant, and before anything is encoded where they need too much space.
     """
     require_constant_features(model)
@@ -160,7 +166,7 @@ def store_pictures(
         missing = {key: row for key, row in row_of_key.items() if key not in found}
         if missing:
             _require_space(home, len(missing) * store.row_bytes, len(missing), args)
-            _encode(model, processor, rows, missing, store, args)
+            _encode(model, processor, rows, missing, store, args, after_batch)
         stored = store.rows()
     logger.info(
         "Image features of %d pictures, %d of them encoded now: %s (%.1f GB)",
@@ -177,6 +183,7 @@ def _encode(
     missing: dict[str, int],
     store: FeatureStore,
     args: BlipTrainingArguments,
+    after_batch: Callable[[], None],
 ) -> None:
     """missing: key of a picture -> a row of it."""
     loader = DataLoader(
@@ -184,6 +191,7 @@ def _encode(
         args.per_device_eval_batch_size,
         collate_fn=PictureCollator(processor),
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=outlive_signals,
     )
     keys = iter(missing)
     model.eval()
@@ -195,6 +203,7 @@ def _encode(
             here = list(islice(keys, len(readable)))
             store.append(list(compress(here, readable)), states.cpu()[readable])
             progress.update(len(here))
+            after_batch()
 
 
 def _autocast_dtype(args: BlipTrainingArguments) -> torch.dtype:

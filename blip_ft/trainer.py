@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import wraps
+from functools import partial, wraps
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -37,6 +37,9 @@ from blip_ft.callbacks import (
     Stopped,
     StreamCallback,
     TrackerCallback,
+    hold_sigterm,
+    outlive_signals,
+    release_sigterm,
     samples_of,
     stream_order,
     write_curves,
@@ -130,7 +133,9 @@ class BlipTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         rows, args = self.train_dataset, self.args
         if not isinstance(rows, StreamedRows):
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            loader.worker_init_fn = partial(outlive_signals, init=loader.worker_init_fn)
+            return loader
         rows.process, rows.num_processes, rows.batch_size = args.process_index, args.world_size, self._train_batch_size
         # not through accelerate, which would share out once more what each process has for itself
         return DataLoader(
@@ -139,6 +144,7 @@ class BlipTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator(),  # a resumed run opens it once more, and dropout must not notice
         )
 
@@ -239,6 +245,7 @@ class BlipTrainer(Trainer):
             self.args.per_device_eval_batch_size,
             collate_fn=self.eval_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=outlive_signals,
             # its own: a run that was stopped in an evaluation goes on with the numbers of an unbroken one
             generator=torch.Generator(),
         )
@@ -268,7 +275,11 @@ class BlipTrainer(Trainer):
 
     def _collect(self, dataloader: DataLoader, predict: Predict, description: str) -> list[dict[str, Any] | None]:
         model, results, positions = self._whole_model(), [], iter(dataloader.row_positions)
-        for batch in tqdm(dataloader, desc=description, disable=not self.is_local_process_zero(), leave=False):
+        hold_sigterm()  # while workers are started
+        batches = iter(dataloader)
+        release_sigterm()
+        progress = tqdm(batches, description, len(dataloader), disable=not self.is_local_process_zero(), leave=False)
+        for batch in progress:
             if self.args.world_size == 1:  # others may have fewer batches, and would wait
                 self.signals.stop_if_received()
             readable = batch.pop("readable").tolist()
@@ -444,7 +455,9 @@ def run(
             # train() would load it too late for a vision model that is new in each run; those two load it wrapped
             trainer._load_from_checkpoint(checkpoint)
         # evaluation keeps its own collator, which decodes
-        pictures = store_pictures(trainer.blip, trainer.processing_class, trainer.train_dataset, args)
+        pictures = store_pictures(
+            trainer.blip, trainer.processing_class, trainer.train_dataset, args, trainer.signals.stop_if_received
+        )
         trainer.data_collator = replace(trainer.data_collator, look_up=pictures)
     if args.eval_on_start and checkpoint is None:
         # before the clock of training starts; the Trainer's own would run inside it

@@ -44,9 +44,11 @@ def flags_of(checkpoints, picture_folder):
 
 
 def start(task: str, folder: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, str(RECIPES / f"{task}.py"), *flags, "--output_dir", str(folder), "--use_cpu"]
+    command = [sys.executable, str(RECIPES / f"{task}.py"), "--dataloader_num_workers", "0", *flags]
+    command += ["--output_dir", str(folder), "--use_cpu"]
     return subprocess.Popen(
-        [*command, "--dataloader_num_workers", "0", "--resume_from_checkpoint", "last"],
+        [*command, "--resume_from_checkpoint", "last"],
+        start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -113,14 +115,16 @@ def test_killed_at_twenty_random_moments_it_ends_as_the_unbroken_runs(recipe, fl
     kill_and_go_on(recipe, flags_of, tmp_path, kind, kills)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_says_how_to_go_on_and_ends_with_its_code(flags_of, tmp_path, number):
+# to the process alone, or to its workers too, as a terminal, timeout, torchrun and Slurm do
+@pytest.mark.parametrize(("number", "to"), [(signal.SIGINT, "all"), (signal.SIGTERM, "one"), (signal.SIGTERM, "all")])
+def test_signal_saves_says_how_to_go_on_and_ends_with_its_code(flags_of, tmp_path, number, to):
     task, flags = flags_of("full")
     flags = [*flags, "--save_steps", "5"]
     folder = tmp_path / "cut"
-    process = start(task, folder, *flags, "--num_train_epochs", "500")
+    workers = ["--dataloader_num_workers", "2" if to == "all" else "0"]
+    process = start(task, folder, *flags, "--num_train_epochs", "500", *workers)
     wait_for_step(process, folder, 5)
-    process.send_signal(number)
+    (os.killpg if to == "all" else os.kill)(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     step = last_step(folder)

@@ -37,7 +37,7 @@ ARROWS = {
     "inference": {"collators"},
     "models": {"arguments", "collators", "demo", "inference", "modeling"},
     "data_pipeline": {"arguments", "demo", "collators"},
-    "feature_store": {"arguments", "collators", "data_pipeline", "modeling"},
+    "feature_store": {"arguments", "callbacks", "collators", "data_pipeline", "modeling"},
     "checkpoints": set(),
     "callbacks": {"arguments", "collators", "report"},
     "predictions": {"metrics", "report"},
