@@ -150,14 +150,16 @@ def load_to_predict(args: DataArguments, task: str) -> tuple[Dataset, list[Row]]
         raise ValueError(f"The data has the splits {', '.join(tables)}. Choose one: --eval_split {list(tables)[-1]}")
     if split is None:
         (table,) = tables.values()
+        if "split" in table.column_names:
+            logger.warning("The rows of all splits are taken, also those trained on. Choose one with --eval_split.")
     else:
         table, _ = _select_splits(tables, replace(args, train_split=split, eval_split=None))
     schema = _VqaSchema if task == "vqa" else _CaptionSchema
     part = _Part(table, schema(args, table.column_names, folder, "eval", needs_references=False))
-    rows = _first(part.good(), args.max_eval_samples)
+    rows, bad = _first(part.good(), args.max_eval_samples), list(part.bad_rows({}))
     if not len(rows):
-        raise ValueError(f"No row is left to predict on; {len(part)} were read. The first: {next(part.bad_rows({}))}")
-    return rows, list(part.bad_rows({}))
+        raise ValueError(f"No row is left to predict on; {len(part)} were read. Why not: {bad[:1]}")
+    return rows, bad
 
 
 def list_pictures(paths: Iterable[str]) -> Dataset:
@@ -537,8 +539,10 @@ def _read(args: DataArguments) -> tuple[dict[str, Table], Path | None]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         try:
             saved = load_from_disk(str(path))
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{path}, written by save_to_disk, cannot be read any more: {error}") from error
+        except (OSError, ValueError, KeyError, IndexError) as error:  # the last where it has no rows
+            raise ValueError(
+                f"{path}, written by save_to_disk, has no rows or cannot be read any more: {error}"
+            ) from error
         return dict(saved) if isinstance(saved, DatasetDict) else {"": saved}, folder or path
     for file in METADATA_FILES:
         if (path / file).is_file():

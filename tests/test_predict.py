@@ -14,7 +14,8 @@ from conftest import RECIPES
 from safetensors.torch import load_file
 
 from blip_ft import inference
-from blip_ft.arguments import PeftArguments
+from blip_ft.arguments import DataArguments, PeftArguments
+from blip_ft.data_pipeline import load_to_predict
 from blip_ft.models import add_lora, generate_answer_blip, load_model, save_model
 from blip_ft.predictions import append_part, read_parts
 
@@ -241,6 +242,11 @@ def test_mistake_ends_in_one_message(predict, picture_folder, tmp_path, caplog, 
     assert stopped.value.code == 1
     assert message in caplog.text and "Traceback" not in caplog.text
     assert not (tmp_path / "predicted").exists()
+
+
+def test_rows_of_all_splits_are_taken_with_a_word(picture_folder, caplog):
+    rows, _ = load_to_predict(DataArguments(dataset_name=str(picture_folder)), "vqa")
+    assert len(rows) == 16 and "Choose one with --eval_split" in caplog.text
 
 
 def test_lines_are_read_back_whatever_their_texts_hold(tmp_path):
