@@ -984,8 +984,12 @@ def _on_disk(rows: Iterable[Row], features: Features) -> Dataset:
     """The rows in a memory-mapped temporary file: held as Python objects, a million with ten answers take 3 GB."""
     file, rows = Path(_temporary_folder().name) / f"{uuid.uuid4().hex}.arrow", iter(rows)
     with pa.ipc.new_stream(file, features.arrow_schema) as stream:
-        for chunk in iter(lambda: list(islice(rows, 1_000)), []):  # a row may hold a picture of megabytes
+        portion = 100
+        while chunk := list(islice(rows, portion)):
             stream.write_table(pa.Table.from_pylist(chunk, schema=features.arrow_schema))
+            # a million rows in portions of 1,000 take 100 MB more; a picture in its row may have megabytes
+            holds_pictures = any("image" in row and row["image"]["bytes"] for row in chunk)
+            portion = 100 if holds_pictures else 10_000
     return Dataset.from_file(str(file))
 
 
