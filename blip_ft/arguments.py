@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def _check_ranges(arguments: Any, **ranges: tuple[float, float]) -> None:
-    """Raise ValueError for a value outside its (least, most); None passes."""
+    """Raise ValueError for a value outside its (least, most), and for infinity; None passes."""
     for name, (least, most) in ranges.items():
         value = getattr(arguments, name)
-        if value is not None and not least <= value <= most:
+        if value is not None and not (least <= value <= most and value < math.inf):
             wanted = f"at least {least}" if most == math.inf else f"between {least} and {most}"
             raise ValueError(f"{name} must be {wanted}, found {value}.")
 
@@ -395,7 +395,18 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
             learning_rate=(0, math.inf),
             weight_decay=(0, math.inf),
             num_train_epochs=(1e-6, math.inf),
+            cache_limit_gb=(0, math.inf),
+            seed=(0, 2**32 - 1),
+            data_seed=(0, 2**32 - 1),
         )
+        if self.save_strategy == "best" and self.metrics:
+            self.metric_for_best_model = self.metric_for_best_model or self.metrics[0]
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise ValueError("save_strategy best saves after an evaluation. Add --eval_strategy epoch or steps.")
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise ValueError("dataloader_persistent_workers needs workers: set --dataloader_num_workers above 0.")
+        if self.generation_config:
+            raise ValueError("generation_config is not read. Use --generation_max_length and --generation_num_beams.")
         if self.metrics and "loss" not in self.metrics and self.load_best_model_at_end:
             # the Trainer would take the loss
             self.metric_for_best_model = self.metric_for_best_model or self.metrics[0]
@@ -522,7 +533,7 @@ def _flags_of_yaml(path: str | Path, parser: HfArgumentParser) -> list[str]:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise ValueError(f"--config needs a YAML file that can be read; {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content or {}, dict):
         raise ValueError(f"{path} must hold `key: value` lines, found a {type(content).__name__}.")

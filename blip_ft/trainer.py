@@ -7,7 +7,8 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial, wraps
 from itertools import islice
@@ -24,7 +25,7 @@ from huggingface_hub import ModelCard
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments
@@ -230,8 +231,17 @@ class BlipTrainer(Trainer):
         if push:
             self._push_from_checkpoint(str(final))
 
+    def _load_from_checkpoint(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        with _explain_other_run(checkpoint):
+            super()._load_from_checkpoint(checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with _explain_other_run(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint and not self.is_deepspeed_enabled:
+                for group in self.optimizer.param_groups:
+                    if missing := self.optimizer.defaults.keys() - group.keys():
+                        raise ValueError(f"parameter group without {', '.join(sorted(missing))}")
         if self.blip.contrastive and checkpoint:
             self.blip.contrastive.load(Path(checkpoint) / CONTRASTIVE_FILE)
 
@@ -271,6 +281,9 @@ class BlipTrainer(Trainer):
         if unreadable := self.results.count(None):
             metrics["unreadable_pictures"] = unreadable
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        best = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if self.is_in_train and best and best not in metrics:
+            raise ValueError(f"metric_for_best_model {best} is none of what is measured here: {', '.join(metrics)}.")
         return EvalLoopOutput(predictions=self.results, label_ids=None, metrics=named, num_samples=len(rows))
 
     def _collect(self, dataloader: DataLoader, predict: Predict, description: str) -> list[dict[str, Any] | None]:
@@ -354,6 +367,11 @@ def prepare_output_dir(args: BlipTrainingArguments, recipe: str, peft_args: Peft
     else:
         checkpoint = newest_checkpoint(Path(args.output_dir)) if resume else None
     if checkpoint:
+        if not any(checkpoint.glob("rng_state*.pth")):
+            raise ValueError(
+                f"{checkpoint} was saved with save_only_model, and without an optimiser no run goes on. Start anew "
+                f"from its weights: --model_name_or_path {checkpoint}, with another output_dir."
+            )
         _require_same_adapter(checkpoint, peft_args)
         return str(checkpoint)
     if resume:
@@ -366,11 +384,15 @@ def _require_same_adapter(checkpoint: Path, args: PeftArguments) -> None:
     if file.exists() != args.use_peft:
         kind, flag = ("an adapter", "Add") if file.exists() else ("a whole model", "Leave out")
         raise ValueError(f"{checkpoint} holds {kind}. {flag} --use_peft, or begin in another output_dir.")
-    if args.use_peft and (rank := json.loads(file.read_text(encoding="utf-8"))["r"]) != args.lora_r:
-        raise ValueError(
-            f"{checkpoint} holds an adapter of lora_r {rank}, found {args.lora_r}. Go on with --lora_r {rank}, or "
-            "begin in another output_dir."
-        )
+    if not args.use_peft:
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for flag, name in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
+        if config[name] != getattr(args, flag):
+            raise ValueError(
+                f"{checkpoint} holds an adapter of {flag} {config[name]}, found {getattr(args, flag)}. Go on with "
+                f"--{flag} {config[name]}, or begin in another output_dir."
+            )
 
 
 def check_run(args: BlipTrainingArguments, rows: Dataset | StreamedRows, outline: torch.nn.Module) -> None:
@@ -380,8 +402,37 @@ def check_run(args: BlipTrainingArguments, rows: Dataset | StreamedRows, outline
     """
     if args.cache_image_features:
         require_constant_features(outline.get_base_model() if hasattr(outline, "peft_config") else outline)
+    _require_optimizer(args, outline)
     if not isinstance(rows, StreamedRows):
         require_whole_batch(len(rows), args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
+
+
+@contextmanager
+def _explain_other_run(checkpoint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if not any(sign in str(error) for sign in ("size mismatch", "parameter group", "Missing key")):
+            raise
+        raise ValueError(
+            f"{checkpoint} is of a run with another model, --image_size, --freeze, --lora_target_modules or --optim. "
+            f"Go on with that run's settings, or begin in another output_dir.\n{error}"
+        ) from error
+
+
+def _require_optimizer(args: BlipTrainingArguments, outline: torch.nn.Module) -> None:
+    """Make optimiser and scheduler for one weight, as the Trainer will after all weights are loaded."""
+    try:
+        make, settings = Trainer.get_optimizer_cls_and_kwargs(args, outline)
+        for name in ("params", "model", "optimizer_dict"):  # of some, for the Trainer, not for the optimiser
+            settings.pop(name, None)
+        optimizer = make([torch.nn.Parameter(torch.zeros(1))], **settings)
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"No optimiser or scheduler can be made of --optim {args.optim.value}, --optim_args, --adam_..., "
+            f"--lr_scheduler_type {args.lr_scheduler_type.value} and --lr_scheduler_kwargs: {error}"
+        ) from error
 
 
 def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> str:

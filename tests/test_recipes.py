@@ -386,6 +386,17 @@ MISTAKES = {
     "empty batch": (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1"),
     "no answer": (["--generation_max_length", "0"], "generation_max_length must be between 3 and 512"),
     "no epoch": (["--num_train_epochs", "-1"], "num_train_epochs must be"),
+    "endless": (["--num_train_epochs", "inf"], "num_train_epochs must be at least 1e-06, found inf"),
+    "seed below 0": (["--seed", "-1"], "seed must be between 0 and"),
+    "no momentum": (["--adam_beta1", "2"], "Invalid beta parameter at index 0"),
+    "scheduler lacks a setting": (["--lr_scheduler_type", "warmup_stable_decay"], "and --lr_scheduler_kwargs: "),
+    "best of none": (["--save_strategy", "best"], "Add --eval_strategy epoch or steps"),
+    "workers persist": (["--dataloader_persistent_workers"], "set --dataloader_num_workers above 0"),
+    "unread settings": (["--generation_config", "file.json"], "Use --generation_max_length"),
+    "no YAML": (
+        ["--config", str(RECIPES.parent / "tests" / "golden" / "vqa" / "model.safetensors")],
+        "is not valid YAML",
+    ),
     "no such metric": (["--metric_for_best_model", "f1"], "must be one of vqa_accuracy, exact_match, loss"),
     "no such target": (["--use_peft", "--lora_target_modules", "q_proj"], "must name linear layers"),
     "no such checkpoint": (["--resume_from_checkpoint", "/no/checkpoint-1"], "there is no such folder"),
@@ -407,11 +418,37 @@ def test_other_adapter_than_the_checkpoints_is_refused(recipe, data, tmp_path, c
     folder = recipe(*data, "--use_peft", "--lora_r", "4", "--max_steps", "1")
     for flags, message in (
         (["--use_peft", "--lora_r", "8"], "holds an adapter of lora_r 4, found 8. Go on with --lora_r 4"),
+        (["--use_peft", "--lora_r", "4", "--lora_alpha", "8"], "holds an adapter of lora_alpha 32, found 8"),
+        (["--use_peft", "--lora_r", "4", "--lora_target_modules", "query"], "Go on with that run's settings"),
         ([], "holds an adapter. Add --use_peft"),
     ):
         with pytest.raises(SystemExit):
             recipe(*data, *flags, "--resume_from_checkpoint", "last", output_dir=folder)
-        assert message in caplog.text
+        assert message in caplog.messages[-1]
+
+
+def test_other_run_than_the_checkpoints_is_refused(recipe, data, caplog):
+    folder = recipe(*data, "--max_steps", "1")
+    for flags in (["--freeze", "vision_model"], ["--optim", "sgd"], ["--image_size", "16"]):
+        with pytest.raises(SystemExit):
+            recipe(*data, *flags, "--resume_from_checkpoint", "last", output_dir=folder)
+        assert "Go on with that run's settings" in caplog.messages[-1]
+
+
+def test_checkpoint_without_optimizer_is_not_resumed(recipe, data, caplog):
+    folder = recipe(*data, "--max_steps", "1", "--save_only_model")
+    with pytest.raises(SystemExit):
+        recipe(*data, "--resume_from_checkpoint", "last", output_dir=folder)
+    assert f"--model_name_or_path {folder / 'checkpoint-1'}, with another output_dir" in caplog.text
+
+
+def test_best_by_a_metric_that_is_not_measured_ends_in_a_message(recipe, data, caplog):
+    best = ["--save_strategy", "best", "--eval_strategy", "steps", "--eval_steps", "1", "--max_steps", "1"]
+    folder = recipe(*data, *best)
+    assert (folder / "checkpoint-1").is_dir()
+    with pytest.raises(SystemExit):
+        recipe(*data, *best, "--metric_for_best_model", "vqa_accuracy_nine", output_dir=folder.with_name("other"))
+    assert "none of what is measured here: vqa_accuracy, exact_match" in caplog.messages[-1]
 
 
 def test_weights_of_other_shapes_than_the_config_are_refused(recipe, data, checkpoint, tmp_path, caplog):
