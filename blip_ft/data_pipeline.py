@@ -636,7 +636,7 @@ def _read_json_lines(path: Path) -> Iterable[Row]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            row = _parse_json(line, path, number)
+            row = _parse_json(line.rstrip(), path, number)  # else one cut short ends in the next line
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: needs an object in braces, found a {type(row).__name__}.")
             yield row

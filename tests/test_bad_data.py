@@ -311,6 +311,7 @@ GOOD_LINE = json.dumps({"file_name": "good.png", "question": "what ?", "answer":
     ("name", "content", "message"),
     [
         ("rows.jsonl", GOOD_LINE * 2 + b"{", r"rows\.jsonl, line 3: not valid JSON"),
+        ("rows.jsonl", GOOD_LINE + b'{"question": "q"\n' + GOOD_LINE, r"rows\.jsonl, line 2: not valid JSON"),
         ("rows.jsonl", GOOD_LINE + b"[1]\n", r"rows\.jsonl, line 2: needs an object in braces, found a list"),
         ("rows.jsonl", GOOD_LINE + b"\xff\n", r"rows\.jsonl, line 2: must be text in UTF-8"),
         ("rows.jsonl", GOOD_LINE + b'{"a": ' + b"9" * 5000 + b"}", r"rows\.jsonl, from line 2: .* cannot be read"),
