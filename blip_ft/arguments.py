@@ -435,6 +435,11 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
         # torch warns in each epoch where there is nothing to pin for
         self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
         super().__post_init__()
+        if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "split_batches and dispatch_batches of accelerator_config cut a batch by its rows, and one of pictures "
+                "and their questions cannot be. Leave them out: each process makes batches of its own."
+            )
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs and one process: start with `accelerate launch --multi_gpu` or `torchrun "
@@ -506,6 +511,16 @@ def start_recipe(main: Callable[[], None]) -> None:
         if debug:
             raise
         logger.error("\n%s: %s\n(--debug shows where)", type(error).__name__, error)
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        if debug:
+            raise
+        logger.error(
+            "\nThe device has too little memory. Lower --per_device_train_batch_size and raise "
+            "--gradient_accumulation_steps by as much, which gives the same steps; or add --gradient_checkpointing, "
+            "--bf16, --use_peft. Checkpoints are kept: --resume_from_checkpoint last\n%s",
+            error,
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

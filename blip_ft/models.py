@@ -144,7 +144,11 @@ class ModelLoader:
                 f"The weights of {self.model_name} have other shapes than its config.json says; the files do not "
                 f"belong together. Save or download them anew.\n{error}"
             ) from error
-        except (OSError, EntryNotFoundError, HFValidationError, SafetensorError, pickle.UnpicklingError) as error:
+        # EOFError and KeyError: a pickle or a tokenizer.json that is empty or something else
+        except (
+            *(OSError, EntryNotFoundError, HFValidationError, SafetensorError),
+            *(pickle.UnpicklingError, EOFError, KeyError),
+        ) as error:
             of = f"The base checkpoint of the adapter {self.model_name}: " if base else ""
             raise ValueError(of + _what_to_check(name, error)) from error
         if self.merge and base:
@@ -729,4 +733,4 @@ def _what_to_check(name: str, error: Exception) -> str:
             f"{name} is no folder here, is not in the cache, and {constants.ENDPOINT} could not be reached. Check the "
             "network, a proxy, HF_ENDPOINT, and the spelling (owner/name)."
         )
-    return f"{advice}\nThe loader said: {str(error).strip().splitlines()[0]}"
+    return f"{advice}\nThe loader said: {(str(error).strip() or type(error).__name__).splitlines()[0]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -437,8 +438,9 @@ def _require_optimizer(args: BlipTrainingArguments, outline: torch.nn.Module) ->
 
 def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> str:
     if given is not None:
-        if Path(given).is_file():
-            raise ValueError(f"output_dir {given} is a file. Choose another.")
+        there = next(path for path in (Path(given), *Path(given).absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"output_dir {given} cannot be made: {there} is no folder to write into. Choose another.")
         # the list that a run stopped for bad rows leaves is no run
         if Path(given).is_dir() and {path.name for path in Path(given).iterdir()} - {"bad_rows.jsonl"} and not resume:
             raise ValueError(

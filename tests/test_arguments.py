@@ -93,6 +93,7 @@ def test_settings_of_a_task_that_cannot_work_are_refused(arguments, flags, messa
     [
         (["--hub_token", "x"], "HF_TOKEN"),
         (["--remove_unused_columns", "true"], "would drop image"),
+        (["--accelerator_config", '{"split_batches": true}'], "each process makes batches of its own"),
         (["--questions_file", "q.json"], "come in pairs"),
         (["--questions_file", "q", "--annotations_file", "a"], "needs image_folder"),
         (["--eval_fraction", "1.5"], "between 0 and 1"),

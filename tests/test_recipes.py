@@ -18,6 +18,7 @@ from transformers.models.blip import modeling_blip
 from blip_ft import feature_store
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.models import load_model
+from blip_ft.trainer import BlipTrainer
 
 
 def results_of(folder: Path) -> dict:
@@ -466,6 +467,24 @@ def test_several_gpus_and_one_process_say_how_to_launch(recipe, data, monkeypatc
     with pytest.raises(SystemExit):
         recipe(*data)
     assert "accelerate launch --multi_gpu" in caplog.text
+
+
+def test_too_little_memory_says_what_to_lower(recipe, data, monkeypatch, caplog):
+    def run_out(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(BlipTrainer, "training_step", run_out)
+    with pytest.raises(SystemExit):
+        recipe(*data)
+    assert "Lower --per_device_train_batch_size" in caplog.messages[-1] and "2.00 GiB" in caplog.messages[-1]
+
+
+def test_output_dir_that_cannot_be_made_is_refused_before_the_model_loads(recipe, data, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.delattr(PreTrainedModel, "from_pretrained")
+    with pytest.raises(SystemExit):
+        recipe(*data, output_dir=tmp_path / "file" / "run")
+    assert f"{tmp_path / 'file'} is no folder to write into" in caplog.messages[-1]
 
 
 def test_mistake_shows_its_traceback_under_debug(recipe, data):
