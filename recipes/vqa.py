@@ -97,7 +97,8 @@ def main() -> None:
         for result, given, kind in zip(results, answers, types, strict=True):
             if result:
                 result |= {"accuracy": vqa_accuracy(result["prediction"], given), "answer_type": kind}
-        return results, {**scores, "loss": fmean(result["loss"] for result in results if result)}
+        losses = [result["loss"] for result in results if result]
+        return results, {**scores, "loss": fmean(losses)} if losses else scores
 
     def describe(row, result):
         return f"{row['question']} | answer: {row['answers'][0]} | predicted: {result['prediction']}"

@@ -322,6 +322,16 @@ def test_cached_features_are_those_of_the_checkpoint_that_a_run_goes_on_from(rec
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_evaluation_without_a_readable_picture_scores_nothing_and_ends(recipe, data_of, picture_folder, tmp_path):
+    folder = shutil.copytree(picture_folder, tmp_path / "broken")
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines = [{**row, "file_name": "gone.png"} if row["split"] == "test" else row for row in lines]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    flags = ["--dataset_name", str(folder), "--max_bad_fraction", "0.6", "--max_steps", "1"]
+    results = results_of(recipe(*data_of("vqa"), *flags))
+    assert results["eval_exact_match"] == 0 and results["eval_unreadable_pictures"] == 8
+
+
 def test_model_flags_are_stored_in_the_checkpoint(recipe, data):
     flags = ["--image_size", "48", "--dropout", "0.2", "--label_smoothing", "0.3", "--question_start_token", "enc"]
     config = json.loads((recipe(*data, *flags, "--max_steps", "1") / "config.json").read_text())
