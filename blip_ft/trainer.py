@@ -136,7 +136,8 @@ class BlipTrainer(Trainer):
         rows, args = self.train_dataset, self.args
         if not isinstance(rows, StreamedRows):
             loader = super().get_train_dataloader()
-            loader.worker_init_fn = partial(outlive_signals, init=loader.worker_init_fn)
+            plain = loader.base_dataloader  # accelerate's reads its attributes, but not what is set on itself
+            plain.worker_init_fn = partial(outlive_signals, init=plain.worker_init_fn)
             return loader
         rows.process, rows.num_processes, rows.batch_size = args.process_index, args.world_size, self._train_batch_size
         # not through accelerate, which would share out once more what each process has for itself

@@ -1,6 +1,7 @@
 """Nothing is lost: what a kill, a signal or a full disk leaves behind, and that the run goes on from it exactly."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from blip_ft import data_pipeline
+from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.checkpoints import newest_checkpoint, what_is_missing
 
 # dropout: random numbers must go on too
@@ -141,6 +143,28 @@ def test_sigterm_while_rows_are_read_is_an_exit_which_removes_temporary_files(re
     with pytest.raises(SystemExit) as stopped:
         recipe(*flags, task=task)
     assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_worker_ends_by_its_parent_only(recipe, flags_of, monkeypatch):
+    task, flags = flags_of("full")
+    ends = []
+
+    def step(self, *args, **kwargs):
+        for worker in multiprocessing.active_children():
+            subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+            worker.join(0.2)
+            ends.append(worker.exitcode)
+            worker.terminate()
+            worker.join(5)
+            ends.append(worker.exitcode)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    # recipe() takes no workers
+    monkeypatch.setattr(BlipTrainingArguments, "dataloader_num_workers", property(lambda _: 1, lambda *_: None))
+    with pytest.raises(SystemExit):
+        recipe(*flags, task=task)
+    assert ends == [None, 0]
 
 
 def test_stopped_run_goes_on_to_the_end_of_the_unbroken_one(recipe, flags_of, tmp_path, monkeypatch):
