@@ -559,12 +559,24 @@ def _flags_of_yaml(path: str | Path, parser: HfArgumentParser) -> list[str]:
         if value in ("", "null", "~"):
             continue
         if isinstance(value, dict):
-            value = json.dumps(yaml.safe_load(yaml.safe_dump(value)))
+            value = json.dumps(_typed(value))
         if isinstance(value, list) and parser._option_string_actions[f"--{key}"].nargs is None:
             value = ",".join(map(str, value))  # freeze: [vision_model, text_encoder]
         # `=`: a value may begin with a dash
         flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return flags
+
+
+def _typed(value: Any) -> Any:
+    """What the parser gives no type, the values of lr_scheduler_kwargs and the like, as JSON and YAML read it."""
+    if isinstance(value, dict):
+        return {key: _typed(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_typed(entry) for entry in value]
+    try:
+        return json.loads(value)  # 1e-4 is a number, which it is not to YAML
+    except ValueError:
+        return yaml.safe_load(value)
 
 
 def _unknown_key(key: str, parser: HfArgumentParser, where: str | Path) -> str:

@@ -60,6 +60,14 @@ def test_value_of_the_wrong_type_is_refused(tmp_path):
         parsed(tmp_path, "image_size: large\n")
 
 
+def test_values_within_a_yaml_dict_have_their_types(tmp_path):
+    text = "lr_scheduler_kwargs: {min_lr: 1e-5, num_cycles: 2, mode: cos, last: null}\n"
+    text += "gradient_checkpointing_kwargs: {use_reentrant: False}\n"
+    args = parsed(tmp_path, text)[-1]
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-5, "num_cycles": 2, "mode": "cos", "last": None}
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
 def test_model_without_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--dataset_name demo"):
         parse(*ALL, argv=["--model_name_or_path", "x"], demo_config=tmp_path / "unread.yaml")
