@@ -8,16 +8,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from blip_ft import metrics
+from blip_ft.outputs import decided_by_main, is_free, numbered_folders, write_lines
 from blip_ft.report import Sample
 
 Line = dict[str, Any]
@@ -48,25 +47,19 @@ def settle_folder(given: str | None, settings: Line) -> tuple[Path, set[int]]:
         settings: what two runs must have in common for the one to go on with the predictions of the other.
     Raises: ValueError, in all processes, where the folder holds anything else than such a run.
     """
-    choice: list[Any] = [None]
-    if PartialState().is_main_process:
-        try:
-            folder = _choose_folder(given, settings)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_lines(folder / SETTINGS_FILE, [settings])
-            choice = [(folder, set(read_parts(folder)))]
-        except ValueError as error:
-            choice = [error]
-    broadcast_object_list(choice)
-    if isinstance(choice[0], ValueError):
-        raise choice[0]
-    return choice[0]
+
+    def settle() -> tuple[Path, set[int]]:
+        folder = _choose_folder(given, settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_lines(folder / SETTINGS_FILE, [settings])
+        return folder, set(read_parts(folder))
+
+    return decided_by_main(settle)
 
 
 def _choose_folder(given: str | None, settings: Line) -> Path:
-    for number in count(1):
-        folder = Path(given or ("outputs/predict" if number == 1 else f"outputs/predict-{number}"))
-        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    for folder in [Path(given)] if given else numbered_folders("predict"):
+        if is_free(folder):
             return folder
         found = "other files"
         if (folder / SETTINGS_FILE).is_file() and not (folder / FILE).exists():
@@ -117,7 +110,7 @@ def score(lines: list[Line], task: str) -> tuple[dict[str, float], list[Sample]]
     }[task]
     accuracy = {
         "vqa": metrics.vqa_accuracy,
-        "conditional_generation": lambda text, own: metrics.caption_scores([text], [own])["rouge_l"] / 100,
+        "conditional_generation": metrics.caption_rouge_l,
         "image_text_retrieval": lambda text, own: float(text in own),
     }[task]
     samples = []
@@ -155,15 +148,6 @@ def finish(folder: Path, lines: list[Line]) -> None:
     write_lines(folder / FILE, lines)
     for path in (*folder.glob("predictions.part*.jsonl"), folder / SETTINGS_FILE):
         path.unlink()
-
-
-def write_lines(path: Path, lines: Iterable[Line]) -> None:
-    """All of them or no file."""
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    unfinished.replace(path)
 
 
 def official_ids(form: str, task: str, rows: Dataset) -> list[int]:

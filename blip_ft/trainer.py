@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -51,7 +50,7 @@ from blip_ft.collators import open_image
 from blip_ft.data_pipeline import GroupedSampler, StreamedRows, number_pictures, require_whole_batch
 from blip_ft.feature_store import require_constant_features, store_pictures
 from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_waiting, upload_command
-from blip_ft.predictions import write_lines
+from blip_ft.outputs import decided_by_main, is_free, numbered_folders, write_lines
 from blip_ft.report import THUMBNAIL_PIXELS, write_report
 
 logger = logging.getLogger(__name__)
@@ -348,16 +347,8 @@ def prepare_output_dir(args: BlipTrainingArguments, recipe: str, peft_args: Peft
     the newest of them. Given and not empty: refused, unless resuming.
     """
     resume = args.resume_from_checkpoint
-    choice: list[Any] = [None]
-    if PartialState().is_main_process:
-        try:
-            choice = [_choose_output_dir(args.output_dir if args.output_dir_was_given else None, recipe, resume)]
-        except ValueError as error:
-            choice = [error]
-    broadcast_object_list(choice)
-    if isinstance(choice[0], ValueError):
-        raise choice[0]
-    args.output_dir = choice[0]
+    given = args.output_dir if args.output_dir_was_given else None
+    args.output_dir = decided_by_main(lambda: _choose_output_dir(given, recipe, resume))
     if resume not in (None, "last"):
         problem = what_is_missing(Path(resume)) if Path(resume).is_dir() else "there is no such folder"
         if problem:
@@ -449,11 +440,11 @@ def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> st
                 "--resume_from_checkpoint last"
             )
         return given
-    base = Path("outputs") / recipe
-    number, used = 1, None
-    while (folder := base if number == 1 else base.with_name(f"{recipe}-{number}")).is_dir() and any(folder.iterdir()):
-        used, number = folder, number + 1
-    return str(used if resume and used else folder)
+    newest = None
+    for folder in numbered_folders(recipe):
+        if is_free(folder):
+            return str(newest if resume and newest else folder)
+        newest = folder
 
 
 def _stopping_cleanly(function: Callable) -> Callable:

@@ -36,6 +36,7 @@ from blip_ft.arguments import DataArguments, parse, start_recipe
 from blip_ft.collators import clean_caption, encode_row_images, encode_texts, open_image
 from blip_ft.data_pipeline import list_pictures, load_to_predict, number_pictures, why_unreadable
 from blip_ft.models import TASK_OF_CLASS, load_model
+from blip_ft.outputs import write_lines
 from blip_ft.report import THUMBNAIL_PIXELS, write_report
 
 logger = logging.getLogger("blip_ft.predict")
@@ -269,7 +270,7 @@ def write_results(
         (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
         logger.info("Scores: %s", json.dumps(scores, indent=2))
     if bad_rows:
-        predictions.write_lines(folder / "bad_rows.jsonl", bad_rows)
+        write_lines(folder / "bad_rows.jsonl", bad_rows)
         logger.warning("%d rows have no prediction: %s", len(bad_rows), folder / "bad_rows.jsonl")
     if args.format:
         results = predictions.official_results(args.format, ids, lines)

@@ -39,8 +39,9 @@ ARROWS = {
     "data_pipeline": {"arguments", "demo", "collators"},
     "feature_store": {"arguments", "callbacks", "collators", "data_pipeline", "modeling"},
     "checkpoints": set(),
+    "outputs": set(),
     "callbacks": {"arguments", "collators", "report"},
-    "predictions": {"metrics", "report"},
+    "predictions": {"metrics", "outputs", "report"},
     "trainer": {
         "arguments",
         "callbacks",
@@ -49,7 +50,7 @@ ARROWS = {
         "data_pipeline",
         "feature_store",
         "hub",
-        "predictions",
+        "outputs",
         "report",
     },
 }
