@@ -15,12 +15,14 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import datasets.config
 import pytest
 import torch
 from PIL import Image
 from torch import distributed
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 
+from blip_ft import data_pipeline
 from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -36,6 +38,13 @@ TASKS = {
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """Nothing is remembered of the pictures and data sets of other tests."""
+    monkeypatch.setattr(data_pipeline, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache" / "datasets"))
 
 
 @pytest.fixture(scope="session")

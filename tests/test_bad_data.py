@@ -11,7 +11,6 @@ import unicodedata
 import zlib
 from pathlib import Path
 
-import datasets.config
 import numpy as np
 import pytest
 import torch
@@ -29,10 +28,7 @@ from blip_ft.data_pipeline import load_captions, load_vqa
 COLOR = (200, 90, 10)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(data_pipeline, "HF_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache" / "datasets"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

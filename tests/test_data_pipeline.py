@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import datasets.config
 import numpy as np
 import pandas as pd
 import pyarrow
@@ -27,10 +26,7 @@ ROWS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(data_pipeline, "HF_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache" / "datasets"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import shutil
 from itertools import islice
 
-import datasets.config
 import pytest
 import torch
 from datasets import Dataset, Features, Value
@@ -18,11 +17,7 @@ from blip_ft.arguments import DataArguments
 from blip_ft.collators import CaptionCollator, VqaCollator
 from blip_ft.data_pipeline import load_captions, load_vqa
 
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(data_pipeline, "HF_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache" / "datasets"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # three questions on each of ten pictures, which is no multiple of four readers
