@@ -399,16 +399,15 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
             seed=(0, 2**32 - 1),
             data_seed=(0, 2**32 - 1),
         )
-        if self.save_strategy == "best" and self.metrics:
-            self.metric_for_best_model = self.metric_for_best_model or self.metrics[0]
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise ValueError("save_strategy best saves after an evaluation. Add --eval_strategy epoch or steps.")
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise ValueError("dataloader_persistent_workers needs workers: set --dataloader_num_workers above 0.")
         if self.generation_config:
             raise ValueError("generation_config is not read. Use --generation_max_length and --generation_num_beams.")
-        if self.metrics and "loss" not in self.metrics and self.load_best_model_at_end:
-            # the Trainer would take the loss
+        # for load_best_model_at_end the Trainer takes the loss, for save_strategy best nothing
+        without_default = self.save_strategy == "best" or (self.load_best_model_at_end and "loss" not in self.metrics)
+        if self.metrics and without_default:
             self.metric_for_best_model = self.metric_for_best_model or self.metrics[0]
         best = self.metric_for_best_model
         # a longer name is that of an answer type or a k

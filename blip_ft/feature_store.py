@@ -153,11 +153,12 @@ def store_pictures(
     store = FeatureStore(home / _digest(model, processor, args), shape, DTYPES[args.cache_dtype])
 
     key_of, row_of_key = {}, {}
-    for row in np.unique(number_pictures(rows), return_index=True)[1].tolist():
-        image_id, image = rows[row]["image_id"], rows[row]["image"]
+    for position in np.unique(number_pictures(rows), return_index=True)[1].tolist():
+        row = rows[position]
+        image_id = row["image_id"]
         try:
-            key = key_of[image_id] = picture_key(image)
-            row_of_key[key] = row
+            key = key_of[image_id] = picture_key(row["image"])
+            row_of_key[key] = position
         except OSError as error:
             logger.warning("picture %s cannot be read and counts for nothing: %s", image_id, error)
 

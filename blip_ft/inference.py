@@ -279,7 +279,11 @@ def answer_questions(
                 ids, mask = tokens["input_ids"].to(model.device), tokens["attention_mask"].to(model.device)
                 index = torch.tensor(rows, device=model.device)
                 question_states = model.encode_questions(states, ids, mask, index)
-                texts, _ = answer(model, processor.tokenizer, question_states, mask, max_length, num_beams)
+                # not answer(): its probabilities cost another pass of the decoder
+                answer_ids = model.generate_answers(
+                    question_states, mask, max_length=max_length, num_beams=num_beams, do_sample=False
+                )
+                texts = decode_texts(answer_ids, processor.tokenizer)
                 for position, text in zip(positions, texts, strict=True):
                     answers[position] = text
     return answers

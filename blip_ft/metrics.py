@@ -332,6 +332,11 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
     }
 
 
+def caption_rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """0 to 1 for one caption; the mean over pictures is caption_scores' rouge_l."""
+    return _rouge_l(_caption_words(prediction), [_caption_words(caption) for caption in references])
+
+
 def caption_exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Share of pictures whose prediction has the very words of a reference, in percent; arguments as caption_scores."""
     return 100 * fmean(

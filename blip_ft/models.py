@@ -125,8 +125,8 @@ class ModelLoader:
         name, kwargs, base = self.model_name, self.kwargs, None
         try:
             if name != "demo" and (base := _base_of_adapter(name, kwargs)):
-                name, kwargs = base
-                self.task = self.task or _task_of_adapter(self.model_name, self.kwargs)
+                name, kwargs, task = base
+                self.task = self.task or task
                 self._take_over(_download(self.model_name, CONFIG_NAME, self.kwargs))
                 if not self.allow_pickle:
                     _refuse_pickle(self.model_name, (ADAPTER_SAFE_WEIGHTS_NAME,), ADAPTER_WEIGHTS_NAME, self.kwargs)
@@ -267,7 +267,7 @@ def outline(task: str, model_args: ModelArguments, peft_args: PeftArguments) -> 
         raise ValueError(f"{needed}; demo is made of new weights each time.")
     try:
         base = None if name == "demo" else _base_of_adapter(name, kwargs)
-        config = demo.build_demo_config() if name == "demo" else _read_config(*(base or (name, kwargs)))
+        config = demo.build_demo_config() if name == "demo" else _read_config(*(base[:2] if base else (name, kwargs)))
     except (OSError, EntryNotFoundError, HFValidationError) as error:
         raise ValueError(_what_to_check(name, error)) from error
     if base and peft_args.use_peft:
@@ -646,8 +646,9 @@ def _save_for_stock(adapted: PeftModel) -> PeftModel:
     return adapted
 
 
-def _base_of_adapter(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """The base checkpoint and the arguments to load it with, where name is a folder or Hub id of a PEFT adapter."""
+def _base_of_adapter(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any], str | None] | None:
+    """Where name is a folder or Hub id of a PEFT adapter: its base checkpoint, the arguments to load that with, and the
+    task that the adapter was trained for, which its base need not have; None where it does not say."""
     file = _download(name, ADAPTER_FILE, kwargs)
     if file is None:
         return None
@@ -655,7 +656,8 @@ def _base_of_adapter(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, 
     if not config.get("base_model_name_or_path"):
         raise ValueError(f"The adapter {name} does not say which checkpoint it belongs to (base_model_name_or_path).")
     # the adapter's own revision is not its base's
-    return config["base_model_name_or_path"], {**kwargs, "revision": config.get("revision")}
+    task = TASK_OF_CLASS.get((config.get("auto_mapping") or {}).get("base_model_class"))
+    return config["base_model_name_or_path"], {**kwargs, "revision": config.get("revision")}, task
 
 
 def _refuse_pickle(name: str, safe: Sequence[str], pickled: str, kwargs: dict[str, Any]) -> None:
@@ -665,12 +667,6 @@ def _refuse_pickle(name: str, safe: Sequence[str], pickled: str, kwargs: dict[st
             f"{name} has its weights as {pickled} only, a pickle, which can run any code when it is read. Ask for "
             f"{safe[0]}; or, if you trust where it comes from, add --allow_pickle (load_model: allow_pickle=True)."
         )
-
-
-def _task_of_adapter(name: str, kwargs: dict[str, Any]) -> str | None:
-    """The task it was trained for, which its base need not have; None where it does not say."""
-    mapping = json.loads(_download(name, ADAPTER_FILE, kwargs).read_text(encoding="utf-8")).get("auto_mapping") or {}
-    return TASK_OF_CLASS.get(mapping.get("base_model_class"))
 
 
 def _download(name: str, file: str, kwargs: dict[str, Any]) -> Path | None:

@@ -25,7 +25,7 @@ from blip_ft.arguments import (
 )
 from blip_ft.collators import CaptionCollator, PictureCollator
 from blip_ft.data_pipeline import load_captions
-from blip_ft.metrics import CaptionScores, caption_exact_match, caption_scores
+from blip_ft.metrics import CaptionScores, caption_exact_match, caption_rouge_l
 from blip_ft.models import load_for_training, outline
 from blip_ft.trainer import BlipTrainer, check_run, prepare_output_dir, run
 
@@ -89,7 +89,7 @@ def main() -> None:
         scores = CaptionScores().compute(predictions=texts, references=references)
         for result, captions in zip(results, references, strict=True):
             if result:
-                result["accuracy"] = caption_scores([result["prediction"]], [captions])["rouge_l"] / 100
+                result["accuracy"] = caption_rouge_l(result["prediction"], captions)
         return results, {**scores, "exact_match": caption_exact_match(texts, references)}
 
     def describe(row, result):

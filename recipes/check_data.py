@@ -29,7 +29,7 @@ from blip_ft.arguments import (
     parse,
     start_recipe,
 )
-from blip_ft.data_pipeline import GroupedSampler, column_names, load_captions, load_vqa, number_pictures
+from blip_ft.data_pipeline import column_names, load_captions, load_vqa, number_pictures, require_whole_batch
 from blip_ft.metrics import answer_type, most_frequent_answer
 
 
@@ -79,9 +79,8 @@ def main() -> None:
     for position in range(min(3, len(train))):
         row = train[position]
         print("  " + ", ".join(f"{name}: {value!r:.80}" for name, value in row.items() if name != "image"))
-    # refuses a batch of more rows than there are, as a recipe does
     step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    GroupedSampler(number_pictures(train), step, training_args.seed)
+    require_whole_batch(len(train), step)
     print(f"\nThis can be trained on, with at most {len(train)} rows a step.")
 
 
