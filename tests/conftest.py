@@ -95,6 +95,34 @@ def picture_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def data_of(checkpoints, picture_folder):
+    """Flags that name a task's checkpoint and the eight rows."""
+
+    def flags(task: str) -> list[str]:
+        few_pairs = ["--queue_size", "24", "--k_test", "3"] if task == "retrieval" else []
+        return [
+            *("--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(picture_folder), *few_pairs),
+            *("--eval_split", "test", "--learning_rate", "3e-3", "--per_device_train_batch_size", "8"),
+        ]
+
+    return flags
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def history_of(folder: Path) -> list[dict]:
+    return [
+        entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry
+    ]
+
+
+def predictions_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
 def start_recipe(patch: pytest.MonkeyPatch, task: str, folder: Path, *flags: str) -> Path:
     """Run a recipe as `python recipes/<task>.py ...` does, in this process."""
     path = str(RECIPES / f"{task}.py")

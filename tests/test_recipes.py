@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECIPES, TASKS
+from conftest import RECIPES, TASKS, history_of, predictions_of, results_of
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import BlipProcessor, PreTrainedModel
@@ -21,37 +21,9 @@ from blip_ft.models import load_model
 from blip_ft.trainer import BlipTrainer
 
 
-def results_of(folder: Path) -> dict:
-    return json.loads((folder / "all_results.json").read_text())
-
-
-def history_of(folder: Path) -> list[dict]:
-    return [
-        entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry
-    ]
-
-
-@pytest.fixture
-def data_of(checkpoints, picture_folder):
-    """Flags that name a task's checkpoint and the eight rows."""
-
-    def flags(task: str) -> list[str]:
-        few_pairs = ["--queue_size", "24", "--k_test", "3"] if task == "retrieval" else []
-        return [
-            *("--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(picture_folder), *few_pairs),
-            *("--eval_split", "test", "--learning_rate", "3e-3", "--per_device_train_batch_size", "8"),
-        ]
-
-    return flags
-
-
 @pytest.fixture
 def data(data_of):
     return data_of("vqa")
-
-
-def predictions_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
 # task -> epochs, and what the results then hold
@@ -134,7 +106,15 @@ def test_two_processes_give_the_losses_and_predictions_of_one(recipe, data_of, t
     odd = ["--max_train_samples", "7", "--max_eval_samples", "3" if task == "retrieval" else "7"]
     common = [*data_of(task), *rate, *odd, "--num_train_epochs", "3", "--logging_steps", "1"]
     one = recipe(*common, "--per_device_train_batch_size", "4", output_dir=tmp_path / "one", task=task)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(RECIPES / f"{task}.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(RECIPES / f"{task}.py"),
+    ]
     # accumulation too, where it is exact
     share = ["2"] if task == "retrieval" else ["1", "--gradient_accumulation_steps", "2"]
     flags = ["--per_device_train_batch_size", *share, "--use_cpu", "--dataloader_num_workers", "0"]
