@@ -31,6 +31,21 @@ from blip_ft.report import THUMBNAIL_PIXELS, Sample, draw_curves
 logger = logging.getLogger(__name__)
 
 
+class EpochCallback(TrainerCallback):
+    """Sets the sampler's epoch, on which its order depends.
+
+    Through the two wrappers of an epoch that several processes resume, transformers 5.23 and accelerate 1.15 do not
+    reach the sampler, which would give the rows of the first epoch once more.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.sampler:
+            self.trainer.sampler.set_epoch(int(state.epoch))
+
+
 class ContrastiveCallback(TrainerCallback):
     """Moves the momentum weights, once per optimiser step."""
 

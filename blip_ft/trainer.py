@@ -32,6 +32,7 @@ from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArgumen
 from blip_ft.callbacks import (
     ContrastiveCallback,
     CurvesCallback,
+    EpochCallback,
     SampleCallback,
     Signals,
     StopCallback,
@@ -100,9 +101,11 @@ class BlipTrainer(Trainer):
                 "accelerate_configs/multi_gpu.yaml or deepspeed_zero2.yaml."
             )
         self.twin = copy.deepcopy(self.model) if self.is_fsdp_enabled else None
+        self.sampler: GroupedSampler | None = None  # of the rows to train on
         self.signals = Signals()
         self.building: str | None = None  # where a checkpoint is being written
         self.loss_parts: list[torch.Tensor] = []  # since the last log, (2,) each: loss_itc and loss_itm
+        self.add_callback(EpochCallback(self))
         self.add_callback(ContrastiveCallback(self))
         self.add_callback(CurvesCallback())
         self.add_callback(TrackerCallback(self))
@@ -155,7 +158,8 @@ class BlipTrainer(Trainer):
         args = self.args
         global_batch = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.seed if args.data_seed is None else args.data_seed
-        return GroupedSampler(number_pictures(rows), global_batch, seed, self.group)
+        self.sampler = GroupedSampler(number_pictures(rows), global_batch, seed, self.group)
+        return self.sampler
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | None:
         """What the loss of a whole step is divided by: the Trainer would count label tokens, BLIP counts questions."""
