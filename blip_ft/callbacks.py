@@ -62,6 +62,11 @@ class ContrastiveCallback(TrainerCallback):
     def on_step_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if contrastive := self.trainer.blip.contrastive:
             contrastive.begin_step(state.epoch)
+            if self.trainer.is_deepspeed_enabled:
+                from deepspeed.utils import safe_set_full_fp32_param  # not among the requirements
+
+                # its bounds hold for the optimizer's own copy too, which each step writes over the parameter
+                safe_set_full_fp32_param(contrastive.temperature, contrastive.temperature.detach())
 
 
 def stream_order(args: BlipTrainingArguments, rows: Any) -> dict[str, Any]:
@@ -251,17 +256,20 @@ class SampleCallback(TrainerCallback):
         self.trainer, self.predict, self.describe = trainer, predict, describe
 
     def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % args.sample_steps or not state.is_world_process_zero:
+        if state.global_step % args.sample_steps:
             return
         trainer = self.trainer
-        rows = trainer.eval_dataset.select(range(min(4, len(trainer.eval_dataset)))).to_list()
-        batch = trainer._prepare_inputs(trainer.eval_collator(rows))
-        del batch["readable"]
-        model = trainer.blip
-        model.eval()
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            predicted = self.predict(model, batch, list(range(len(rows))))
-        model.train()
+        with trainer.unsharded_model() as model:
+            if not state.is_world_process_zero:
+                return
+            rows = trainer.eval_dataset.select(range(min(4, len(trainer.eval_dataset)))).to_list()
+            batch = trainer._prepare_inputs(trainer.eval_collator(rows))
+            del batch["readable"]
+            training = model.training
+            model.eval()
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                predicted = self.predict(model, batch, list(range(len(rows))))
+            model.train(training)
         lines = [f"  {self.describe(*pair)}" for pair in zip(rows, predicted, strict=True)]
         logger.info("Step %d of %d:\n%s", state.global_step, state.max_steps, "\n".join(lines))
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import distributed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.getLogger(__name__)
@@ -78,4 +79,24 @@ def explain_full_disk(output_dir: Path) -> Iterator[None]:
         raise OSError(
             f"The disk of {output_dir} is full; {kept}. Make room there (fewer checkpoints: --save_total_limit 1), "
             f"then go on with: --output_dir {output_dir} --resume_from_checkpoint last"
+        ) from error
+
+
+@contextmanager
+def explain_lost_process(output_dir: Path) -> Iterator[None]:
+    """A collective whose other side has ended, which gloo and NCCL report in their own ways, ends in one message.
+
+    Raises: ConnectionError that names the last complete checkpoint and how to resume.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises a plain RuntimeError with the place in its source
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        last = newest_checkpoint(output_dir)
+        kept = f"{last} is complete" if last else "No checkpoint had been written"
+        raise ConnectionError(
+            f"Another process of this run has ended; its message, or the launcher's, says why. {kept}. Resume with: "
+            f"--output_dir {output_dir} --resume_from_checkpoint last\n{str(error).splitlines()[0]}"
         ) from error

@@ -58,7 +58,8 @@ class Contrastive:
         self.momentum_weights = {name: parameter.detach().clone() for name, parameter in self._online.items()}
         # never below float32: steps of a temperature of 0.07 are lost in bfloat16
         options = {"device": model.device, "dtype": torch.promote_types(model.dtype, torch.float32)}
-        self.temperature = nn.Parameter(torch.tensor(temperature, **options))
+        # (1,): DeepSpeed 0.19 does not flatten a number without dimensions
+        self.temperature = nn.Parameter(torch.tensor([temperature], **options))
         # DDP averages the gradients of its own module's parameters only
         self.temperature.register_hook(_mean_over_processes)
         self.image_queue = torch.zeros(queue_size, model.config.image_text_hidden_size, **options)
@@ -76,7 +77,8 @@ class Contrastive:
         self.temperature.clamp_(0.001, 0.5)
         self.temperature.grad = None  # the Trainer zeroes the gradients of its model only
         for name, weight in self.momentum_weights.items():
-            weight.lerp_(self._online[name], 1 - self.momentum)
+            # DeepSpeed's bf16 casts the model; momentum weights keep their dtype, in which small steps are not lost
+            weight.lerp_(self._online[name].to(weight.dtype), 1 - self.momentum)
 
     def loss(
         self,

@@ -140,9 +140,10 @@ def _smoothed_token_losses(decoder, states: torch.Tensor, targets: torch.Tensor)
     """
     counted = targets != IGNORED
     # the head is applied to counted positions only: its vocabulary is the widest matrix of the model
-    losses = F.cross_entropy(
-        decoder.cls(states[counted]), targets[counted], label_smoothing=decoder.label_smoothing, reduction="none"
-    )
+    logits = decoder.cls(states[counted])
+    # DeepSpeed's bf16 has no autocast, which would do this
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits, targets[counted], label_smoothing=decoder.label_smoothing, reduction="none")
     return losses.new_zeros(targets.shape).masked_scatter(counted, losses)
 
 
@@ -524,7 +525,7 @@ class BlipForImageTextRetrieval(_Blip, modeling_blip.BlipForImageTextRetrieval):
                 # parameter.data: autocast would go on with the casts that it keeps of the model's weights
                 keys = functional_call(
                     self,
-                    self.contrastive.momentum_weights,
+                    {name: weight.to(self.dtype) for name, weight in self.contrastive.momentum_weights.items()},
                     (pixel_values, input_ids, attention_mask),
                     {"use_itm_head": False, "interpolate_pos_encoding": interpolate_pos_encoding},
                 )
@@ -593,7 +594,7 @@ class BlipForImageTextRetrieval(_Blip, modeling_blip.BlipForImageTextRetrieval):
         all_texts, first_text = gather(torch.stack([input_ids, attention_mask], 1))  # (all pairs, 2, longest)
         own = torch.arange(first_text, first_text + num_texts, device=input_ids.device)
         pairs = torch.stack([image_features[image_index], text_features, image_keys[image_index], text_keys], 1)
-        pairs = pairs.to(contrastive.temperature.dtype)  # (num_texts, 4, width)
+        pairs = pairs.to(contrastive.image_queue.dtype)  # (num_texts, 4, width)
         all_pairs, _ = gather(pairs.detach())
         all_image_features, all_text_features, all_image_keys, all_text_keys = all_pairs.unbind(1)
         # a cosine's rounding would be divided by the temperature

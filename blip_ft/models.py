@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.models.blip import modeling_blip
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -301,6 +302,9 @@ def load_for_training(
 
     What outline would refuse is not looked for again.
     """
+    # transformers would shard while it loads under ZeRO-3, from a config whose batch sizes are not filled in yet, and
+    # what changes the weights after loading needs them whole; DeepSpeed shards when training begins
+    unset_hf_deepspeed_config()
     # the Trainer seeds after the weights of an adapter, of the demo and of a head that a checkpoint lacks are drawn
     set_seed(training_args.seed)
     loaded = load_model(

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,10 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import Trainer, get_scheduler
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments
@@ -46,9 +47,24 @@ from blip_ft.callbacks import (
     stream_order,
     write_curves,
 )
-from blip_ft.checkpoints import BUILDING, explain_full_disk, finish_checkpoint, newest_checkpoint, what_is_missing
+from blip_ft.checkpoints import (
+    BUILDING,
+    explain_full_disk,
+    explain_lost_process,
+    finish_checkpoint,
+    newest_checkpoint,
+    what_is_missing,
+)
 from blip_ft.collators import open_image
 from blip_ft.data_pipeline import GroupedSampler, StreamedRows, number_pictures, require_whole_batch
+from blip_ft.engines import (
+    SHARDED,
+    check_engine,
+    check_saved_engine,
+    embeddings_in_the_root_group,
+    engine_of,
+    whole_weight,
+)
 from blip_ft.feature_store import require_constant_features, store_pictures
 from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_waiting, upload_command
 from blip_ft.outputs import decided_by_main, is_free, numbered_folders, write_lines
@@ -95,14 +111,19 @@ class BlipTrainer(Trainer):
         self.evaluate_rows, self.group = evaluate_rows, group
         self.eval_collator = eval_collator or self.data_collator
         self.results: list[dict[str, Any] | None] = []
-        if self.is_fsdp_enabled and self.blip.contrastive:
-            raise ValueError(
-                "Retrieval's momentum weights follow whole weights, and FSDP cuts them up: launch with "
-                "accelerate_configs/multi_gpu.yaml or deepspeed_zero2.yaml."
-            )
-        self.twin = copy.deepcopy(self.model) if self.is_fsdp_enabled else None
-        self.sampler: GroupedSampler | None = None  # of the rows to train on
+        # the Trainer has set it once more; with it, generate() waits at each token for the other processes
+        unset_hf_deepspeed_config()
+        self.class_name = type(self.blip).__name__  # FSDP2 renames the class
+        # made now, while each process holds all weights
+        self.eval_copy = copy.deepcopy(self.model).cpu() if engine_of(self.args) in SHARDED else None
         self.signals = Signals()
+        if self.args.save_on_each_node:  # transformers 5.23 writes weights in the first process alone
+            self.blip.should_save_on_this_rank = lambda is_main_process: is_main_process
+        if self.is_fsdp_enabled:
+            self.accelerator.prepare = embeddings_in_the_root_group(self.model)(self.accelerator.prepare)
+        elif self.is_deepspeed_enabled:  # it looks up each weight of the optimizer in the model
+            self.accelerator.prepare = self._temperature_in_model()(self.accelerator.prepare)
+        self.sampler: GroupedSampler | None = None  # of the rows to train on
         self.building: str | None = None  # where a checkpoint is being written
         self.loss_parts: list[torch.Tensor] = []  # since the last log, (2,) each: loss_itc and loss_itm
         self.add_callback(EpochCallback(self))
@@ -112,27 +133,45 @@ class BlipTrainer(Trainer):
         if isinstance(self.train_dataset, StreamedRows):
             self.args.ignore_data_skip = True  # the callback skips rows, the Trainer would decode each picture
             self.add_callback(StreamCallback(stream_order(self.args, self.train_dataset)))
-        if self.args.sample_steps and predict and describe and not self.is_fsdp_enabled:
+        if self.args.sample_steps and predict and describe:
             self.add_callback(SampleCallback(self, predict, describe))
         self.add_callback(StopCallback(self))  # last: what the step leaves behind belongs to the checkpoint
 
     @property
     def blip(self) -> torch.nn.Module:
         """The BLIP model under DDP and PEFT; an adapter's layers are part of it."""
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return model.get_base_model() if hasattr(model, "peft_config") else model
+        return _base_of(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
-    def _whole_model(self) -> torch.nn.Module:
-        """The BLIP model to evaluate; under FSDP a copy.
+    @contextmanager
+    def unsharded_model(self) -> Iterator[torch.nn.Module]:
+        """The BLIP model that a process may call on its own. All processes enter together.
 
-        There each call of a part is a meeting of all processes, and answers are not equally many and long on each.
+        Under ZeRO-3 and FSDP2 every call of a part of the trained model is a collective, and processes have unequal
+        numbers of rows and of generated tokens. There it is a copy, on the device as long as the context lasts.
         """
-        if self.twin is None:
-            return self.blip
-        whole = StateDictOptions(full_state_dict=True)
-        self.twin.load_state_dict(get_model_state_dict(self.model_wrapped, options=whole))
-        self.twin.to(self.args.device).eval()
-        return self.twin.get_base_model() if hasattr(self.twin, "peft_config") else self.twin
+        if self.eval_copy is None:
+            yield self.blip
+            return
+        sharded = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        for parameter, copied in zip(sharded.parameters(), self.eval_copy.parameters(), strict=True):
+            with whole_weight(parameter) as weight:
+                copied.data = weight.detach().to(self.args.device, copy=True)
+        yield _base_of(self.eval_copy.to(self.args.device))
+        self.eval_copy.cpu()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, but always with the weights that stock transformers loads, and each of them once.
+
+        transformers 5.23 saves no weights under FSDP's SHARDED_STATE_DICT and under ZeRO-3 without
+        stage3_gather_16bit_weights_on_model_save, and tied ones twice under DeepSpeed.
+        """
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            super().save_model(output_dir, _internal_call)
+            return
+        with self.unsharded_model():
+            self._save(output_dir, self.eval_copy.state_dict() if self.eval_copy else None)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub()
 
     def get_train_dataloader(self) -> DataLoader:
         rows, args = self.train_dataset, self.args
@@ -195,12 +234,28 @@ class BlipTrainer(Trainer):
         """All: the original's AdamW decays biases and norms too (train_vqa.py)."""
         return [name for name, _ in model.named_parameters()]
 
+    @contextmanager
+    def _temperature_in_model(self) -> Iterator[None]:
+        """For what goes through the model's parameters: retrieval's temperature is trained, and is none of them."""
+        blip = self.blip
+        if blip.contrastive is None or "temperature" in blip._parameters:
+            yield
+            return
+        blip.register_parameter("temperature", blip.contrastive.temperature)
+        yield
+        del blip.temperature
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if contrastive := self.blip.contrastive:
-            group = {"params": [contrastive.temperature], "weight_decay": self.args.weight_decay}
-            optimizer.add_param_group(group)
-        return optimizer
+        with self._temperature_in_model():
+            return super().create_optimizer(*args, **kwargs)
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        with self._temperature_in_model():
+            return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float:
+        with self._temperature_in_model():
+            return super()._get_grad_norm(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -281,7 +336,6 @@ class BlipTrainer(Trainer):
         def collect(predict: Predict, description: str) -> list[dict[str, Any] | None]:
             return self._collect(dataloader, predict, description)
 
-        self.blip.eval()
         self.results, metrics = self.evaluate_rows(rows, collect)
         if unreadable := self.results.count(None):
             metrics["unreadable_pictures"] = unreadable
@@ -292,22 +346,24 @@ class BlipTrainer(Trainer):
         return EvalLoopOutput(predictions=self.results, label_ids=None, metrics=named, num_samples=len(rows))
 
     def _collect(self, dataloader: DataLoader, predict: Predict, description: str) -> list[dict[str, Any] | None]:
-        model, results, positions = self._whole_model(), [], iter(dataloader.row_positions)
+        results, positions = [], iter(dataloader.row_positions)
         hold_sigterm()  # while workers are started
         batches = iter(dataloader)
         release_sigterm()
         progress = tqdm(batches, description, len(dataloader), disable=not self.is_local_process_zero(), leave=False)
-        for batch in progress:
-            if self.args.world_size == 1:  # others may have fewer batches, and would wait
-                self.signals.stop_if_received()
-            readable = batch.pop("readable").tolist()
-            here = list(islice(positions, len(readable)))
-            with torch.no_grad(), self.compute_loss_context_manager():
-                predicted = predict(model, self._prepare_inputs(batch), here)
-            results += [
-                (position, result if good else None)
-                for position, result, good in zip(here, predicted, readable, strict=True)
-            ]
+        with self.unsharded_model() as model:
+            model.eval()
+            for batch in progress:
+                if self.args.world_size == 1:  # others may have fewer batches, and would wait
+                    self.signals.stop_if_received()
+                readable = batch.pop("readable").tolist()
+                here = list(islice(positions, len(readable)))
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    predicted = predict(model, self._prepare_inputs(batch), here)
+                results += [
+                    (position, result if good else None)
+                    for position, result, good in zip(here, predicted, readable, strict=True)
+                ]
         return [result for _, result in sorted(gather_object(results), key=itemgetter(0))]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -350,30 +406,55 @@ def prepare_output_dir(args: BlipTrainingArguments, recipe: str, peft_args: Peft
     Not given: outputs/<recipe>, else the next free outputs/<recipe>-2, -3, ...; with `--resume_from_checkpoint last`
     the newest of them. Given and not empty: refused, unless resuming.
     """
+    check_engine(args, recipe, is_quantized=peft_args.load_in_8bit or peft_args.load_in_4bit)
     resume = args.resume_from_checkpoint
     given = args.output_dir if args.output_dir_was_given else None
     args.output_dir = decided_by_main(lambda: _choose_output_dir(given, recipe, resume))
-    if resume not in (None, "last"):
-        problem = what_is_missing(Path(resume)) if Path(resume).is_dir() else "there is no such folder"
+    if not resume:
+        return None
+    checkpoint = decided_by_main(lambda: _choose_checkpoint(Path(args.output_dir), resume, peft_args, args))
+    if checkpoint is None:
+        logger.warning("There is no whole checkpoint in %s: starting from the beginning.", args.output_dir)
+        return None
+    problem = what_is_missing(checkpoint) if checkpoint.is_dir() else "there is no such folder"
+    # output_dir may lie on a disk of each machine
+    problems = gather_object([f"{socket.gethostname()}: {problem}"] if problem else [])
+    if problems:
+        raise ValueError(
+            f"{checkpoint} must be on each machine, and is not on {', '.join(dict.fromkeys(problems))}. Copy it "
+            "there, and train with --save_on_each_node or an output_dir that all machines share."
+        )
+    return str(checkpoint)
+
+
+def _choose_checkpoint(
+    output_dir: Path, resume: str, peft_args: PeftArguments, args: BlipTrainingArguments
+) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint names, None if `last` finds none. Raises: ValueError."""
+    if resume == "last":
+        checkpoint = newest_checkpoint(output_dir)
+        if checkpoint is None:
+            return None
+    else:
+        checkpoint = Path(resume)
+        problem = what_is_missing(checkpoint) if checkpoint.is_dir() else "there is no such folder"
         if problem:
             raise ValueError(
                 f"resume_from_checkpoint {resume}: {problem}. Give a checkpoint-... folder of an earlier run, or "
                 "`last` for the newest whole one of output_dir."
             )
-        checkpoint = Path(resume)
-    else:
-        checkpoint = newest_checkpoint(Path(args.output_dir)) if resume else None
-    if checkpoint:
-        if not any(checkpoint.glob("rng_state*.pth")):
-            raise ValueError(
-                f"{checkpoint} was saved with save_only_model, and without an optimiser no run goes on. Start anew "
-                f"from its weights: --model_name_or_path {checkpoint}, with another output_dir."
-            )
-        _require_same_adapter(checkpoint, peft_args)
-        return str(checkpoint)
-    if resume:
-        logger.warning("There is no whole checkpoint in %s: starting from the beginning.", args.output_dir)
-    return None
+    if not any(checkpoint.glob("rng_state*.pth")):
+        raise ValueError(
+            f"{checkpoint} was saved with --save_only_model and has no optimizer state, so it cannot be resumed. Start "
+            f"a new run from its weights: --model_name_or_path {checkpoint}, with another output_dir."
+        )
+    check_saved_engine(checkpoint, args)
+    _require_same_adapter(checkpoint, peft_args)
+    return checkpoint
+
+
+def _base_of(model: torch.nn.Module) -> torch.nn.Module:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _require_same_adapter(checkpoint: Path, args: PeftArguments) -> None:
@@ -398,7 +479,7 @@ def check_run(args: BlipTrainingArguments, rows: Dataset | StreamedRows, outline
     outline: the model without its weights. Raises: ValueError.
     """
     if args.cache_image_features:
-        require_constant_features(outline.get_base_model() if hasattr(outline, "peft_config") else outline)
+        require_constant_features(_base_of(outline))
     _require_optimizer(args, outline)
     if not isinstance(rows, StreamedRows):
         require_whole_batch(len(rows), args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
@@ -457,7 +538,7 @@ def _stopping_cleanly(function: Callable) -> Callable:
     @wraps(function)
     def run_on(trainer: BlipTrainer, *args: Any, **kwargs: Any) -> Any:
         folder = Path(trainer.args.output_dir)
-        with trainer.signals, explain_full_disk(folder):
+        with trainer.signals, explain_full_disk(folder), explain_lost_process(folder):
             try:
                 return function(trainer, *args, **kwargs)
             except Stopped:
@@ -539,7 +620,7 @@ def run(
         trainer.card = build_model_card(
             trainer.hub_model_id or args.hub_model_id or folder.resolve().name,
             task=pipeline_tag,
-            stock_class=type(trainer.blip).__name__,
+            stock_class=trainer.class_name,
             is_adapter=hasattr(trainer.model, "peft_config"),
             base_model=model_args.hub_id,
             revision=model_args.model_revision,

@@ -1,0 +1,286 @@
+"""Every engine that the README names really runs: two processes on the CPU, started as users start them."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RECIPES, TASKS, history_of, predictions_of, results_of
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers.models.blip import modeling_blip
+
+from blip_ft import feature_store
+from blip_ft.checkpoints import what_is_missing
+
+ROOT = RECIPES.parent
+# row of the table in docs/distributed.md -> recipe, its flags
+RUNS = {
+    "vqa": ("vqa", []),
+    "captioning": ("captioning", []),
+    "retrieval": ("retrieval", []),
+    "LoRA": ("vqa", ["--use_peft", "--lora_dropout", "0"]),
+    "cached features": ("vqa", ["--freeze", "vision_model", "--cache_image_features", "--cache_dtype", "fp32"]),
+}
+# the fourth step of five is the second of an epoch: what is resumed begins in the middle of one
+STEPS = ["--max_steps", "5", "--save_strategy", "steps", "--save_steps", "3", "--logging_steps", "1"]
+STEPS += ["--eval_strategy", "steps", "--eval_steps", "2", "--sample_steps", "2", "--max_eval_samples", "7"]
+CONFIGS = {"ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3", "FSDP2": "fsdp"}
+NOT_SUPPORTED = [("FSDP2", "retrieval"), ("ZeRO-3", "retrieval")]
+
+slow = pytest.mark.slow
+MATRIX = [
+    pytest.param(engine, run, marks=[] if (engine, run) in QUICK else slow)
+    for QUICK in [{("DDP", "vqa"), ("ZeRO-2", "retrieval"), ("ZeRO-3", "vqa"), ("FSDP2", "captioning")}]
+    for engine in ("DDP", *CONFIGS)
+    for run in RUNS
+    if (engine, run) not in NOT_SUPPORTED
+]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(cache), "DS_ACCELERATOR": "cpu"}
+
+
+def command_of(engine: str, recipe: str) -> list[str]:
+    """The launcher's words, up to the recipe's own flags."""
+    program = str(RECIPES / f"{recipe}.py")
+    if engine == "DDP":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program]
+    if "ZeRO" in engine and not find_spec("deepspeed"):
+        pytest.skip("deepspeed is not installed")
+    config = str(ROOT / "accelerate_configs" / f"{CONFIGS[engine]}.yaml")
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--config_file", config]
+    launch += ["--main_process_port", "0"]
+    # bf16, which the file asks for, has roundings of its own in each engine
+    return [*launch, "--num_processes", "2", "--mixed_precision", "no", str(ROOT / "tests" / "cpu_as_gpu.py"), program]
+
+
+@pytest.fixture
+def start(data_of, tmp_path):
+    def run(engine: str, name: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
+        recipe, own = RUNS[name]
+        # accumulation too; retrieval's negatives stand in the batch, where accumulation is another loss
+        share = ["2"] if recipe == "retrieval" else ["1", "--gradient_accumulation_steps", "2"]
+        flags = [*data_of(recipe), *own, *STEPS, "--per_device_train_batch_size", *share, *flags]
+        flags += ["--output_dir", str(folder), "--use_cpu", "--dataloader_num_workers", "0"]
+        return subprocess.run(
+            [*command_of(engine, recipe), *flags],
+            capture_output=True,
+            text=True,
+            env=environment(tmp_path / "cache"),
+            timeout=300,
+        )
+
+    return run
+
+
+@pytest.fixture
+def reference(recipe, start, data_of, tmp_path, monkeypatch):
+    """A run with the same global batch in one process; of retrieval, whose processes share negatives, under DDP."""
+
+    def run(name: str) -> Path:
+        task, own = RUNS[name]
+        folder = tmp_path / "reference"
+        if task == "retrieval":
+            assert start("DDP", name, folder).returncode == 0
+            return folder
+        monkeypatch.setattr(feature_store, "HF_CACHE_HOME", str(tmp_path / "cache"))
+        flags = [*data_of(task), *own, *STEPS, "--per_device_train_batch_size", "4"]
+        return recipe(*flags, output_dir=folder, task=task)
+
+    return run
+
+
+def numbers_of(folder: Path) -> dict[tuple[int, str], float]:
+    """Losses, gradient norms and scores by step; not what a clock gave."""
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {
+        (entry["step"], name): value
+        for entry in log
+        for name, value in entry.items()
+        if name in ("loss", "grad_norm") or (name.startswith("eval_") and not name.endswith(("runtime", "second")))
+    }
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize(("engine", "name"), MATRIX)
+def test_engine_gives_the_numbers_of_one_process_and_resumes_bitwise(
+    start, reference, checkpoints, tmp_path, engine, name
+):
+    done = start(engine, name, tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert name == "retrieval" or "Step 4 of 5:\n" in done.stderr
+    one, run = reference(name), tmp_path / "run"
+    assert numbers_of(run) == pytest.approx(numbers_of(one), rel=1e-4)
+    assert len(history_of(run)) == 5
+    for row, other in zip(predictions_of(run), predictions_of(one), strict=True):
+        assert row["prediction"] == other["prediction"]
+    assert {path.name for path in one.iterdir()} == {path.name for path in run.iterdir()}
+
+    stock = getattr(modeling_blip, TASKS[RUNS[name][0]].__name__)
+    assert f"{stock.__name__}.from_pretrained" in (run / "README.md").read_text()
+    if name == "LoRA":
+        PeftModel.from_pretrained(stock.from_pretrained(checkpoints["vqa"]), run)
+    else:
+        _, info = stock.from_pretrained(run, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    # each tied weight once
+    assert weights_of(run).keys() == weights_of(one).keys()
+
+    resumed = tmp_path / "resumed"
+    shutil.copytree(run, resumed, ignore=shutil.ignore_patterns("checkpoint-5"))
+    done = start(engine, name, resumed, "--resume_from_checkpoint", "last")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert weights_of(resumed).keys() == weights_of(run).keys()
+    assert all(torch.equal(weights_of(resumed)[key], tensor) for key, tensor in weights_of(run).items())
+
+
+@slow
+@pytest.mark.parametrize(("engine", "name"), [pair.values for pair in MATRIX if pair.values[0] != "DDP"])
+def test_engine_trains_in_the_precision_of_its_file(start, tmp_path, engine, name):
+    done = start(engine, name, tmp_path / "run", "--bf16")
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [entry["loss"] for entry in history_of(tmp_path / "run")]
+    assert len(losses) == 5 and all(0 < loss < 10 for loss in losses)
+
+
+REFUSED = {
+    "FSDP2": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "Retrieval does not support FSDP2"),
+    "FSDP1": ({"ACCELERATE_USE_FSDP": "true"}, "Set fsdp_version: 2"),
+    "ZeRO-3": (
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+        "Retrieval does not support ZeRO-3",
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", REFUSED)
+def test_engine_that_cannot_train_retrieval_is_refused_before_weights_load(
+    data_of, tmp_path, monkeypatch, caplog, recipe, engine
+):
+    if engine == "ZeRO-3" and not find_spec("deepspeed"):
+        pytest.skip("deepspeed is not installed")
+    variables, message = REFUSED[engine]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(TASKS["retrieval"], "from_pretrained", None)
+    with pytest.raises(SystemExit):
+        recipe(*data_of("retrieval"), task="retrieval")
+    assert message in caplog.messages[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoint_of_another_engine_is_not_resumed(recipe, data_of, monkeypatch, caplog):
+    folder = recipe(*data_of("vqa"), "--max_steps", "1")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(SystemExit):
+        recipe(*data_of("vqa"), "--resume_from_checkpoint", "last", output_dir=folder)
+    assert "was saved under DDP, and this run uses FSDP2" in caplog.messages[-1]
+
+
+def process_of_rank(rank: int, folder: Path) -> int:
+    """The process id of a rank of the run that writes to folder."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            variables, words = (path / "environ").read_bytes(), (path / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if f"\0RANK={rank}\0".encode() in b"\0" + variables and str(folder).encode() in words:
+            return int(path.name)
+    raise ValueError(f"no process of rank {rank}")
+
+
+def test_killed_process_ends_the_others_and_leaves_the_last_checkpoint_complete(data_of, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*data_of("vqa"), "--max_steps", "5000", "--save_strategy", "steps", "--save_steps", "5", "--use_cpu"]
+    flags += ["--per_device_train_batch_size", "2", "--dataloader_num_workers", "0", "--output_dir", str(folder)]
+    launcher = subprocess.Popen(
+        [*command_of("DDP", "vqa"), *flags],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(tmp_path / "cache"),
+    )
+    while not list(folder.glob("checkpoint-*")):
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    survivor = process_of_rank(0, folder)
+    os.kill(process_of_rank(1, folder), signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=60)  # torchrun kills after 30 s
+    assert launcher.returncode == 1
+    assert not Path(f"/proc/{survivor}").exists()
+    assert "Another process of this run has ended" in errors
+    assert f"--output_dir {folder} --resume_from_checkpoint last" in errors
+    checkpoints = list(folder.glob("checkpoint-*"))
+    assert checkpoints and not any(map(what_is_missing, checkpoints))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_machines_without_a_shared_disk_train_and_resume_where_each_has_the_checkpoint(
+    data_of, reference, tmp_path
+):
+    """Two launchers, each with a folder of its own, stand for two machines."""
+    machines = [tmp_path / f"machine{number}" for number in range(2)]
+
+    def run(*flags: str) -> list[tuple[int, str]]:
+        port = free_port()
+        processes = []
+        for number, machine in enumerate(machines):
+            machine.mkdir(exist_ok=True)
+            where = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(number)]
+            where += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+            words = [sys.executable, "-m", "torch.distributed.run", *where, str(RECIPES / "vqa.py"), *data_of("vqa")]
+            words += [*STEPS, "--per_device_train_batch_size", "2", "--output_dir", "run", "--use_cpu", *flags]
+            processes.append(
+                subprocess.Popen(
+                    [*words, "--dataloader_num_workers", "0"],
+                    cwd=machine,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=environment(tmp_path / "cache"),
+                )
+            )
+        return [
+            (process.returncode, errors) for process in processes for _, errors in [process.communicate(timeout=200)]
+        ]
+
+    for code, errors in run("--save_on_each_node"):
+        assert code == 0, errors[-3000:]
+    one = reference("vqa")
+    assert numbers_of(machines[0] / "run") == pytest.approx(numbers_of(one), rel=1e-4)
+    assert results_of(machines[0] / "run")["eval_loss"] == pytest.approx(results_of(one)["eval_loss"], rel=1e-4)
+    for machine in machines:
+        assert what_is_missing(machine / "run" / "checkpoint-3") is None
+    unbroken = weights_of(machines[0] / "run")
+
+    for machine in machines:
+        shutil.rmtree(machine / "run" / "checkpoint-5")
+    shutil.move(machines[1] / "run" / "checkpoint-3", tmp_path / "kept")
+    for code, errors in run("--resume_from_checkpoint", "last"):
+        assert code == 1
+        assert "checkpoint-3 must be on each machine" in errors or "checkpoint" not in errors.split("ChildFailed")[0]
+
+    shutil.move(tmp_path / "kept", machines[1] / "run" / "checkpoint-3")
+    for code, errors in run("--save_on_each_node", "--resume_from_checkpoint", "last"):
+        assert code == 0, errors[-3000:]
+    assert all(torch.equal(weights_of(machines[0] / "run")[name], tensor) for name, tensor in unbroken.items())
