@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BlipImageProcessor, BlipProcessor, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of a position that has no target
+
+# Pillow knows forty more, and for EPS it starts Ghostscript: a data set must not choose what runs here
+Image.init()
+IMAGE_FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+    if name in Image.OPEN  # AVIF since Pillow 11.3
+)
+# libtiff's limit for the JPEGs in its files; encoders write about 10 scans, mozjpeg up to 64
+MAX_JPEG_SCANS = 100
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")  # FF 00 is a byte of a scan
+# SOF, DHT, DAC, SOS, DQT, DNL, DRI, APP, COM
+JPEG_SEGMENTS = {*range(0xC0, 0xD0), *range(0xDA, 0xDE), *range(0xE0, 0xF0), 0xFE}
 
 
 def open_image(image: Any, size: int | None = None) -> Image.Image:
@@ -29,12 +43,15 @@ def open_image(image: Any, size: int | None = None) -> Image.Image:
         image: a path, encoded bytes, a PIL image, an array (height, width, 3) of bytes, or datasets' {"bytes": ...,
             "path": ...}.
         size: pixels a side that are enough: a larger JPEG is decoded at a half, quarter or eighth of its size.
-    Raises: OSError where it cannot be read, ValueError where it is none of these, or larger than Pillow's limit.
+    Raises: OSError if it cannot be read or is not a regular file in one of IMAGE_FORMATS; ValueError if it is none of
+        these, has more pixels than Pillow's limit, or is a JPEG of more than MAX_JPEG_SCANS.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         image = open_encoded(image)
+        if image.format in ("JPEG", "MPO"):
+            _require_few_scans(image)
         if size is not None:
             image.draft(image.mode, (size, size))
     image = ImageOps.exif_transpose(image)
@@ -57,11 +74,51 @@ def open_encoded(image: Any) -> Image.Image:
         raise ValueError("A picture is a path, bytes or a PIL image; this row has none.")
     if not isinstance(image, (str, os.PathLike, io.BytesIO)):
         raise ValueError(f"A picture is a path, bytes, a PIL image or an array; this is a {type(image).__name__}.")
-    opened, limit = Image.open(image), Image.MAX_IMAGE_PIXELS
+    if not isinstance(image, io.BytesIO):
+        _require_regular_file(image)
+    try:
+        opened, limit = Image.open(image, formats=IMAGE_FORMATS), Image.MAX_IMAGE_PIXELS
+    except UnidentifiedImageError as error:
+        raise UnidentifiedImageError(
+            f"it is damaged, or in none of the formats {', '.join(IMAGE_FORMATS)}. Convert it to one of them."
+        ) from error
     # a few bytes can stand for gigabytes of pixels; Pillow warns here, and refuses twice as many
     if limit and opened.width * opened.height > limit:
         raise ValueError(f"It has {opened.width} x {opened.height} pixels, more than the {limit} that Pillow allows.")
     return opened
+
+
+def _require_regular_file(path: str | os.PathLike) -> None:
+    """Raises: OSError for a named pipe, whose opening may wait forever, for a device and for a folder."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is not a regular file but a folder, named pipe, socket or device.")
+
+
+def _require_few_scans(image: Image.Image) -> None:
+    """Raises: ValueError for a JPEG that takes long to decode: each scan, of a few bytes or many, visits all pixels.
+
+    100 scans of the most pixels that Pillow allows take 3 seconds; thousands fit into half a megabyte.
+    """
+    position = image.fp.tell()
+    image.fp.seek(0)
+    content = image.fp.read()
+    image.fp.seek(position)
+    # the bytes of a start of scan also stand in thumbnails, and by chance in what follows the image
+    if content.count(b"\xff\xda") > MAX_JPEG_SCANS and (scans := _count_scans(content)) > MAX_JPEG_SCANS:
+        raise ValueError(f"It is a JPEG of {scans} scans; at most {MAX_JPEG_SCANS} are decoded. Save it anew.")
+
+
+def _count_scans(jpeg: bytes) -> int:
+    """Scans up to the end marker. What follows, a second image or a film, is not decoded."""
+    scans = position = 0
+    while marker := JPEG_MARKER.search(jpeg, position):
+        position, code = marker.end(), marker[1][0]
+        if code == 0xD9:
+            break
+        scans += code == 0xDA
+        if code in JPEG_SEGMENTS:
+            position += max(2, int.from_bytes(jpeg[position : position + 2], "big"))
+    return scans
 
 
 def picture_key(image: dict[str, Any]) -> str:

@@ -55,6 +55,7 @@ from blip_ft.arguments import (
     parse,
 )
 from blip_ft.collators import (
+    IMAGE_FORMATS,
     VqaCollator,
     clean_caption,
     encode_labels,
@@ -173,7 +174,8 @@ def list_pictures(paths: Iterable[str]) -> Dataset:
             raise ValueError(f"There is no picture and no folder {path}. Check the path.")
         found = [path]
         if path.is_dir():
-            endings = PillowImage.registered_extensions()
+            known = PillowImage.registered_extensions().items()
+            endings = {ending for ending, form in known if form in IMAGE_FORMATS}
             found = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
         if not found:
             raise ValueError(f"{path} holds no picture (.jpg, .png, ...).")

@@ -26,7 +26,15 @@ from transformers import BlipProcessor
 
 from blip_ft import inference
 from blip_ft.arguments import parse, start_recipe
-from blip_ft.collators import clean_caption, encode_images, encode_prompt, encode_texts, longest_side, open_image
+from blip_ft.collators import (
+    IMAGE_FORMATS,
+    clean_caption,
+    encode_images,
+    encode_prompt,
+    encode_texts,
+    longest_side,
+    open_image,
+)
 from blip_ft.models import TASK_OF_CLASS, load_model
 
 logger = logging.getLogger("blip_ft.app")
@@ -37,8 +45,6 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 MAX_FILE_SIZE = "20mb"
 MAX_PIXELS = 50_000_000
-# of uploads nothing else is decoded: for EPS, Pillow would start another program
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_LINES = 64  # questions, or texts, at once
 MAX_CAPTION_TOKENS = 16  # after what it begins with
 SECONDS_KEPT = 3600  # pictures that were uploaded
@@ -218,7 +224,7 @@ def read_picture(path: str | None, size: int) -> Image.Image:
     if path is None:
         raise ValueError("Drop a picture first.")
     try:
-        with Image.open(path, formats=FORMATS) as header:
+        with Image.open(path, formats=IMAGE_FORMATS) as header:
             too_large = header.width * header.height > MAX_PIXELS
         if not too_large:
             return open_image(path, size)
@@ -227,7 +233,9 @@ def read_picture(path: str | None, size: int) -> Image.Image:
     # decoders raise what they like on broken input
     except Exception as error:
         logger.warning("%s cannot be read: %s", path, error)
-        raise ValueError(f"This file is damaged, or none of {', '.join(FORMATS)}. Try another picture.") from error
+        raise ValueError(
+            f"This file is damaged, or none of {', '.join(IMAGE_FORMATS)}. Try another picture."
+        ) from error
     raise ValueError(f"This picture has more than {MAX_PIXELS // 10**6} million pixels. Make it smaller.")
 
 

@@ -18,12 +18,12 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from blip_ft import data_pipeline
 from blip_ft.arguments import DataArguments
 from blip_ft.collators import CaptionCollator, RetrievalCollator, VqaCollator, clean_caption, open_image
-from blip_ft.data_pipeline import load_captions, load_vqa
+from blip_ft.data_pipeline import list_pictures, load_captions, load_vqa
 
 COLOR = (200, 90, 10)
 
@@ -74,6 +74,13 @@ def bomb(width, height):
     )
 
 
+def jpeg_of_scans(number, between=b""):
+    """A progressive JPEG of `number` scans, all but six of them a few bytes; `between` stands before each of those."""
+    content = encoded(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + (between + scan) * (number - content.count(b"\xff\xda")) + b"\xff\xd9"
+
+
 NOISE = Image.effect_noise((64, 64), 50)
 UNREADABLE = {
     "zero bytes": b"",
@@ -84,6 +91,10 @@ UNREADABLE = {
     # Pillow warns of the first, and refuses the second itself
     "bomb": bomb(12_000, 10_000),
     "larger bomb": bomb(60_000, 60_000),
+    # Pillow would start Ghostscript
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+    "format of no use": encoded(NOISE, "PCX"),
+    "scans": jpeg_of_scans(101),
 }
 
 
@@ -93,12 +104,57 @@ UNREADABLE = {
 def test_unreadable_picture_is_listed_or_counts_for_nothing(folder, processor, kind, check):
     (folder / "bad.png").write_bytes(UNREADABLE[kind])
     rows, bad = load_rows(folder, [{"file_name": "good.png"}, {"file_name": "bad.png"}], check_images=check)
-    if check == "full" or "cut" not in kind:
+    if check == "full" or kind not in ("cut png", "cut jpeg", "scans"):
         assert [(row["row"], row["reason"].split(":")[0]) for row in bad] == [(1, "picture cannot be read")]
         assert [row["image_id"] for row in rows] == ["good.png"]
     else:
         # only the header was asked for: the row is there and weighs nothing
         assert VqaCollator(processor)(rows)["answer_weights"].tolist() == [1, 0]
+
+
+def test_no_other_program_is_started_for_an_image(folder, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("started"))
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: pytest.fail("started"))
+    for name in ("bad.jpg", "bad.eps"):
+        (folder / name).write_bytes(UNREADABLE["postscript"])
+    for image in (UNREADABLE["postscript"], folder / "bad.jpg"):
+        with pytest.raises(OSError, match="none of the formats JPEG, PNG"):
+            open_image(image)
+    assert "bad.eps" not in [Path(row["image"]["path"]).name for row in list_pictures([str(folder)])]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "MPO"])
+def test_image_of_each_usual_format_is_read(form):
+    if form == "AVIF" and "AVIF" not in Image.SAVE:
+        pytest.skip("Pillow below 11.3")
+    image = open_image(encoded(FLAT, form))
+    assert np.abs(np.asarray(image, int) - COLOR).max() <= 3
+
+
+def test_only_regular_files_are_opened(folder):
+    """A named pipe would be waited for without end."""
+    os.mkfifo(folder / "pipe.png")
+    rows, bad = load_rows(folder, [{"file_name": "good.png"}, {"file_name": "pipe.png"}])
+    assert [row["image_id"] for row in rows] == ["good.png"]
+    assert len(bad) == 1 and "not a regular file" in bad[0]["reason"]
+    for path in (folder / "pipe.png", "/dev/zero", folder):
+        with pytest.raises(OSError, match="not a regular file"):
+            open_image(path)
+
+
+def test_scans_of_a_jpeg_are_bounded_before_it_is_decoded(monkeypatch):
+    assert open_image(jpeg_of_scans(100)).size == (64, 64)
+    for between in (b"", b"\xff\xfe\0\x02", b"\xff\xff"):  # a comment, a filling byte
+        content = jpeg_of_scans(5000, between)
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="JPEG of 5000 scans; at most 100"):
+            patch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+            open_image(content)
+
+
+def test_starts_of_scans_that_are_none_are_not_counted():
+    """In a segment's content and behind the end, where telephones put films."""
+    content = encoded(NOISE.convert("RGB"), "JPEG", comment=b"\xff\xda" * 200) + b"\xff\xda" * 200
+    assert open_image(content).size == (64, 64)
 
 
 def test_bomb_is_refused_before_it_is_decoded(monkeypatch):
