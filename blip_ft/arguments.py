@@ -540,13 +540,33 @@ class _Parser(HfArgumentParser):
         raise ValueError(f"{message}. {self.prog} --help lists the flags.")
 
 
+class _UniqueKeyLoader(yaml.BaseLoader):
+    """Refuses a key that stands twice. PyYAML would keep the last value without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            # the parser takes both spellings of a flag
+            name = str(self.construct_object(key, deep=True)).replace("-", "_")
+            if name in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {name!r} stands twice, and one of the two would be lost. Remove one",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def _flags_of_yaml(path: str | Path, parser: HfArgumentParser) -> list[str]:
     """The YAML's keys as flags, so that one parser gives every value its type."""
     try:
         # BaseLoader leaves scalars as written: 1e-4 is no string then, and `no` no boolean
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ValueError(f"--config needs a YAML file that can be read; {path}: {error.strerror}.") from error
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path} is not valid YAML{line}: {error.problem}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content or {}, dict):

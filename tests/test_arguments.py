@@ -46,6 +46,19 @@ def test_abbreviated_flag_is_refused(tmp_path):
         parsed(tmp_path, "", "--learning_rat", "1e-4")
 
 
+@pytest.mark.parametrize(
+    ("yaml", "line", "key"),
+    [
+        ("seed: 1\nbf16: false\nseed: 2\n", 3, "seed"),
+        ("learning_rate: 1e-4\nlearning-rate: 1e-5\n", 2, "learning_rate"),
+        ("lr_scheduler_kwargs:\n  min_lr: 1\n  min_lr: 2\n", 3, "min_lr"),
+    ],
+)
+def test_key_that_stands_twice_in_a_yaml_is_refused_with_its_line(tmp_path, yaml, line, key):
+    with pytest.raises(ValueError, match=rf"run\.yaml is not valid YAML in line {line}: the key '{key}' stands twice"):
+        parsed(tmp_path, yaml)
+
+
 def test_broken_yaml_and_missing_file_are_named(tmp_path):
     with pytest.raises(ValueError, match="is not valid YAML"):
         parsed(tmp_path, "a: [1\n")
