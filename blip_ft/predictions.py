@@ -26,7 +26,8 @@ SETTINGS_FILE = "predict_settings.json"
 # --format -> the task that it is for; the column with the ids by which an evaluation server knows the rows, and the
 # number in one; what a prediction is called
 FORMATS = {
-    "vqa": ("vqa", "question_id", r"(\d+)", "answer"),
+    # eval-7 is the seventh row after the first, of data without ids
+    "vqa": ("vqa", "question_id", r"(?:eval-)?(\d+)", "answer"),
     # also of a file: COCO_val2014_000000000042.jpg is 42
     "coco": ("conditional_generation", "image_id", r"(?:.*\D)?(\d+)(?:\.\w+)?", "caption"),
 }

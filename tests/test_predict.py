@@ -229,7 +229,10 @@ MISTAKES = {
     "no picture": (["--images", "{empty}", "--question", "is it ?"], "holds no picture"),
     "no split": (["--dataset_name", "{pictures}", "--eval_split", "dev"], "the data has train, test"),
     "other format": (["--dataset_name", "{pictures}", "--format", "coco"], "is for conditional_generation"),
-    "no number": (["--dataset_name", "{pictures}", "--format", "vqa"], "needs ids that are numbers, found 'eval-0'"),
+    "no number": (
+        ["--images", "{pictures}", "--question", "what ?", "--format", "vqa"],
+        "needs ids that are numbers, found '",
+    ),
 }
 
 
