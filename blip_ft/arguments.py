@@ -142,6 +142,10 @@ class DataArguments:
     eval_fraction: float = field(
         default=0.1, metadata={"help": "Share of the pictures (not rows) held out where there is no eval_split."}
     )
+    allow_image_overlap: bool = field(
+        default=False,
+        metadata={"help": "Evaluate on the rows that are trained on, if both are named the same. Default: refused."},
+    )
     image_column: str | None = field(default=None, metadata={"help": "Default: `image`, else `file_name`."})
     image_id_column: str = field(
         default="image_id",

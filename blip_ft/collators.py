@@ -121,15 +121,17 @@ def _count_scans(jpeg: bytes) -> int:
     return scans
 
 
-def picture_key(image: dict[str, Any]) -> str:
-    """A name for the content of datasets' {"bytes": ..., "path": ...}: another one where a picture has changed.
+def content_hash(image: dict[str, Any]) -> str:
+    """SHA-1 of the encoded bytes of datasets' {"bytes": ..., "path": ...}, in hexadecimal digits.
 
-    Raises: OSError where its file is not there.
+    Raises: OSError if its file cannot be read or is not a regular one.
     """
-    if image["bytes"] is not None:
-        return hashlib.sha1(image["bytes"]).hexdigest()
-    status = os.stat(image["path"])
-    return hashlib.sha1(f"{image['path']} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    content = image["bytes"]
+    if content is None:
+        _require_regular_file(image["path"])
+        with open(image["path"], "rb") as file:
+            content = file.read()
+    return hashlib.sha1(content).hexdigest()
 
 
 def longest_side(image_processor: BlipImageProcessor) -> int:

@@ -11,11 +11,12 @@ import math
 import os
 import re
 import tempfile
+import time
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, count, groupby, islice
 from pathlib import Path
@@ -58,12 +59,12 @@ from blip_ft.collators import (
     IMAGE_FORMATS,
     VqaCollator,
     clean_caption,
+    content_hash,
     encode_labels,
     encode_row_images,
     encode_texts,
     open_encoded,
     open_image,
-    picture_key,
 )
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,21 @@ class RowsOfFile:
 Table = Dataset | RowsOfFile | IterableDataset
 
 
+@dataclass
+class ImageOverlap:
+    """How many images to evaluate on are also trained on.
+
+    Args:
+        num_shared: of those to evaluate on.
+        num_eval: all images to evaluate on.
+        example: image_id of one that is shared, None if there is none.
+    """
+
+    num_shared: int
+    num_eval: int
+    example: str | None
+
+
 def load_vqa(
     args: DataArguments, bad_rows_file: Path | None = None, seed: int = 42
 ) -> tuple[Dataset | StreamedRows, Dataset]:
@@ -115,15 +131,19 @@ def load_vqa(
     Columns: image ({"bytes", "path"}, not decoded), image_id, question, question_id, answers (one string or more) and,
     where the source has it, answer_type. Rows that cannot be used are left out and listed in bad_rows_file (jsonl); in
     evaluation those whose picture cannot be read stay, to be counted as wrong. A question_id that stands twice is named
-    in a warning.
+    in a warning, and so are images to evaluate on that are also trained on. The second data set has the attribute
+    image_overlap: an ImageOverlap, or None if the rows to train on are streamed.
 
-    Raises: ValueError for a source, column or split that is not there, and where more than max_bad_fraction is bad.
+    Raises: ValueError for a source, column or split that is not there, if more than max_bad_fraction is bad, and if the
+        same rows are to be trained and evaluated on without allow_image_overlap.
     """
-    rows = _load(_VqaSchema, args, bad_rows_file, seed)
+    rows, identity = _load(_VqaSchema, args, bad_rows_file, seed)
     for name, part in rows.items():
         if isinstance(part, Dataset):
             _warn_of_repeated_ids(part, name)
-    return _first(rows["train"], args.max_train_samples), _first(rows["eval"], args.max_eval_samples)
+    train, evaluation = _first(rows["train"], args.max_train_samples), _first(rows["eval"], args.max_eval_samples)
+    evaluation.image_overlap = _find_image_overlap(train, evaluation, identity, args)
+    return train, evaluation
 
 
 def load_captions(
@@ -132,11 +152,14 @@ def load_captions(
     """Captions to train on, one a row, and pictures with all their captions to evaluate on.
 
     Columns: image ({"bytes", "path"}, not decoded), image_id, and caption to train, captions (strings) to evaluate on.
-    What a picture's rows in the source say is put together, each caption once. Bad rows and errors as in load_vqa.
+    What a picture's rows in the source say is put together, each caption once. Bad rows, image_overlap and errors as in
+    load_vqa.
     """
-    rows = _load(_CaptionSchema, args, bad_rows_file, seed)
+    rows, identity = _load(_CaptionSchema, args, bad_rows_file, seed)
     train = rows["train"] if args.streaming else CaptionRows(rows["train"], args.max_train_samples)
-    return train, _first(rows["eval"], args.max_eval_samples)
+    evaluation = _first(rows["eval"], args.max_eval_samples)
+    evaluation.image_overlap = _find_image_overlap(train, evaluation, identity, args)
+    return train, evaluation
 
 
 def load_to_predict(args: DataArguments, task: str) -> tuple[Dataset, list[Row]]:
@@ -187,13 +210,13 @@ def list_pictures(paths: Iterable[str]) -> Dataset:
 
 def column_names(args: DataArguments) -> list[str]:
     """Of the rows to train on, as the source calls them."""
-    return _columns_of(_read_splits(args)["train"][0])
+    return _columns_of(_select_splits(_read(args)[0], replace(args, eval_split=None))[0])
 
 
 def _load(
     schema: type[_Schema], args: DataArguments, bad_rows_file: Path | None, seed: int
-) -> dict[str, Dataset | StreamedRows]:
-    """The good rows of `train` and `eval`."""
+) -> tuple[dict[str, Dataset | StreamedRows], dict[str, dict[str, int]]]:
+    """The good rows of `train` and `eval`, and of each _Part.identity."""
     sources = {
         name: (table, schema(args, _columns_of(table), folder, name))
         for name, (table, folder) in _read_splits(args).items()
@@ -208,20 +231,46 @@ def _load(
         _report_bad_rows(bad, total, args.max_bad_fraction, bad_rows_file)
 
     rows = {name: part.good() for name, part in parts.items()}
+    identity = {name: part.identity for name, part in parts.items()}
     if "eval" not in rows:  # a stream is never held out from
-        rows["train"], rows["eval"] = _hold_out_pictures(rows["train"], args.eval_fraction, seed)
+        rows["train"], rows["eval"] = _hold_out_pictures(rows["train"], args.eval_fraction, seed, identity["train"])
+        identity["eval"] = identity["train"]
     if stream is None:
         rows["train"] = _without_pictures(rows["train"], unreadable["train"])
     for name, part in rows.items():
         if not len(part):
             raise ValueError(f"No row is left to {name} on. {total} rows were read, {len(bad)} of them were bad.")
-    return rows if stream is None else {"train": stream, **rows}
+    return rows if stream is None else {"train": stream, **rows}, identity
 
 
 def _first(rows: Dataset | StreamedRows, limit: int | None) -> Dataset | StreamedRows:
     if limit is None or isinstance(rows, StreamedRows):  # which stops each pass there itself
         return rows
     return rows.select(range(min(limit, len(rows))))
+
+
+def _find_image_overlap(
+    train: Dataset | CaptionRows | StreamedRows,
+    evaluation: Dataset,
+    identity: dict[str, dict[str, int]],
+    args: DataArguments,
+) -> ImageOverlap | None:
+    """Shared are images of the same file or content and, within one source, of the same image_id."""
+    if isinstance(train, StreamedRows):
+        return None
+    if isinstance(train, CaptionRows):
+        train = train.pictures.select(np.unique(train.picture))
+    trained, evaluated = (_dictionary(rows, "image_id").dictionary.to_pylist() for rows in (train, evaluation))
+    images = {identity["train"][image_id] for image_id in trained}
+    ids = set() if args.eval_dataset_name else set(trained)  # another source may count its images from 0 too
+    shared = [image_id for image_id in evaluated if image_id in ids or identity["eval"][image_id] in images]
+    if shared:
+        logger.warning(
+            "%d of %d images to evaluate on are also trained on, e.g. %s. Scores on these say little about new images. "
+            "Take them out of one of the two.",
+            *(len(shared), len(evaluated), shared[0]),
+        )
+    return ImageOverlap(len(shared), len(evaluated), shared[0] if shared else None)
 
 
 def _warn_of_repeated_ids(rows: Dataset, name: str) -> None:
@@ -506,6 +555,7 @@ class DataPipeline:
 
 def _read_splits(args: DataArguments) -> dict[str, tuple[Table, Path | None]]:
     """Raw rows of `train` and, where they are named, of `eval`, with the folder that their picture paths start from."""
+    _require_separate_rows(args)
     tables, folder = _read(args)
     if args.eval_dataset_name:
         other, other_folder = _read(replace(args, dataset_name=args.eval_dataset_name))
@@ -515,6 +565,34 @@ def _read_splits(args: DataArguments) -> dict[str, tuple[Table, Path | None]]:
         return {"train": (train, folder), "eval": (evaluation, other_folder)}
     train, evaluation = _select_splits(tables, args)
     return {"train": (train, folder)} | ({} if evaluation is None else {"eval": (evaluation, folder)})
+
+
+def _require_separate_rows(args: DataArguments) -> None:
+    """Raises: ValueError if the same rows are to be trained and evaluated on, unless allow_image_overlap says so."""
+    if args.questions_file:
+        same = args.eval_split == args.train_split or _same_file(args.questions_file, args.eval_questions_file)
+    else:
+        by_default = "train" if args.eval_dataset_name else "validation" if args.dataset_name == "demo" else None
+        same = (args.eval_split or by_default) == args.train_split and (
+            not args.eval_dataset_name or _same_file(args.dataset_name, args.eval_dataset_name)
+        )
+    if same and not args.allow_image_overlap:
+        raise ValueError(
+            f"The rows to evaluate on are those to train on: {args.dataset_name or args.questions_file}, split "
+            f"{args.train_split}. Scores would say nothing about new images. Name other rows with --eval_split, "
+            "--eval_dataset_name or --eval_questions_file, or none of these to hold out a part of the images; "
+            "--allow_image_overlap allows it."
+        )
+
+
+def _same_file(one: str, other: str | None) -> bool:
+    """Also of a folder and its metadata file, and of two equal ids of the Hub."""
+
+    def file_of(name: str) -> Path:
+        path = Path(name).expanduser().resolve()
+        return next((path / file for file in METADATA_FILES if (path / file).is_file()), path)
+
+    return other is not None and file_of(one) == file_of(other)
 
 
 def _read(args: DataArguments) -> tuple[dict[str, Table], Path | None]:
@@ -794,8 +872,7 @@ def _split_by_column(table: Table, args: DataArguments) -> tuple[Table, Table | 
             )
         return table, None
     in_rows = isinstance(table, Dataset)
-    # without [:] a column of datasets 5 comes row by row, which takes a minute for a million
-    values = [str(value) for value in (table["split"][:] if in_rows else (row.get("split") for row in table))]
+    values = _split_values(table)
 
     def rows_of(split: str) -> Table:
         _require_split(split, dict.fromkeys(values))
@@ -816,6 +893,12 @@ def _named_splits(tables: dict[str, Table], args: DataArguments) -> tuple[Table,
     return tables[args.train_split], tables[eval_split] if eval_split else None
 
 
+def _split_values(table: Dataset | RowsOfFile) -> list[str]:
+    # without [:] a column of datasets 5 comes row by row, which takes a minute for a million
+    values = table["split"][:] if isinstance(table, Dataset) else (row.get("split") for row in table)
+    return [str(value) for value in values]
+
+
 def _require_split(split: str, there: Iterable[str]) -> None:
     if split not in there:
         raise ValueError(
@@ -823,8 +906,11 @@ def _require_split(split: str, there: Iterable[str]) -> None:
         )
 
 
-def _hold_out_pictures(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    pictures = number_pictures(rows)
+def _hold_out_pictures(rows: Dataset, fraction: float, seed: int, identity: dict[str, int]) -> tuple[Dataset, Dataset]:
+    """identity: by image_id, of an image that may stand there under several."""
+    ids, numbers = _dictionary(rows, "image_id"), {}
+    number_of_id = [numbers.setdefault(identity[image_id], len(numbers)) for image_id in ids.dictionary.to_pylist()]
+    pictures = np.array(number_of_id, int)[ids.indices.to_numpy()]
     total = int(pictures.max(initial=-1)) + 1
     if total < 2:
         raise ValueError(f"Holding out pictures needs two or more, found {total}. Give an eval_split.")
@@ -860,7 +946,7 @@ class _Schema:
         if self.id_column != "image_id":
             _require_columns({"image_id_column": self.id_column}, columns)
         self.has_type = "answer_type" in columns
-        self.pictures: dict[str, int] = {}  # given image_id -> hash of the path or bytes that it stands for
+        self.pictures: dict[str, int] = {}  # given image_id -> hash of the path or content that it stands for
         self.in_place = False  # whether the pictures stay in the table that they came in
         self.features = Features({"image": Image(decode=False), "image_id": Value("string"), **self._text_features()})
         self.needed = {self.image_column, self.id_column, *self.text_columns.values(), "question_id", "answer_type"}
@@ -888,6 +974,10 @@ class _Schema:
             if self.pictures.setdefault(given_id, picture) != picture:
                 reason = f"picture is another one than that of an earlier row with {self.id_column} {given_id}"
         return {"image": image, "image_id": given_id or made_id, **texts}, reason
+
+    def identity(self, image_id: str, image: Row) -> int:
+        """Equal for equal paths and for equal bytes, whatever their image_id."""
+        return self.pictures.get(image_id, hash(image["path"] or image_id))  # which is made of the bytes
 
     def to_train(self, rows: list[Row]) -> Iterable[Row]:
         """Converted rows of one picture as they are trained on."""
@@ -985,6 +1075,8 @@ class _Part:
                     del features["image"]
         self.reasons: list[str | None] = []
         self.first: dict[str, int] = {}  # image_id -> the first row that shows it and can be used
+        # image_id -> hash of its content or, as long as that is not known, of its path: equal for one image of two ids
+        self.identity: dict[str, int] = {}
         self.rows = _on_disk(self._convert(table, features), features)
         if pictures is not None:
             self.rows = concatenate_datasets([pictures, self.rows], axis=1)
@@ -995,8 +1087,10 @@ class _Part:
         for position, row in enumerate(islice(_iterate(table), limit)):
             converted, reason = self.schema.convert(row, position)
             self.reasons.append(reason)
-            if not reason:
-                self.first.setdefault(converted["image_id"], position)
+            image_id = converted["image_id"]
+            if not reason and image_id not in self.first:
+                self.first[image_id] = position
+                self.identity[image_id] = self.schema.identity(image_id, converted["image"])
             yield {name: converted[name] for name in features}
 
     def __len__(self) -> int:
@@ -1052,22 +1146,26 @@ def _any_bytes(table: Dataset, column: str) -> bool:
 
 
 def _find_picture(value: Any, folder: Path | None, in_place: bool) -> tuple[Row, str, str | None]:
-    """The column `image`, the key that stands for an image_id, and why the picture cannot be used, if so."""
+    """The column `image`, an image_id made of its content or file, and why the picture cannot be used, if so."""
     content = value
     if isinstance(value, dict):
         content, value = value.get("bytes"), value.get("path")
     if isinstance(content, bytes):
         return {"bytes": content, "path": None}, hashlib.sha1(content).hexdigest(), None
+    made_id = value
     if in_place and folder:
         located, reason = value, "picture has no bytes" if value else None
     elif in_place:
         # of a Hub data set, whose files lie in the cache; a row that names another file is not to be trusted
-        inside = not value or any(Path(value).resolve().is_relative_to(Path(cache).resolve()) for cache in HUB_CACHES)
+        made_id = str(Path(value).resolve()) if value else None
+        inside = not value or any(Path(made_id).is_relative_to(Path(cache).resolve()) for cache in HUB_CACHES)
         located, reason = value, None if inside else "picture lies outside the Hub's cache"
+    elif isinstance(value, str):
+        located, made_id, reason = _locate(value, folder)
     else:
-        located, reason = _locate(value, folder) if isinstance(value, str) else (None, "picture is no path")
+        located, reason = None, "picture is no path"
     # neither of both is refused by datasets
-    return {"bytes": None, "path": located or ""}, _as_id(value) or "none", reason
+    return {"bytes": None, "path": located or ""}, _as_id(made_id) or "none", reason
 
 
 def _holds_pictures(feature: Any) -> bool:
@@ -1133,15 +1231,18 @@ def _as_text(value: Any) -> str:
 
 
 @lru_cache(maxsize=1 << 16)  # the rows of a picture repeat its path
-def _locate(path: str, folder: Path | None) -> tuple[str | None, str | None]:
-    """The absolute path of a picture, or None and the reason why it is refused."""
+def _locate(path: str, folder: Path | None) -> tuple[str | None, str, str | None]:
+    """A picture's absolute path, its image_id, and None; or None, the path as written and why it is refused.
+
+    The image_id is the path within folder of the file itself: the same for a.png, ./a.png and a link to it.
+    """
     if path != _as_id(path):
-        return None, "picture has no path, or one that is no text in UTF-8"
+        return None, path, "picture has no path, or one that is no text in UTF-8"
     if "://" in path or path.startswith("data:"):
-        return None, "picture is a URL; nothing is fetched from a row"
+        return None, path, "picture is a URL; nothing is fetched from a row"
     if not path.strip() or "\0" in path:
-        return None, "picture has no path"
-    root = (folder or Path.cwd()).resolve()
+        return None, path, "picture has no path"
+    root, written = (folder or Path.cwd()).resolve(), path
     # COCO's archives unpack into folders that are named after the subset: train2014/COCO_train2014_000000000009.jpg
     subset = COCO_FILE.fullmatch(path)
     if subset and (root / subset[1] / path).exists():
@@ -1149,10 +1250,64 @@ def _locate(path: str, folder: Path | None) -> tuple[str | None, str | None]:
     try:
         resolved = (root / path).resolve()  # follows links, so that none leads out of the folder
     except (OSError, RuntimeError) as error:  # links in a circle
-        return None, f"picture's path leads nowhere: {error}"
+        return None, written, f"picture's path leads nowhere: {error}"
     if not resolved.is_relative_to(root):
-        return None, f"picture lies outside {root}"
-    return str(resolved), None
+        return None, written, f"picture lies outside {root}"
+    return str(resolved), resolved.relative_to(root).as_posix(), None
+
+
+# ---- what earlier runs found out about image files ----
+
+
+def _signature(path: str) -> str:
+    """Another one after each change of a file.
+
+    Size and mtime alone are kept by `cp -p` and rsync over another file; ctime cannot be set back.
+    """
+    status = os.stat(path)
+    values = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return hashlib.sha1(f"{path} {values}".encode()).hexdigest()
+
+
+def _remembered(name: str) -> Path:
+    return Path(HF_CACHE_HOME) / "blip_ft" / name
+
+
+def _remember(file: Path, lines: Iterable[str]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as opened:
+            opened.write("".join(f"{line}\n" for line in lines))
+    except OSError as error:
+        logger.info("What was found out about the images cannot be remembered: %s", error)
+
+
+class ImageHashes:
+    """SHA-1 of images. That of a file is remembered on disk, and computed again only once the file has changed."""
+
+    def __init__(self) -> None:
+        self.file = _remembered("image_hashes.txt")
+        lines = self.file.read_text().split("\n") if self.file.is_file() else []
+        whole = re.compile("[0-9a-f]{40} [0-9a-f]{40}")  # a killed run may leave half a line
+        self.known = dict(line.split(" ") for line in lines if whole.fullmatch(line))
+        self.fresh: dict[str, str] = {}
+
+    def of(self, image: Row) -> str:
+        """Of datasets' {"bytes": ..., "path": ...}. Raises: OSError if its file cannot be read."""
+        if image["bytes"] is not None:
+            return content_hash(image)
+        signature = _signature(image["path"])
+        if signature in self.known:
+            return self.known[signature]
+        found = self.known[signature] = content_hash(image)
+        # within two ticks of a file system's clock a second change would leave the same times: FAT counts 2 seconds
+        if time.time() - os.stat(image["path"]).st_ctime > 2:
+            self.fresh[signature] = found
+        return found
+
+    def remember(self) -> None:
+        _remember(self.file, (f"{signature} {found}" for signature, found in self.fresh.items()))
+        self.fresh = {}
 
 
 # ---- pictures that cannot be read ----
@@ -1161,12 +1316,20 @@ def _locate(path: str, folder: Path | None) -> tuple[str | None, str | None]:
 def _unreadable_pictures(parts: Iterable[_Part], mode: str) -> dict[str, dict[str, str]]:
     """Part -> image_id -> reason, of the pictures whose header, or in mode `full` whose pixels, cannot be read.
 
-    By part, for two files may count their pictures from 0 each.
+    By part, for two files may count their pictures from 0 each. In mode `full`, which reads the files anyway, the
+    parts also learn the content of the others.
     """
-    remembered = Path(HF_CACHE_HOME) / "blip_ft" / "readable_images.txt"
+    remembered = _remembered("readable_images.txt")
     known = set(remembered.read_text().split("\n")) if remembered.is_file() else set()
+    hashes = ImageHashes()
     found: dict[str, dict[str, str]] = {}
     fresh: list[str] = []
+
+    def check(image: Row) -> tuple[str | None, str | None, str | None]:
+        problem, key = _picture_problem(image, mode, known)
+        # key is None for bytes, whose hash is known from reading the rows
+        return problem, key, hashes.of(image) if key and mode == "full" else None
+
     for part in parts:
         found[part.name] = {}
         ordered, column = list(part.first), part.rows.select_columns("image")
@@ -1175,22 +1338,19 @@ def _unreadable_pictures(parts: Iterable[_Part], mode: str) -> dict[str, dict[st
             # in portions, for map() takes all of its input at once
             for start in range(0, len(ordered), 256):
                 ids = ordered[start : start + 256]
-                images = [column[part.first[image_id]]["image"] for image_id in ids]
-                results = pool.map(_picture_problem, images, [mode] * len(ids), [known] * len(ids))
-                for image_id, (problem, key) in zip(ids, results, strict=True):
+                results = pool.map(check, [column[part.first[image_id]]["image"] for image_id in ids])
+                for image_id, (problem, key, content) in zip(ids, results, strict=True):
                     if problem:
                         found[part.name][image_id] = problem
                     elif key and key not in known:
                         fresh.append(key)
+                    if content:
+                        part.identity[image_id] = hash(content)
                 progress.update(len(ids))
         progress.close()
     if fresh:
-        try:
-            remembered.parent.mkdir(parents=True, exist_ok=True)
-            with remembered.open("a") as file:
-                file.write("".join(f"{key}\n" for key in fresh))
-        except OSError as error:
-            logger.info("The checked pictures cannot be remembered: %s", error)
+        _remember(remembered, fresh)
+    hashes.remember()
     return found
 
 
@@ -1214,7 +1374,7 @@ def _picture_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None
         return "picture is missing", None
     try:
         if image["bytes"] is None:
-            key = f"{picture_key(image)} {mode}"
+            key = f"{_signature(image['path'])} {mode}"
             if key in known:
                 return None, key
         if mode == "full":

@@ -28,13 +28,13 @@ from transformers import BlipProcessor, PreTrainedModel
 
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.callbacks import outlive_signals
-from blip_ft.collators import PictureCollator, picture_key
-from blip_ft.data_pipeline import number_pictures
+from blip_ft.collators import PictureCollator
+from blip_ft.data_pipeline import ImageHashes, number_pictures
 from blip_ft.modeling import BlipForImageTextRetrieval
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # to be raised where a picture would be decoded or resized in another way: old features are then not read
+FORMAT = 2  # to be raised if images are decoded, resized or named in another way: old features are then not read
 KEY_BYTES = 41  # 40 hexadecimal digits and a newline
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GB = 10**9
@@ -152,15 +152,18 @@ def store_pictures(
     home = Path(HF_CACHE_HOME) / "blip_ft" / "image_features"
     store = FeatureStore(home / _digest(model, processor, args), shape, DTYPES[args.cache_dtype])
 
+    hashes = ImageHashes()
     key_of, row_of_key = {}, {}
     for position in np.unique(number_pictures(rows), return_index=True)[1].tolist():
         row = rows[position]
         image_id = row["image_id"]
         try:
-            key = key_of[image_id] = picture_key(row["image"])
+            key = key_of[image_id] = hashes.of(row["image"])
             row_of_key[key] = position
         except OSError as error:
             logger.warning("picture %s cannot be read and counts for nothing: %s", image_id, error)
+
+    hashes.remember()
 
     with store.writing():
         found = store.rows()

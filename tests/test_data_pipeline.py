@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,24 @@ import pandas as pd
 import pyarrow
 import pytest
 import torch
-from datasets import Dataset, Features, Value, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 
 from blip_ft import data_pipeline
 from blip_ft.arguments import DataArguments
-from blip_ft.data_pipeline import DataPipeline, GroupedSampler, load_captions, load_vqa, number_pictures
+from blip_ft.collators import open_image
+from blip_ft.data_pipeline import (
+    DataPipeline,
+    GroupedSampler,
+    ImageOverlap,
+    load_captions,
+    load_to_predict,
+    load_vqa,
+    number_pictures,
+)
 from blip_ft.models import load_model
+from blip_ft.predictions import official_ids
 
 ROWS = [
     {"file_name": "a.png", "question": "what is it ?", "answers": ["a dog", "dog"]},
@@ -99,7 +110,7 @@ def test_official_vqa_pair_gives_ten_answers_types_and_ids(folder, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"annotations": annotations}))
     pair = {"questions_file": str(tmp_path / "q.json"), "annotations_file": str(tmp_path / "a.json")}
     both = {**pair, **{f"eval_{name}": path for name, path in pair.items()}}
-    train, evaluation = load_vqa(DataArguments(**both, image_folder=str(folder)))
+    train, evaluation = load_vqa(DataArguments(**both, image_folder=str(folder), allow_image_overlap=True))
     assert list(train["question_id"]) == list(evaluation["question_id"]) == ["70", "90"]
     assert list(train["image_id"]) == ["7", "9"]
     assert train[0]["answers"] == ["net"] * 7 + ["racket"] * 3 and train[0]["answer_type"] == "other"
@@ -177,6 +188,110 @@ def test_held_out_pictures_are_never_trained_on(folder, caplog):
         assert not set(train["image_id"]) & set(held_out["image_id"])
     assert len({held_out["image_id"][0] for _, held_out in splits}) > 1
     assert "1 of 3 pictures" in caplog.text
+
+
+@pytest.mark.parametrize("load", [load_vqa, load_captions])
+def test_one_image_under_several_names_is_never_on_both_sides(folder, load):
+    """Eight images, each as ./name, through a link, as a copy, and under an image_id of its own."""
+    rows = []
+    for number in range(8):
+        Image.new("RGB", (20, 10), (0, 0, 30 * number)).save(folder / f"{number}.png")
+        os.symlink(f"{number}.png", folder / f"link{number}.png")
+        shutil.copy(folder / f"{number}.png", folder / f"copy{number}.png")
+        names = [f"{number}.png", f"./{number}.png", f"sub/../{number}.png", f"link{number}.png"]
+        rows += [{**ROWS[0], "file_name": name, "captions": ["a dog"]} for name in [*names, f"copy{number}.png"]]
+        rows.append({**rows[-1], "file_name": names[0], "image_id": f"own-{number}"})
+    write_metadata(folder, rows)
+    for seed in range(3):
+        train, held_out = load(DataArguments(dataset_name=str(folder), eval_fraction=0.5), seed=seed)
+        colors = [{open_image(row["image"]).getpixel((0, 0)) for row in part} for part in (train, held_out)]
+        assert len(colors[0]) == len(colors[1]) == 4 and not colors[0] & colors[1]
+        assert held_out.image_overlap == ImageOverlap(0, len(set(held_out["image_id"])), None)
+        ids = {*held_out["image_id"], *(row["image_id"] for row in train)}
+        made = [f"{name}{number}.png" for name in ("", "copy") for number in range(8)]
+        assert ids == {*made, *(f"own-{number}" for number in range(8))}
+
+
+@pytest.mark.parametrize("check", ["full", "header"])
+@pytest.mark.parametrize("load", [load_vqa, load_captions])
+def test_images_to_train_and_to_evaluate_on_are_counted(folder, tmp_path, caplog, load, check):
+    """The same file in another folder's words, an equal file, equal bytes; not an equal name or number."""
+    other = tmp_path / "other"
+    other.mkdir()
+    os.symlink(folder / "b.png", other / "b.png")
+    shutil.copy(folder / "c.png", other / "copy.png")
+    Image.new("RGB", (9, 9)).save(other / "a.png")
+    write_metadata(folder, [{**row, "captions": ["a dog"], "image_id": row["file_name"][0]} for row in ROWS])
+    rows = [("pictures/b.png", "x"), ("other/copy.png", "y"), ("other/a.png", "a")]
+    rows = [{**ROWS[0], "file_name": name, "captions": ["a dog"], "image_id": number} for name, number in rows]
+    write_metadata(tmp_path, rows, "rows.jsonl")
+    where = {"dataset_name": str(folder), "eval_dataset_name": str(tmp_path / "rows.jsonl"), "check_images": check}
+    _, evaluation = load(DataArguments(**where))
+    # only a full check reads the files
+    assert evaluation.image_overlap == ImageOverlap(2 if check == "full" else 1, 3, "x")
+    assert (
+        f"{evaluation.image_overlap.num_shared} of 3 images to evaluate on are also trained on, e.g. x" in caplog.text
+    )
+    # of what is left out nothing is trained on
+    _, evaluation = load(DataArguments(**where, max_train_samples=1))
+    assert evaluation.image_overlap == ImageOverlap(0, 3, None)
+
+
+def test_images_in_bytes_equal_their_files(folder, tmp_path):
+    write_metadata(folder, ROWS)
+    content = (folder / "b.png").read_bytes()
+    rows = {"image": [{"bytes": content, "path": None}], "image_id": ["7"], "question": ["q ?"], "answers": [["x"]]}
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    args = DataArguments(dataset_name=str(folder), eval_dataset_name=str(tmp_path / "rows.parquet"))
+    assert load_vqa(args)[1].image_overlap == ImageOverlap(1, 1, "7")
+
+
+def test_same_id_in_two_splits_of_a_source_is_one_image(folder):
+    rows = [{**ROWS[0], "split": "train", "image_id": 5}, {**ROWS[2], "split": "test", "image_id": 5}]
+    write_metadata(folder, rows)
+    args = DataArguments(dataset_name=str(folder), eval_split="test")
+    assert load_vqa(args)[1].image_overlap == ImageOverlap(1, 1, "5")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"eval_split": "train"},
+        {"eval_dataset_name": "{folder}"},
+        {"eval_dataset_name": "{folder}/metadata.jsonl"},
+        {"eval_dataset_name": "{folder}/../pictures", "eval_split": "train"},
+        {"train_split": "test", "eval_split": "test", "streaming": True},
+        {"dataset_name": "demo", "train_split": "validation"},
+        {"dataset_name": "demo", "eval_dataset_name": "demo"},
+        {"questions_file": "{folder}/q.json", "eval_questions_file": "{folder}/./q.json"},
+    ],
+)
+def test_same_rows_to_train_and_to_evaluate_on_are_refused_unless_asked_for(folder, flags):
+    write_metadata(folder, [{**row, "split": split} for split in ("train", "test") for row in ROWS])
+    flags = {"dataset_name": "{folder}", **flags}
+    flags = {name: value.format(folder=folder) if isinstance(value, str) else value for name, value in flags.items()}
+    if "questions_file" in flags:
+        questions = [{"question_id": number, "image_id": number, "question": "q ?"} for number in range(2)]
+        answers = [{"question_id": number, "answers": [{"answer": "x"}]} for number in range(2)]
+        (folder / "q.json").write_text(json.dumps({"data_subtype": "x", "questions": questions}))
+        (folder / "a.json").write_text(json.dumps({"annotations": answers}))
+        for number in range(2):
+            Image.new("RGB", (9, 9), (number, 0, 0)).save(folder / f"COCO_x_{number:012d}.jpg")
+        flags |= {"dataset_name": None, "image_folder": str(folder)}
+        flags |= {"annotations_file": str(folder / "a.json"), "eval_annotations_file": str(folder / "a.json")}
+    with pytest.raises(ValueError, match="evaluate on are those to train on.*--allow_image_overlap"):
+        load_vqa(DataArguments(**flags))
+    overlap = load_vqa(DataArguments(**flags, allow_image_overlap=True))[1].image_overlap
+    if "streaming" in flags:
+        assert overlap is None  # a stream's images are not known beforehand
+    else:
+        assert overlap.num_shared == overlap.num_eval > 1
+
+
+def test_rows_without_ids_are_numbered_for_evaluation_servers(folder):
+    write_metadata(folder, ROWS)
+    rows, _ = load_to_predict(DataArguments(dataset_name=str(folder)), "vqa")
+    assert official_ids("vqa", "vqa", rows) == [0, 1, 2, 3]
 
 
 def test_sample_limits_take_the_first_rows(folder):
@@ -297,7 +412,8 @@ def test_rows_stay_on_disk(folder):
     write_metadata(folder, [{**ROWS[0], "question_id": number} for number in range(20_000)])
     pyarrow.default_memory_pool().release_unused()
     before = pyarrow.total_allocated_bytes()
-    train, _ = load_vqa(DataArguments(dataset_name=str(folder), eval_dataset_name=str(folder)))
+    args = {"dataset_name": str(folder), "eval_dataset_name": str(folder), "allow_image_overlap": True}
+    train, _ = load_vqa(DataArguments(**args))
     assert len(train) == 20_000 and train.data.nbytes > 1_500_000
     assert pyarrow.total_allocated_bytes() - before < 100_000
 

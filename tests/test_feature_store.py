@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -12,7 +13,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PillowImage
 from transformers import BlipProcessor
 
-from blip_ft import feature_store
+from blip_ft import data_pipeline, feature_store
 from blip_ft.arguments import BlipTrainingArguments, PeftArguments
 from blip_ft.collators import CaptionCollator, VqaCollator, encode_row_images
 from blip_ft.feature_store import FeatureStore, store_pictures
@@ -24,7 +25,8 @@ ROW_BYTES = 17 * 32 * 2  # 16 patches and [CLS], width 32, bf16
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch, tmp_path):
-    monkeypatch.setattr(feature_store, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    for module in (feature_store, data_pipeline):
+        monkeypatch.setattr(module, "HF_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "blip_ft" / "image_features"
 
 
@@ -105,9 +107,44 @@ def test_only_pictures_that_are_not_stored_are_encoded(load, rows, store, encode
     assert encoded == [2, 2, 1]
     store(load(), rows)
     assert encoded == [2, 2, 1]
-    os.utime(tmp_path / "3.png", (0, 0))  # a file that has been written since
+    os.utime(tmp_path / "3.png", (0, 0))  # the same content, written anew
     store(load(), rows)
-    assert encoded == [2, 2, 1, 1]
+    assert encoded == [2, 2, 1]
+
+
+@pytest.fixture
+def old_files(monkeypatch):
+    """As if all image files had been written long ago: the hash of one that has just been is not remembered."""
+    monkeypatch.setattr(data_pipeline.time, "time", lambda real=time.time: real() + 10)
+
+
+@pytest.mark.parametrize("replace", [shutil.copyfile, os.replace])
+def test_image_replaced_with_equal_size_and_time_is_encoded_anew(
+    load, rows, store, encoded, tmp_path, replace, old_files
+):
+    path, new = tmp_path / "3.bmp", tmp_path / "new.bmp"  # whose size depends on the pixels' number alone
+    PillowImage.new("RGB", (9, 9), (250, 0, 0)).save(path)
+    PillowImage.new("RGB", (9, 9), (0, 250, 0)).save(new)
+    rows = as_dataset([path], ["red"])
+    first, before = store(load(), rows)(list(rows)), path.stat()
+    replace(new, path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    second = store(load(), rows)(list(rows))
+    assert encoded == [1, 1] and not torch.equal(first["image_states"], second["image_states"])
+
+
+def test_unchanged_images_are_hashed_once(load, rows, store, monkeypatch, old_files):
+    store(load(), rows)
+    monkeypatch.setattr(data_pipeline, "content_hash", lambda image: pytest.fail("read again"))
+    store(load(), rows)
+
+
+def test_hash_of_a_file_that_was_just_written_is_not_remembered(load, rows, store, tmp_path):
+    """Another write within a tick of the file system's clock would leave all times as they are."""
+    store(load(), rows)
+    file = tmp_path / "cache" / "blip_ft" / "image_hashes.txt"
+    assert not file.read_text().strip()
 
 
 def test_equal_bytes_under_two_ids_are_encoded_once(model, rows, store, encoded, tmp_path):
