@@ -14,6 +14,7 @@ import tempfile
 import time
 import unicodedata
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -564,6 +565,8 @@ def _read_splits(args: DataArguments) -> dict[str, tuple[Table, Path | None]]:
         evaluation, _ = _select_splits(other, replace(args, train_split=args.eval_split or "train", eval_split=None))
         return {"train": (train, folder), "eval": (evaluation, other_folder)}
     train, evaluation = _select_splits(tables, args)
+    if evaluation is None:
+        _warn_of_unused_splits(tables, args.train_split)
     return {"train": (train, folder)} | ({} if evaluation is None else {"eval": (evaluation, folder)})
 
 
@@ -891,6 +894,24 @@ def _named_splits(tables: dict[str, Table], args: DataArguments) -> tuple[Table,
     if eval_split is not None:
         _require_split(eval_split, tables)
     return tables[args.train_split], tables[eval_split] if eval_split else None
+
+
+def _warn_of_unused_splits(tables: dict[str, Table], train_split: str) -> None:
+    if list(tables) == [""]:
+        (table,) = tables.values()
+        if "split" not in table.column_names:
+            return
+        counts = Counter(_split_values(table))
+    else:
+        counts = {name: None if isinstance(table, IterableDataset) else len(table) for name, table in tables.items()}
+    others = [name for name in counts if name != train_split]
+    if others:
+        found = ", ".join(name if rows is None else f"{name} ({rows} rows)" for name, rows in counts.items())
+        logger.warning(
+            "The data has the splits %s. Only %s is used, and a part of its images is held out to evaluate on. To "
+            "evaluate on another split: --eval_split %s",
+            *(found, train_split, others[0]),
+        )
 
 
 def _split_values(table: Dataset | RowsOfFile) -> list[str]:

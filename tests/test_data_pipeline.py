@@ -288,6 +288,26 @@ def test_same_rows_to_train_and_to_evaluate_on_are_refused_unless_asked_for(fold
         assert overlap.num_shared == overlap.num_eval > 1
 
 
+@pytest.mark.parametrize("source", ["column", "parquet", "save_to_disk"])
+def test_splits_that_are_not_used_are_named_with_the_flag_that_uses_them(folder, tmp_path, caplog, source):
+    rows = [{**row, "split": split} for split in ("train", "test") for row in ROWS] + [{**ROWS[0], "split": "dev"}]
+    where = {"dataset_name": str(folder)}
+    if source == "column":
+        write_metadata(folder, rows)
+    elif source == "parquet":
+        pd.DataFrame(rows).to_parquet(folder / "metadata.parquet")
+    else:
+        of_split = {name: [row for row in rows if row["split"] == name] for name in ("train", "test", "dev")}
+        DatasetDict({name: Dataset.from_list(part) for name, part in of_split.items()}).save_to_disk(tmp_path / "saved")
+        where = {"dataset_name": str(tmp_path / "saved"), "image_folder": str(folder)}
+    load_vqa(DataArguments(**where))
+    assert "the splits train (4 rows), test (4 rows), dev (1 rows). Only train is used" in caplog.text
+    assert "--eval_split test" in caplog.text
+    caplog.clear()
+    load_vqa(DataArguments(**where, eval_split="dev"))
+    assert "Only train is used" not in caplog.text
+
+
 def test_rows_without_ids_are_numbered_for_evaluation_servers(folder):
     write_metadata(folder, ROWS)
     rows, _ = load_to_predict(DataArguments(dataset_name=str(folder)), "vqa")
@@ -462,7 +482,6 @@ def test_pipeline_refuses_an_unknown_key(pipeline_settings):
 
 def test_saved_dataset_dict_has_named_splits(folder, tmp_path):
     rows = Dataset.from_list(ROWS)
-    from datasets import DatasetDict
 
     DatasetDict({"train": rows, "validation": rows.select([0])}).save_to_disk(tmp_path / "saved")
     assert set(load_from_disk(tmp_path / "saved")) == {"train", "validation"}
