@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
@@ -21,21 +23,88 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_torch_bf16_gpu_available
 
 logger = logging.getLogger(__name__)
 
 
-def _check_ranges(arguments: Any, **ranges: tuple[float, float]) -> None:
-    """Raise ValueError for a value outside its (least, most), and for infinity; None passes."""
-    for name, (least, most) in ranges.items():
-        value = getattr(arguments, name)
-        if value is not None and not (least <= value <= most and value < math.inf):
-            wanted = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-            raise ValueError(f"{name} must be {wanted}, found {value}.")
+AT_LEAST_ONE = (1, math.inf)
+NOT_NEGATIVE = (0, math.inf)
+SHARE = (0, 1)
+TOKENS = (3, 512)  # the first, a word and [SEP]; BERT's positions
+# setting -> the least and the largest value that it may have, in whatever program
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("label_smoothing", "dropout", "max_bad_fraction", "lora_dropout", "momentum", "alpha"), SHARE),
+    **dict.fromkeys(
+        (
+            *("image_size", "lora_r", "lora_alpha", "max_train_samples", "max_eval_samples", "shuffle_buffer"),
+            *("k_test", "top_texts", "per_device_train_batch_size", "per_device_eval_batch_size"),
+            *("gradient_accumulation_steps", "generation_num_beams"),
+        ),
+        AT_LEAST_ONE,
+    ),
+    **dict.fromkeys(("max_question_tokens", "max_answer_tokens", "max_caption_tokens"), TOKENS),
+    "generation_max_length": TOKENS,
+    "generation_min_length": (0, 512),
+    **dict.fromkeys(
+        (
+            *("queue_size", "sample_steps", "dataloader_num_workers", "learning_rate", "weight_decay"),
+            *("cache_limit_gb", "max_grad_norm", "warmup_steps", "logging_steps", "eval_steps", "eval_delay"),
+            "adam_epsilon",
+        ),
+        NOT_NEGATIVE,
+    ),
+    "num_train_epochs": (1e-6, math.inf),
+    "save_steps": (1e-6, math.inf),
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+}
+WITHOUT_LARGEST = ("dropout", "lora_dropout")  # with 1 nothing would be left to train on
+
+
+class Settings:
+    """What the argument classes of all programs share: checks of single values, and of settings that nothing reads."""
+
+    # settings of a base class that no program of this class reads -> why; refused, and not in --help
+    without_effect: ClassVar[dict[str, str]] = {}
+    # help in the place of a base class's, where that would not be true here
+    help_texts: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Raise ValueError for a value outside RANGES, for NaN and for infinity."""
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            least, most = RANGES.get(entry.name, (-math.inf, math.inf))
+            is_excluded = entry.name in WITHOUT_LARGEST and value == most
+            if math.isfinite(value) and least <= value <= most and not is_excluded:
+                continue
+            wanted = f"between {least} and {most}" if most < math.inf else f"at least {least}"
+            wanted = "a finite number" if least == -math.inf else wanted
+            excluded = f", {most} excluded" if entry.name in WITHOUT_LARGEST else ""
+            raise ValueError(f"{entry.name} must be {wanted}{excluded}, found {value}.")
+
+    def require_effect(self) -> None:
+        """Raise ValueError for a setting that is without_effect and has another value than its default."""
+        for name in changed_settings(self):
+            if name in self.without_effect:
+                raise ValueError(f"{name} has no effect here. {self.without_effect[name]}")
+
+    def unread(self) -> dict[str, str]:
+        """Settings that nothing reads because of the values of others -> "without ..." or "beside ..."."""
+        return {}
+
+
+def _default(entry: dataclasses.Field) -> Any:
+    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(Settings):
     """Which checkpoint, and what to change in it before training."""
 
     _argument_group_name = "Model"
@@ -67,8 +136,10 @@ class ModelArguments:
         metadata={"help": "Also take weights that lie there as .bin only, a pickle; they are read with weights_only."},
     )
 
-    def __post_init__(self) -> None:
-        _check_ranges(self, image_size=(1, math.inf), label_smoothing=(0, 1), dropout=(0, 1))
+    def unread(self) -> dict[str, str]:
+        # DataPipeline's and the recipes' default lies on the Hub
+        is_local = self.model_name_or_path is not None and self.hub_id is None
+        return {"model_revision": "without a checkpoint of the Hub"} if is_local else {}
 
     @property
     def hub_id(self) -> str | None:
@@ -82,7 +153,7 @@ class ModelArguments:
 
 
 @dataclass
-class PeftArguments:
+class PeftArguments(Settings):
     """Train an adapter instead of the model, and hold the model in few bits. Names as in TRL's ModelConfig."""
 
     _argument_group_name = "PEFT and quantization"
@@ -99,16 +170,24 @@ class PeftArguments:
     load_in_4bit: bool = field(default=False, metadata={"help": "4-bit NF4 weights (bitsandbytes); needs --use_peft."})
 
     def __post_init__(self) -> None:
-        _check_ranges(self, lora_r=(1, math.inf), lora_dropout=(0, 1))
+        super().__post_init__()
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("Choose one width: load_in_8bit and load_in_4bit are both on.")
         if (self.load_in_8bit or self.load_in_4bit) and not self.use_peft:
             bits = "load_in_8bit" if self.load_in_8bit else "load_in_4bit"
             raise ValueError(f"{bits} needs an adapter, for weights of few bits cannot be trained. Add --use_peft.")
 
+    def unread(self) -> dict[str, str]:
+        names = () if self.use_peft else ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        return dict.fromkeys(names, "without --use_peft")
+
+
+# settings of a loader that a stream's own has too
+STREAM_READS = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_drop_last")
+
 
 @dataclass
-class DataArguments:
+class DataArguments(Settings):
     """Where rows come from and what their columns are called."""
 
     _argument_group_name = "Data"
@@ -191,6 +270,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dataset_name and self.questions_file:
             raise ValueError("Give dataset_name or questions_file, not both.")
         if self.eval_dataset_name and not self.dataset_name:
@@ -207,14 +287,29 @@ class DataArguments:
             raise ValueError("From a stream no picture can be held out. Give --eval_split or --eval_dataset_name.")
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction is a share between 0 and 1, found {self.eval_fraction}.")
-        at_least_one = (1, math.inf)
-        _check_ranges(self, max_train_samples=at_least_one, max_eval_samples=at_least_one, shuffle_buffer=at_least_one)
-        _check_ranges(self, max_bad_fraction=(0, 1))
+        if self.eval_questions_file and not self.questions_file:
+            raise ValueError("eval_questions_file goes with questions_file; for other data give eval_dataset_name.")
+
+    def unread(self) -> dict[str, str]:
+        names = (self.dataset_name, self.eval_dataset_name)
+        of_hub = any(name not in (None, "demo") and not Path(name).expanduser().exists() for name in names)
+        to_evaluate = (self.eval_split, self.eval_dataset_name, self.eval_questions_file)
+        return {
+            **({} if of_hub else {"dataset_config": "without a data set of the Hub"}),
+            **({} if self.streaming else {"shuffle_buffer": "without --streaming"}),
+            **({"eval_fraction": "beside other data to evaluate on"} if any(to_evaluate) else {}),
+            **({"eval_fraction": "with the demo's data"} if self.dataset_name == "demo" else {}),
+        }
 
     def require_end(self, training_args: BlipTrainingArguments) -> None:
         """Raise ValueError where rows are streamed and training_args do not go with that."""
         if self.streaming and training_args.max_steps < 1:
             raise ValueError("A stream has no end: --streaming needs --max_steps, the optimiser steps to train for.")
+        for name in changed_settings(training_args) if self.streaming else ():
+            of_loader = name.startswith("dataloader_") and name not in STREAM_READS
+            if of_loader or name in ("data_seed", "ignore_data_skip"):
+                way_out = "Use --seed." if name == "data_seed" else "Leave it out."
+                raise ValueError(f"{name} has no effect with --streaming. {way_out}")
         if self.streaming and training_args.cache_image_features:
             raise ValueError("cache_image_features needs to know all pictures before training: leave out --streaming.")
 
@@ -241,7 +336,7 @@ class DataArguments:
 
 
 @dataclass
-class VqaArguments:
+class VqaArguments(Settings):
     """What belongs to question answering alone."""
 
     _argument_group_name = "Question answering"
@@ -265,16 +360,18 @@ class VqaArguments:
     )
 
     def __post_init__(self) -> None:
-        # [CLS], a word and [SEP]
-        _check_ranges(self, max_question_tokens=(3, 512), max_answer_tokens=(3, 512), k_test=(1, math.inf))
+        super().__post_init__()
         if (self.answer_mode == "rank") != (self.answer_list is not None):
             raise ValueError(
                 "answer_mode rank and answer_list go together: give --answer_mode rank --answer_list FILE."
             )
 
+    def unread(self) -> dict[str, str]:
+        return {} if self.answer_mode == "rank" else {"k_test": "without --answer_mode rank"}
+
 
 @dataclass
-class CaptioningArguments:
+class CaptioningArguments(Settings):
     """What belongs to captioning alone."""
 
     _argument_group_name = "Captioning"
@@ -296,13 +393,13 @@ class CaptioningArguments:
     repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1: words already written become rarer."})
 
     def __post_init__(self) -> None:
-        _check_ranges(self, max_caption_tokens=(3, 512), generation_min_length=(0, 512))
+        super().__post_init__()
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be above 0, found {self.repetition_penalty}; 1 changes nothing.")
 
 
 @dataclass
-class RetrievalArguments:
+class RetrievalArguments(Settings):
     """What belongs to image-text retrieval alone."""
 
     _argument_group_name = "Retrieval"
@@ -328,27 +425,72 @@ class RetrievalArguments:
         metadata={"help": "Candidates that the matching head ranks again. Paper: 256 for COCO, 128 for Flickr."},
     )
 
-    def __post_init__(self) -> None:
-        _check_ranges(
-            self,
-            queue_size=(0, math.inf),
-            momentum=(0, 1),
-            alpha=(0, 1),
-            max_caption_tokens=(3, 512),
-            k_test=(1, math.inf),
-        )
+
+_EVALUATION = "Leave it out: evaluation always generates texts, in the precision of training, and scores all of them."
+_ORDER = "Leave it out: each epoch is shuffled by image and cut to whole batches."
+# the Trainer's settings that BlipTrainer does not read, or reads in vain -> what to do
+WITHOUT_EFFECT = {
+    **dict.fromkeys(
+        (
+            *("bf16_full_eval", "fp16_full_eval", "predict_with_generate", "prediction_loss_only", "label_names"),
+            *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps", "batch_eval_metrics"),
+            "include_for_metrics",
+        ),
+        _EVALUATION,
+    ),
+    **dict.fromkeys(
+        ("train_sampling_strategy", "length_column_name", "sortish_sampler", "dataloader_drop_last"), _ORDER
+    ),
+    "do_eval": "Leave it out: a run ends with an evaluation.",
+    "do_predict": "Leave it out: recipes/predict.py predicts.",
+    "generation_config": "Use --generation_max_length and --generation_num_beams.",
+    "use_cache": "Leave it out: generation decides for itself.",
+    "use_liger_kernel": "Leave it out: Liger has no kernels for BLIP.",
+    "liger_kernel_config": "Leave it out: Liger has no kernels for BLIP.",
+    "include_num_input_tokens_seen": "Leave it out: it would count pixels as tokens.",
+    "enable_jit_checkpoint": "Leave it out: SIGTERM saves a checkpoint in any case.",
+    "parallelism_config": "Leave it out: BLIP is not cut up among devices.",
+    "label_smoothing_factor": "It would smooth the wrong tokens, for the Trainer does not shift BLIP's labels. Use "
+    "--label_smoothing, which goes into the model's own loss.",
+    "remove_unused_columns": "It would drop image, question and answers. Leave it off.",
+    "hub_token": "It would be pickled into training_args.bin. Set the environment variable HF_TOKEN instead.",
+}
+HELP_TEXTS = {
+    "weight_decay": "Weight decay of all parameters, biases and norms included, as in the paper.",
+    "metric_for_best_model": "Metric that chooses the best checkpoint. Default: the loss if it is measured, else the "
+    "recipe's first metric.",
+    "resume_from_checkpoint": "`last`: the newest complete checkpoint of output_dir; or a checkpoint-... folder.",
+    "eval_on_start": "Evaluate once before training; the results are named before_training_...",
+    "report_to": "tensorboard, trackio or wandb, each installed with pip, or none.",
+    "average_tokens_across_devices": "Divide the loss by what all processes together have to learn in a step: "
+    "questions, or tokens of captions.",
+    "data_seed": "Seed of the order of rows. Default: seed. Not for --streaming.",
+    "debug": "Without a value: show the traceback of a mistake. With underflow_overflow: find where numbers overflow.",
+    "push_to_hub": "Push the result to the Hub at the end, and on the way as hub_strategy says.",
+    "hub_private_repo": "Make the repository private. It has no effect on one that exists.",
+    "bf16": "Compute in bfloat16 where that is safe. Needs a GPU that has it, or --use_cpu.",
+    "fp16": "Compute in float16 where that is safe. Needs a GPU; bf16 is the safer choice where there is one.",
+    "optim_target_modules": "Layers that GaLore or APOLLO train at low rank.",
+}
 
 
 @dataclass
-class BlipTrainingArguments(Seq2SeqTrainingArguments):
+class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
     """The Trainer's arguments, with the defaults of the BLIP paper where it has one."""
 
     _argument_group_name = "Training"
+    without_effect = WITHOUT_EFFECT
+    help_texts = HELP_TEXTS
     metrics: ClassVar[tuple[str, ...]] = ()  # what the recipe's evaluation gives; () is not checked
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Default: outputs/<recipe>, or the next free outputs/<recipe>-2, -3, ..."}
     )
+    # of questions, also for DataPipeline; each recipe sets its own
+    per_device_train_batch_size: int = 16
+    per_device_eval_batch_size: int = 64
+    do_eval: bool = True
+    include_num_input_tokens_seen: str = "no"  # as a bool, which the parser would make of it, it is not its default
     # train_vqa.py: AdamW(lr, weight_decay=0.05) on all parameters, no clipping, cosine
     weight_decay: float = 0.05
     max_grad_norm: float = field(
@@ -381,36 +523,32 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
         metadata={"help": "Of all features kept under HF_HOME. A picture of 384 pixels takes 0.9 MB in bf16."},
     )
     sample_steps: int = field(
-        default=500, metadata={"help": "Log a few questions with answer and prediction every so many steps. 0: never."}
+        default=500,
+        metadata={"help": "Log a few predictions every so many steps. 0: never; retrieval has none."},
     )
 
     def __post_init__(self) -> None:
         self.output_dir_was_given = self.output_dir is not None
-        at_least_one = (1, math.inf)
-        _check_ranges(
-            self,
-            per_device_train_batch_size=at_least_one,
-            per_device_eval_batch_size=at_least_one,
-            gradient_accumulation_steps=at_least_one,
-            generation_num_beams=at_least_one,
-            generation_max_length=(3, 512),  # the start, a token and [SEP]
-            sample_steps=(0, math.inf),
-            dataloader_num_workers=(0, math.inf),
-            learning_rate=(0, math.inf),
-            weight_decay=(0, math.inf),
-            num_train_epochs=(1e-6, math.inf),
-            cache_limit_gb=(0, math.inf),
-            seed=(0, 2**32 - 1),
-            data_seed=(0, 2**32 - 1),
-        )
+        self.check_values()
+        self.require_effect()
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise ValueError("save_strategy best saves after an evaluation. Add --eval_strategy epoch or steps.")
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise ValueError("dataloader_persistent_workers needs workers: set --dataloader_num_workers above 0.")
-        if self.generation_config:
-            raise ValueError("generation_config is not read. Use --generation_max_length and --generation_num_beams.")
-        # for load_best_model_at_end the Trainer takes the loss, for save_strategy best nothing
-        without_default = self.save_strategy == "best" or (self.load_best_model_at_end and "loss" not in self.metrics)
+        needs_bf16 = self.bf16 and not self.use_cpu
+        if needs_bf16 and not is_torch_bf16_gpu_available():
+            raise ValueError(
+                "bf16 needs a GPU that computes in bfloat16, and none is found. Leave it out (--bf16 false), or add "
+                "--use_cpu to compute in bfloat16 on the CPU."
+            )
+        follows_metric = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        if follows_metric and self.eval_strategy == "no":
+            raise ValueError(
+                f"lr_scheduler_type {self.lr_scheduler_type} follows a metric. Add --eval_strategy epoch or steps."
+            )
+        # for load_best_model_at_end and these schedulers the Trainer takes the loss, for save_strategy best nothing
+        takes_loss = self.load_best_model_at_end or follows_metric
+        without_default = self.save_strategy == "best" or (takes_loss and "loss" not in self.metrics)
         if self.metrics and without_default:
             self.metric_for_best_model = self.metric_for_best_model or self.metrics[0]
         best = self.metric_for_best_model
@@ -418,17 +556,6 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
         if self.metrics and best and not best.removeprefix("eval_").startswith(self.metrics):
             raise ValueError(
                 f"metric_for_best_model must be one of {', '.join(self.metrics)}; found {self.metric_for_best_model}."
-            )
-        if self.label_smoothing_factor:
-            raise ValueError(
-                "label_smoothing_factor smooths the wrong tokens for BLIP: the Trainer does not shift its labels. "
-                "Use --label_smoothing, which goes into the model's own loss."
-            )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns would drop image, question and answers. Leave it off.")
-        if self.hub_token:
-            raise ValueError(
-                "hub_token is pickled into training_args.bin. Set the environment variable HF_TOKEN instead."
             )
         if self.hub_model_id:
             try:
@@ -438,6 +565,11 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
         # torch warns in each epoch where there is nothing to pin for
         self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU, and this run is on the CPU. Leave it out, or use --bf16 --use_cpu.")
+        if follows_metric and self.greater_is_better:
+            # torch's default, min, would lower the learning rate while the score rises
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
         if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
             raise ValueError(
                 "split_batches and dispatch_batches of accelerator_config cut a batch by its rows, and one of pictures "
@@ -457,6 +589,21 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments):
                 f"report_to takes tensorboard, trackio, wandb or none, each installed with pip: {error}"
             ) from error
 
+    def unread(self) -> dict[str, str]:
+        cache = () if self.cache_image_features else ("cache_dtype", "cache_limit_gb")
+        hub = () if self.push_to_hub else ("hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")
+        by_step = {
+            f"{what}_steps": f"without --{what}_strategy steps"
+            for what in ("eval", "save", "logging")
+            if getattr(self, f"{what}_strategy") != "steps"
+        }
+        return {
+            **dict.fromkeys(cache, "without --cache_image_features"),
+            **dict.fromkeys(hub, "without --push_to_hub"),
+            **by_step,
+            **({"eval_delay": "without --eval_strategy epoch or steps"} if self.eval_strategy == "no" else {}),
+        }
+
 
 def parse(
     *dataclass_types: type,
@@ -471,11 +618,16 @@ def parse(
     Raises: ValueError for an unknown or malformed key or flag, and for what the dataclasses refuse.
     """
     parser = _Parser(dataclass_types, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file of any of these arguments; flags override it.")
+    parser.add_argument("--config", action="append", help="YAML file of any of these arguments; flags override it.")
     flags = list(sys.argv[1:] if argv is None else argv)
-    config, _ = parser.parse_known_args(flags)
-    settings = _flags_of_yaml(config.config, parser) if config.config else []
-    named = {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in settings + flags if flag.startswith("--")}
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", action="append", default=[])
+    configs = first.parse_known_args(flags)[0].config
+    if len(configs) > 1:
+        raise ValueError(f"One --config is read, found {', '.join(configs)}. Put them together, or give flags.")
+    settings = _settings_of_yaml(configs[0], parser) if configs else {}
+    named = {name for name, value in settings.items() if value is not None}
+    named |= {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in flags if flag.startswith("--")}
     if "model_name_or_path" in named and not named & {"dataset_name", "questions_file"} and demo_config:
         raise ValueError("A model is named and no data. Give --dataset_name FOLDER_OR_HUB_ID, or --dataset_name demo.")
     if demo_config and not named & {"model_name_or_path", "dataset_name", "questions_file"}:
@@ -484,14 +636,52 @@ def parse(
             "For a real checkpoint and your own pictures: accelerate launch --quiet %s --dataset_name FOLDER",
             *(demo_config, sys.argv[0]),
         )
-        settings = _flags_of_yaml(demo_config, parser) + settings
+        settings = _settings_of_yaml(demo_config, parser) | settings
+    elif demo_config and _is_demo_model(settings, flags):
+        demo_settings = _settings_of_yaml(demo_config, parser)
+        taken = {name: demo_settings[name] for name in DEMO_MODEL_SETTINGS if name not in named}
+        if taken:
+            logger.info(
+                "The demo model learns from nothing: taking %s from %s, where the recipe's are for a checkpoint.",
+                *(" and ".join(f"{name} {value}" for name, value in taken.items()), demo_config),
+            )
+        settings = taken | settings
+    settings_flags = _as_flags(settings, parser)
     # look_for_args_file=False: a file recipes/vqa.args would be read without a word
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
-        settings + flags, return_remaining_strings=True, look_for_args_file=False
+        settings_flags + flags, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         raise ValueError(_unknown_key(unknown[0], parser, "the command line"))
+    # not in __post_init__: where rows are read, one value of several that belong together is replaced
+    for part in parsed:
+        part.require_effect()
+        changed = changed_settings(part)
+        for name, reason in part.unread().items():
+            if name in changed:
+                raise ValueError(f"{name} {changed[name]} has no effect {reason}. Leave it out, or change the other.")
     return tuple(parsed)
+
+
+def changed_settings(part: Settings) -> dict[str, Any]:
+    """Those fields that have another value than their default."""
+    values = {entry: getattr(part, entry.name) for entry in dataclasses.fields(part)}
+    return {entry.name: value for entry, value in values.items() if value != _default(entry)}
+
+
+def read_text(setting: str, path: str) -> str:
+    """The content of a text file that a setting names.
+
+    Raises: ValueError for a file that is not there, is a folder, or is not text in UTF-8.
+    """
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{setting} needs a text file; {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{setting} {path} is not text in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
 
 
 def start_recipe(main: Callable[[], None]) -> None:
@@ -533,19 +723,36 @@ def start_recipe(main: Callable[[], None]) -> None:
 
 class _Parser(HfArgumentParser):
     def _add_dataclass_arguments(self, dataclass_type: type) -> None:
-        # a recipe that overrides a default need not repeat the help
-        for entry in dataclasses.fields(dataclass_type):
-            if not entry.metadata:
-                inherited = (base.__dataclass_fields__.get(entry.name) for base in dataclass_type.__mro__[1:-1])
-                entry.metadata = next((other.metadata for other in inherited if other and other.metadata), {})
+        before = len(self._actions)
         super()._add_dataclass_arguments(dataclass_type)
+        for action in self._actions[before:]:
+            if action.dest in dataclass_type.without_effect:
+                action.help = argparse.SUPPRESS
+            elif action.dest in dataclass_type.help_texts:
+                action.help = dataclass_type.help_texts[action.dest]
+            elif action.help is None:
+                # a recipe that overrides a default need not repeat the help
+                bases = (base.__dict__.get("__dataclass_fields__", {}) for base in dataclass_type.__mro__[1:])
+                inherited = (fields[action.dest].metadata.get("help") for fields in bases if action.dest in fields)
+                action.help = next(filter(None, inherited), None)
+
+    def names(self) -> set[str]:
+        """The fields of all dataclasses: what a YAML may hold."""
+        return {entry.name for part in self.dataclass_types for entry in dataclasses.fields(part) if entry.init}
+
+    def may_be_none(self, name: str) -> bool:
+        hints = next(hints for part in self.dataclass_types if name in (hints := get_type_hints(part)))
+        return type(None) in get_args(hints[name])
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. {self.prog} --help lists the flags.")
 
 
-class _UniqueKeyLoader(yaml.BaseLoader):
-    """Refuses a key that stands twice. PyYAML would keep the last value without a word."""
+class _Loader(yaml.BaseLoader):
+    """Scalars as written, for 1e-4 is no string then and `no` no boolean; only a plain null is None, and "" is not.
+
+    Refuses a key that stands twice: PyYAML would keep the last value without a word.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -561,11 +768,15 @@ class _UniqueKeyLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _flags_of_yaml(path: str | Path, parser: HfArgumentParser) -> list[str]:
-    """The YAML's keys as flags, so that one parser gives every value its type."""
+NULL = "tag:yaml.org,2002:null"
+_Loader.add_implicit_resolver(NULL, re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_constructor(NULL, lambda loader, node: None)
+
+
+def _settings_of_yaml(path: str | Path, parser: _Parser) -> dict[str, Any]:
+    """The YAML's keys and values, all keys known."""
     try:
-        # BaseLoader leaves scalars as written: 1e-4 is no string then, and `no` no boolean
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ValueError(f"--config needs a YAML file that can be read; {path}: {error.strerror}.") from error
     except yaml.MarkedYAMLError as error:
@@ -575,11 +786,20 @@ def _flags_of_yaml(path: str | Path, parser: HfArgumentParser) -> list[str]:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content or {}, dict):
         raise ValueError(f"{path} must hold `key: value` lines, found a {type(content).__name__}.")
-    flags = []
     for key, value in (content or {}).items():
-        if f"--{key}" not in parser._option_string_actions:
-            raise ValueError(_unknown_key(key, parser, path))
-        if value in ("", "null", "~"):
+        if key not in parser.names():
+            raise ValueError(_unknown_key(str(key), parser, path))
+        if value is None and not parser.may_be_none(key):
+            raise ValueError(f"{path}: {key} needs a value. Leave the line out for the default.")
+    return content or {}
+
+
+def _as_flags(settings: dict[str, Any], parser: _Parser) -> list[str]:
+    """The settings of a YAML as flags, so that one parser gives every value its type; None becomes the default."""
+    flags = []
+    for key, value in settings.items():
+        if value is None:
+            parser.set_defaults(**{key: None})  # no flag says None
             continue
         if isinstance(value, dict):
             value = json.dumps(_typed(value))
@@ -590,8 +810,20 @@ def _flags_of_yaml(path: str | Path, parser: HfArgumentParser) -> list[str]:
     return flags
 
 
+# what the demo's YAML says of the model rather than of the demo's data
+DEMO_MODEL_SETTINGS = ("learning_rate", "warmup_steps")
+
+
+def _is_demo_model(settings: dict[str, Any], flags: list[str]) -> bool:
+    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only.add_argument("--model_name_or_path", "--model-name-or-path", default=settings.get("model_name_or_path"))
+    return only.parse_known_args(flags)[0].model_name_or_path == "demo"
+
+
 def _typed(value: Any) -> Any:
     """What the parser gives no type, the values of lr_scheduler_kwargs and the like, as JSON and YAML read it."""
+    if value is None:
+        return None
     if isinstance(value, dict):
         return {key: _typed(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -602,11 +834,56 @@ def _typed(value: Any) -> Any:
         return yaml.safe_load(value)
 
 
-def _unknown_key(key: str, parser: HfArgumentParser, where: str | Path) -> str:
+# what people call a setting elsewhere -> its name here
+ALIASES = {
+    **dict.fromkeys(("lr", "rate", "base_lr"), "learning_rate"),
+    **dict.fromkeys(("epochs", "num_epochs", "n_epochs", "max_epochs", "epoch"), "num_train_epochs"),
+    **dict.fromkeys(("steps", "num_steps", "num_train_steps", "max_train_steps"), "max_steps"),
+    **dict.fromkeys(("batch_size", "bs", "train_batch_size", "per_device_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("eval_batch_size", "val_batch_size", "test_batch_size"), "per_device_eval_batch_size"),
+    **dict.fromkeys(("grad_accum", "grad_accum_steps", "accumulation_steps"), "gradient_accumulation_steps"),
+    **dict.fromkeys(
+        ("model", "model_name", "model_id", "model_path", "checkpoint", "base_model"), "model_name_or_path"
+    ),
+    **dict.fromkeys(("dataset", "data", "data_path", "data_dir", "dataset_path", "train_file"), "dataset_name"),
+    **dict.fromkeys(("eval_dataset", "eval_data", "validation_file", "val_data", "test_data"), "eval_dataset_name"),
+    **dict.fromkeys(("val_split", "validation_split"), "eval_split"),
+    **dict.fromkeys(("val_fraction", "test_size", "val_size"), "eval_fraction"),
+    **dict.fromkeys(("image_dir", "images_dir", "image_root", "img_dir"), "image_folder"),
+    **dict.fromkeys(("lora", "peft", "use_lora"), "use_peft"),
+    **dict.fromkeys(("lora_rank", "rank", "r"), "lora_r"),
+    **dict.fromkeys(("target_modules", "lora_targets"), "lora_target_modules"),
+    **dict.fromkeys(("4bit", "use_4bit", "qlora"), "load_in_4bit"),
+    **dict.fromkeys(("8bit", "use_8bit"), "load_in_8bit"),
+    **dict.fromkeys(("warmup", "warmup_ratio", "num_warmup_steps"), "warmup_steps"),
+    **dict.fromkeys(("wd", "decay"), "weight_decay"),
+    **dict.fromkeys(("grad_clip", "clip_grad", "clip_grad_norm", "gradient_clipping"), "max_grad_norm"),
+    **dict.fromkeys(("scheduler", "lr_scheduler", "schedule"), "lr_scheduler_type"),
+    **dict.fromkeys(("optimizer", "optimiser"), "optim"),
+    **dict.fromkeys(("output", "out", "out_dir", "save_dir", "output_path"), "output_dir"),
+    **dict.fromkeys(("resume", "resume_from"), "resume_from_checkpoint"),
+    **dict.fromkeys(("workers", "num_workers", "num_proc"), "dataloader_num_workers"),
+    **dict.fromkeys(("beams", "num_beams", "beam_size"), "generation_num_beams"),
+    **dict.fromkeys(("max_length", "max_new_tokens"), "generation_max_length"),
+    **dict.fromkeys(("min_length", "min_new_tokens"), "generation_min_length"),
+    **dict.fromkeys(("img_size", "resolution", "size"), "image_size"),
+    **dict.fromkeys(("evaluation_strategy", "eval_every"), "eval_strategy"),
+    **dict.fromkeys(("no_cuda", "cpu", "device"), "use_cpu"),
+    **dict.fromkeys(("frozen", "freeze_layers", "freeze_vision"), "freeze"),
+    **dict.fromkeys(("early_stopping", "early_stopping_patience", "patience"), "load_best_model_at_end"),
+    **dict.fromkeys(("random_seed", "manual_seed"), "seed"),
+    **dict.fromkeys(("image", "image_path"), "images"),
+    **dict.fromkeys(("fp32", "mixed_precision", "precision"), "bf16"),
+}
+
+
+def _unknown_key(key: str, parser: _Parser, where: str | Path) -> str:
     name = key.split("=")[0].lstrip("-").replace("-", "_")
-    known = {
-        option[2:] for option in parser._option_string_actions if option.startswith("--") and "-" not in option[2:]
-    }
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hidden = {entry for part in parser.dataclass_types for entry in part.without_effect}
+    known = parser.names() - hidden
+    # below 0.75 difflib takes --lr for lora_r
+    nearest = [ALIASES[name]] if ALIASES.get(name) in known else difflib.get_close_matches(name, known, 1, cutoff=0.75)
     hint = f" Did you mean {nearest[0]}?" if nearest else f" {parser.prog} --help lists the keys there are."
+    if nearest == ["load_best_model_at_end"] and name in ALIASES:
+        hint = " There is no early stopping; --load_best_model_at_end keeps the best checkpoint."
     return f"{where} has the unknown key {name!r}.{hint}"

@@ -25,7 +25,7 @@ from PIL import Image
 from transformers import BlipProcessor
 
 from blip_ft import inference
-from blip_ft.arguments import parse, start_recipe
+from blip_ft.arguments import Settings, parse, start_recipe
 from blip_ft.collators import (
     IMAGE_FORMATS,
     clean_caption,
@@ -63,7 +63,7 @@ CSS = """
 
 
 @dataclass
-class App:
+class App(Settings):
     _argument_group_name = "Page"
 
     model_name_or_path: str | None = field(

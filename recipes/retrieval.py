@@ -18,6 +18,7 @@ import numpy as np
 
 from blip_ft import inference
 from blip_ft.arguments import (
+    WITHOUT_EFFECT,
     BlipTrainingArguments,
     DataArguments,
     ModelArguments,
@@ -38,11 +39,15 @@ from blip_ft.trainer import BlipTrainer, check_run, prepare_output_dir, run
 
 @dataclass
 class Model(ModelArguments):
+    without_effect = {"label_smoothing": "Leave it out: the losses of retrieval have none."}
     model_name_or_path: str = "Salesforce/blip-itm-base-coco"
 
 
 @dataclass
 class Training(BlipTrainingArguments):
+    without_effect = WITHOUT_EFFECT | dict.fromkeys(
+        ("generation_max_length", "generation_num_beams"), "Leave it out: retrieval writes no text."
+    )
     metrics = ("recall_mean", "text_recall", "image_recall", "itc_")
     # configs/retrieval_coco.yaml of the original: 8 GPUs x 32 pairs, 1e-5, 6 epochs
     learning_rate: float = 1e-5

@@ -1,8 +1,14 @@
 """A YAML first, the command line over it, and errors that name the way out."""
 
+import ast
+import dataclasses
+import runpy
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import transformers
+from conftest import RECIPES
 
 from blip_ft.arguments import (
     BlipTrainingArguments,
@@ -12,8 +18,10 @@ from blip_ft.arguments import (
     PeftArguments,
     RetrievalArguments,
     VqaArguments,
+    changed_settings,
     parse,
 )
+from blip_ft.trainer import BlipTrainer
 
 ALL = (ModelArguments, DataArguments, VqaArguments, PeftArguments, BlipTrainingArguments)
 
@@ -130,3 +138,270 @@ def test_settings_of_a_task_that_cannot_work_are_refused(arguments, flags, messa
 def test_settings_that_cannot_work_are_refused(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         parsed(tmp_path, "", *flags)
+
+
+def test_null_in_a_yaml_is_none_and_an_empty_string_is_one(tmp_path):
+    _, data, _, _, training = parsed(tmp_path, "save_total_limit: null\nimage_folder: ~\neval_split:\nrun_name: ''\n")
+    assert training.save_total_limit is None and data.image_folder is None and data.eval_split is None
+    assert training.run_name == ""
+    assert parsed(tmp_path, "save_total_limit: null\n", "--save_total_limit", "3")[-1].save_total_limit == 3
+    (caption,) = parse(CaptioningArguments, argv=["--config", str(written(tmp_path, 'prompt: ""\n'))])
+    assert caption.prompt == ""
+    with pytest.raises(ValueError, match=r"run.yaml: learning_rate needs a value. Leave the line out"):
+        parsed(tmp_path, "learning_rate: null\n")
+
+
+def written(folder, text):
+    (folder / "run.yaml").write_text(text)
+    return folder / "run.yaml"
+
+
+def test_null_takes_back_what_the_demo_yaml_says(tmp_path):
+    (tmp_path / "demo.yaml").write_text("model_name_or_path: demo\ndataset_name: demo\nmax_eval_samples: 9\n")
+    flags = ["--config", str(written(tmp_path, "max_eval_samples: null\n")), "--use_cpu"]
+    model, data, *_ = parse(*ALL, argv=flags, demo_config=tmp_path / "demo.yaml")
+    assert model.model_name_or_path == "demo" and data.max_eval_samples is None
+
+
+def test_one_config_is_read_and_a_yaml_names_no_other(tmp_path):
+    with pytest.raises(ValueError, match="One --config is read, found a.yaml, b.yaml"):
+        parse(*ALL, argv=["--config", "a.yaml", "--config=b.yaml"])
+    for key in ("config", "help", "no_clean_captions"):
+        with pytest.raises(ValueError, match=f"has the unknown key '{key}'"):
+            parsed(tmp_path, f"{key}: x\n")
+
+
+def test_model_that_a_program_cannot_do_without_may_stand_in_its_yaml(tmp_path):
+    program = runpy.run_path(str(RECIPES / "predict.py"))
+    path = written(tmp_path, "model_name_or_path: outputs/vqa\nimages: [a.jpg]\n")
+    args, _ = parse(program["Prediction"], program["Data"], argv=["--config", str(path)])
+    assert args.model_name_or_path == "outputs/vqa"
+
+
+def test_demo_model_on_own_data_takes_the_learning_rate_of_the_demo(tmp_path, caplog):
+    caplog.set_level("INFO", "blip_ft")
+    demo = {"demo_config": RECIPES / "configs" / "vqa_demo.yaml"}
+    flags = ["--dataset_name", str(tmp_path), "--use_cpu"]
+    training = parse(*ALL, argv=["--model_name_or_path", "demo", *flags], **demo)[-1]
+    assert (training.learning_rate, training.warmup_steps, training.num_train_epochs) == (8e-4, 0.1, 3)
+    assert "taking learning_rate 8e-4 and warmup_steps 0.1 from" in caplog.text
+    training = parse(*ALL, argv=["--model_name_or_path", "demo", *flags, "--learning_rate", "1e-5"], **demo)[-1]
+    assert (training.learning_rate, training.warmup_steps) == (1e-5, 0.1)
+    assert parse(*ALL, argv=["--model_name_or_path", "x", *flags], **demo)[-1].learning_rate == 5e-5
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        *[(key, "Did you mean learning_rate?") for key in ("lr", "learningrate", "learning_rates", "lerning_rate")],
+        *[(key, "Did you mean num_train_epochs?") for key in ("epochs", "num_epochs", "train_epochs")],
+        ("batch_size", "Did you mean per_device_train_batch_size?"),
+        ("eval_batch_size", "Did you mean per_device_eval_batch_size?"),
+        *[(key, "Did you mean model_name_or_path?") for key in ("model", "checkpoint", "model_name_or_pth")],
+        ("dataset", "Did you mean dataset_name?"),
+        *[(key, "Did you mean lora_r?") for key in ("lora_rank", "rank")],
+        ("warmup_ratio", "Did you mean warmup_steps?"),
+        ("num_workers", "Did you mean dataloader_num_workers?"),
+        *[(key, "There is no early stopping; --load_best") for key in ("early_stopping", "early_stopping_patience")],
+        *[(key, "--help lists the keys there are") for key in ("temperature", "foo", "hub_tokn", "top_k")],
+    ],
+)
+def test_unknown_key_gets_the_name_here_or_no_hint_at_all(tmp_path, key, hint):
+    with pytest.raises(ValueError) as refused:
+        parsed(tmp_path, f"{key}: 1\n")
+    assert hint in str(refused.value)
+
+
+# ---- every field has an effect or is refused ----
+
+
+def recipe_classes(name):
+    program = runpy.run_path(str(RECIPES / f"{name}.py"))
+    if name == "predict":
+        return (program["Prediction"], program["Data"])
+    task = {"vqa": VqaArguments, "captioning": CaptioningArguments, "retrieval": RetrievalArguments}[name]
+    return (program["Model"], DataArguments, task, PeftArguments, program["Training"])
+
+
+def names_read(path: Path, leave_out=frozenset()) -> set[str]:
+    """Names after a dot, and words in lists of names, of all functions but those left out."""
+    read = set()
+
+    def visit(node):
+        if isinstance(node, ast.FunctionDef) and node.name in leave_out:
+            return
+        if isinstance(node, ast.Attribute):
+            read.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            read.add(node.value)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return read
+
+
+def names_read_by(name: str) -> set[str]:
+    """By a recipe, by the package, and by those functions of the Trainer that a run goes through."""
+    package = [path for path in Path("blip_ft").resolve().glob("*.py") if path.stem not in ("arguments", "__init__")]
+    read = set().union(*map(names_read, [RECIPES / f"{name}.py", *package]))
+    if name == "predict":
+        return read
+    own = {name for name in vars(BlipTrainer) if callable(getattr(BlipTrainer, name))}
+    # those call the Trainer's own
+    own -= {"__init__", "get_train_dataloader", "train", "compute_loss", "log", "create_optimizer", "_save_checkpoint"}
+    own -= {"_save_optimizer_and_scheduler", "_load_from_checkpoint", "_load_optimizer_and_scheduler", "init_hf_repo"}
+    own -= {"_get_output_dir", "_push_from_checkpoint", "_finish_current_push"}
+    never = {"prediction_step", "_get_eval_sampler", "predict", "hyperparameter_search", "get_test_dataloader"}
+    folder = Path(transformers.__file__).parent
+    read |= names_read(folder / "trainer.py", own | never)
+    setters = {name for name in vars(transformers.TrainingArguments) if name.startswith("set_")}
+    read |= names_read(folder / "training_args.py", setters)
+    more = ("trainer_callback", "trainer_utils", "trainer_optimizer", "integrations/integration_utils")
+    return read.union(*(names_read(folder / f"{module}.py") for module in more))
+
+
+# answer_list says as much, and arguments.py sees to it that they agree; do_train is the recipe's whole run
+CHECKED_ALONE = {"answer_mode", "do_train"}
+
+
+@pytest.mark.parametrize("name", ["vqa", "captioning", "retrieval", "predict"])
+def test_every_setting_is_read_or_refused(name):
+    """A setting that a later version of transformers brings is met here too."""
+    read = names_read_by(name)
+    for part in recipe_classes(name):
+        names = {entry.name for entry in dataclasses.fields(part)}
+        assert set(part.without_effect) <= names
+        unread = names - read - set(part.without_effect) - CHECKED_ALONE
+        assert not unread, unread
+
+
+NO_WORDS = {
+    **dict.fromkeys(("eval_accumulation_steps", "generation_max_length", "generation_num_beams"), "7"),
+    **{"check_images": "header", "train_sampling_strategy": "sequential"},
+    **dict.fromkeys(("max_train_samples", "group_questions"), "1"),
+}
+
+
+@pytest.mark.parametrize("name", ["vqa", "retrieval", "predict"])
+def test_each_setting_without_effect_is_refused_and_not_in_help(name, tmp_path, capsys):
+    classes = recipe_classes(name)
+    with pytest.raises(SystemExit):
+        parse(*classes, argv=["--help"])
+    shown = capsys.readouterr().out.split()
+    needed = ["--model_name_or_path", "x", "--dataset_name", "x", "--eval_split", "test"]
+    hidden = {setting: part for part in classes for setting in part.without_effect}
+    assert hidden
+    for setting, part in hidden.items():
+        if setting in ("parallelism_config", "liger_kernel_config"):  # no text makes one
+            continue
+        default = part.__dataclass_fields__[setting].default
+        by_type = {bool: str(not default).lower(), int: "7", float: "0.7"}
+        value = NO_WORDS.get(setting, by_type.get(type(default), "x"))
+        with pytest.raises(ValueError, match=f"{setting} has no effect here|{setting} goes with"):
+            parse(*classes, argv=[*needed, f"--{setting}", value])
+        assert f"--{setting}" not in shown and f"--{setting}," not in shown
+
+
+BESIDE = [
+    (["--lora_r", "4"], "lora_r 4 has no effect without --use_peft"),
+    (["--lora_target_modules", "query"], "without --use_peft"),
+    (["--model_revision", "v2", "--model_name_or_path", "demo"], "without a checkpoint of the Hub"),
+    (["--dataset_config", "small", "--dataset_name", "{folder}"], "dataset_config small has no effect without a data"),
+    (["--dataset_config", "small", "--dataset_name", "demo"], "without a data set of the Hub"),
+    (["--shuffle_buffer", "9", "--dataset_name", "demo"], "without --streaming"),
+    (["--eval_fraction", "0.2", "--eval_split", "test"], "beside other data to evaluate on"),
+    (["--eval_questions_file", "q.json", "--eval_annotations_file", "a.json"], "goes with questions_file"),
+    (["--k_test", "9"], "k_test 9 has no effect without --answer_mode rank"),
+    (["--cache_dtype", "fp32"], "without --cache_image_features"),
+    (["--eval_steps", "5"], "without --eval_strategy steps"),
+    (["--save_steps", "5"], "without --save_strategy steps"),
+    (["--hub_private_repo", "true"], "without --push_to_hub"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BESIDE)
+def test_setting_that_another_leaves_unread_is_refused(tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        parsed(tmp_path, "", *(flag.format(folder=tmp_path) for flag in flags))
+
+
+def test_dataset_config_is_for_a_data_set_of_the_hub_even_to_evaluate_on(tmp_path):
+    parsed(tmp_path, "", "--dataset_config", "small", "--dataset_name", "owner/data")
+    data = parsed(
+        *(tmp_path, "", "--dataset_config", "small", "--dataset_name", str(tmp_path)),
+        *("--eval_dataset_name", "owner/data"),
+    )[1]
+    dataclasses.replace(data, dataset_name="owner/data", eval_dataset_name=None)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data_seed", "3"],
+        ["--dataloader_prefetch_factor", "4"],
+        ["--dataloader_multiprocessing_context", "spawn"],
+        ["--no_dataloader_in_order"],
+        ["--ignore_data_skip"],
+    ],
+)
+def test_settings_that_a_stream_does_not_read_are_refused(tmp_path, flags):
+    stream = ["--streaming", "--max_steps", "5", "--eval_split", "test", "--dataloader_num_workers", "2"]
+    _, data, _, _, training = parsed(tmp_path, "", "--dataset_name", "x", *stream, *flags)
+    with pytest.raises(ValueError, match=f"{flags[0][2:].removeprefix('no_')} has no effect with --streaming"):
+        data.require_end(training)
+
+
+FLOATS = [
+    (part, entry.name)
+    for part in (*ALL, CaptioningArguments, RetrievalArguments)
+    for entry in dataclasses.fields(part)
+    if "float" in str(entry.type)
+]
+
+
+@pytest.mark.parametrize(("part", "name"), FLOATS)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_number_is_nan_or_infinite(part, name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be .*, found {value}|{name} has no effect"):
+        parse(part, argv=[f"--{name}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora_dropout", "1"], "lora_dropout must be between 0 and 1, 1 excluded, found 1.0"),
+        (["--dropout", "1"], "1 excluded"),
+        (["--lora_alpha", "0"], "lora_alpha must be at least 1, found 0"),
+        (["--warmup_steps", "nan"], "warmup_steps must be at least 0, found nan"),
+        (["--bf16", "--use_cpu", "false"], "bf16 needs a GPU that computes in bfloat16.*add --use_cpu"),
+        (["--fp16"], "fp16 needs a GPU"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "reduce_lr_on_plateau follows a metric. Add --eval_strategy"),
+    ],
+)
+def test_values_that_train_nothing_or_cannot_be_are_refused(tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        parsed(tmp_path, "", *flags)
+
+
+@pytest.mark.parametrize(("name", "metric", "mode"), [("vqa", "loss", None), ("retrieval", "recall_mean", "max")])
+def test_scheduler_that_follows_a_metric_follows_one_that_is_measured(tmp_path, name, metric, mode):
+    follows = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "epoch", "--use_cpu"]
+    args = parse(*recipe_classes(name), argv=[*follows, "--output_dir", str(tmp_path / "run")])[-1]
+    assert args.metric_for_best_model == metric and (args.lr_scheduler_kwargs or {}).get("mode") == mode
+
+
+def test_help_says_what_is_true_here(capsys):
+    for name in ("vqa", "retrieval"):
+        with pytest.raises(SystemExit):
+            parse(*recipe_classes(name), argv=["--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "Weight decay of all parameters, biases and norms included" in shown
+        assert "excluded from bias" not in shown and "--hub_token" not in shown
+        assert "intended for your training/evaluation scripts" not in shown
+        assert "`last`: the newest complete checkpoint" in shown
+        assert "The checkpoint save strategy to adopt" in shown  # a new default keeps its help
+
+
+def test_settings_that_were_changed_are_those_that_differ_from_their_default():
+    assert changed_settings(PeftArguments(use_peft=True, lora_r=16)) == {"use_peft": True}

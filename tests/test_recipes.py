@@ -488,3 +488,24 @@ def test_output_dir_in_use_is_refused(recipe, data, tmp_path, caplog):
     with pytest.raises(SystemExit):
         recipe(*data, output_dir=tmp_path / "used")
     assert "is not empty" in caplog.text and "--resume_from_checkpoint last" in caplog.text
+
+
+def test_retrieval_refuses_the_settings_of_tasks_that_write(recipe, data_of, caplog):
+    for flag, value in (("label_smoothing", "0.2"), ("generation_num_beams", "2"), ("cache_dtype", "fp32")):
+        with pytest.raises(SystemExit):
+            recipe(*data_of("retrieval"), f"--{flag}", value, task="retrieval")
+        assert f"{flag} " in caplog.messages[-1] and "has no effect" in caplog.messages[-1]
+
+
+def test_retrieval_lowers_its_rate_when_recall_no_longer_rises(recipe, data_of):
+    flags = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps", "--eval_steps", "1"]
+    folder = recipe(*data_of("retrieval"), *flags, "--max_steps", "2", task="retrieval")
+    assert "eval_recall_mean" in results_of(folder)
+
+
+def test_demo_model_on_own_data_learns_at_its_own_rate(recipe, picture_folder, caplog):
+    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test", "--per_device_train_batch_size", "8"]
+    caplog.set_level("INFO", "blip_ft")
+    folder = recipe("--model_name_or_path", "demo", *flags, "--max_steps", "1", "--logging_steps", "1")
+    assert "taking learning_rate 8e-4 and warmup_steps 0.1" in caplog.text
+    assert "learning_rate: 0.0008" in (folder / "README.md").read_text()
