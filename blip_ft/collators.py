@@ -315,6 +315,33 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(prompt)["input_ids"][:-1]
 
 
+def require_room_for_captions(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_min_length: int,
+    generation_max_length: int,
+    max_caption_tokens: int | None = None,
+) -> None:
+    """Raise ValueError if the prompt leaves no room for a word and [SEP]; all lengths include the prompt's tokens.
+
+    Args:
+        max_caption_tokens: of training; None if nothing is trained.
+    """
+    needed = len(encode_prompt(prompt, tokenizer)) + 2
+    limits = {"max_caption_tokens": max_caption_tokens, "generation_max_length": generation_max_length}
+    for name, limit in limits.items():
+        if limit is not None and limit < needed:
+            raise ValueError(
+                f"{name} is {limit}, and the prompt {prompt!r}, a word and the end take {needed} tokens: nothing is "
+                f"left of a caption. Set --{name} to {needed} or more, or shorten --prompt."
+            )
+    if generation_min_length > generation_max_length:
+        raise ValueError(
+            f"generation_min_length {generation_min_length} is above generation_max_length {generation_max_length}. "
+            "Lower the one or raise the other."
+        )
+
+
 def clean_caption(caption: str, max_words: int = 30) -> str:
     """Lower case, with a space for each of . ! " ( ) * # : ; ~ and at most max_words words.
 

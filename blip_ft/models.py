@@ -295,6 +295,19 @@ def outline(task: str, model_args: ModelArguments, peft_args: PeftArguments) -> 
     return model
 
 
+def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer without its weights, e.g. to measure a prompt. Errors as of outline."""
+    name, kwargs = model_args.model_name_or_path, {"revision": model_args.model_revision}
+    if name == "demo":
+        return demo.build_demo_processor().tokenizer
+    try:
+        if base := _base_of_adapter(name, kwargs):
+            name, kwargs, _ = base
+        return BlipProcessor.from_pretrained(name, **kwargs, trust_remote_code=False).tokenizer
+    except (OSError, EntryNotFoundError, HFValidationError, KeyError) as error:
+        raise ValueError(_what_to_check(name, error)) from error
+
+
 def load_for_training(
     task: str, model_args: ModelArguments, peft_args: PeftArguments, training_args: BlipTrainingArguments
 ) -> tuple[PreTrainedModel | PeftModel, BlipProcessor]:

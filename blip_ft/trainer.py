@@ -55,7 +55,7 @@ from blip_ft.checkpoints import (
     newest_checkpoint,
     what_is_missing,
 )
-from blip_ft.collators import open_image
+from blip_ft.collators import IGNORED, open_image
 from blip_ft.data_pipeline import GroupedSampler, StreamedRows, number_pictures, require_whole_batch
 from blip_ft.engines import (
     SHARDED,
@@ -125,6 +125,7 @@ class BlipTrainer(Trainer):
             self.accelerator.prepare = self._temperature_in_model()(self.accelerator.prepare)
         self.sampler: GroupedSampler | None = None  # of the rows to train on
         self.building: str | None = None  # where a checkpoint is being written
+        self.has_targets = False  # whether a batch had a token to learn
         self.loss_parts: list[torch.Tensor] = []  # since the last log, (2,) each: loss_itc and loss_itm
         self.add_callback(EpochCallback(self))
         self.add_callback(ContrastiveCallback(self))
@@ -204,10 +205,22 @@ class BlipTrainer(Trainer):
         """What the loss of a whole step is divided by: the Trainer would count label tokens, BLIP counts questions."""
         if not self.model_accepts_loss_kwargs:
             return None
+        self._require_targets(batch_samples)
         items = torch.tensor(sum(self.blip.count_loss_items(batch) for batch in batch_samples), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             items = self.accelerator.gather(items).sum()
         return items
+
+    def _require_targets(self, batches: list[Batch]) -> None:
+        """Raise ValueError if the first batches have images that can be read, and not one token to learn."""
+        if self.has_targets:  # asked once: on a GPU the answer waits for the device
+            return
+        self.has_targets = any((batch["labels"][:, 1:] != IGNORED).any() for batch in batches)
+        if not self.has_targets and any(batch["readable"].any() for batch in batches):
+            raise ValueError(
+                "The batches of a step hold no token to learn: what comes before the target fills them. Raise "
+                "--max_caption_tokens or --max_answer_tokens, or shorten --prompt."
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         try:

@@ -23,10 +23,10 @@ from blip_ft.arguments import (
     parse,
     start_recipe,
 )
-from blip_ft.collators import CaptionCollator, PictureCollator
+from blip_ft.collators import CaptionCollator, PictureCollator, require_room_for_captions
 from blip_ft.data_pipeline import load_captions
 from blip_ft.metrics import CaptionScores, caption_exact_match, caption_rouge_l
-from blip_ft.models import load_for_training, outline
+from blip_ft.models import load_for_training, load_tokenizer, outline
 from blip_ft.trainer import BlipTrainer, check_run, prepare_output_dir, run
 
 # ---- what to edit ----
@@ -45,8 +45,8 @@ class Training(BlipTrainingArguments):
     num_train_epochs: float = 5
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Captions a step and device."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Pictures at once."})
-    generation_max_length: int | None = field(default=20, metadata={"help": "Tokens of a caption, prompt included."})
-    generation_num_beams: int | None = field(default=3, metadata={"help": "Beams of generation. Original: 3."})
+    generation_max_length: int = field(default=20, metadata={"help": "Tokens of a caption, prompt included."})
+    generation_num_beams: int = field(default=3, metadata={"help": "Beams of generation. Original: 3."})
 
 
 # ---- the run ----
@@ -61,6 +61,13 @@ def main() -> None:
     checkpoint = prepare_output_dir(training_args, "captioning", peft_args)
     output_dir = Path(training_args.output_dir)
     planned = outline("conditional_generation", model_args, peft_args)
+    require_room_for_captions(
+        caption_args.prompt,
+        load_tokenizer(model_args),
+        caption_args.generation_min_length,
+        training_args.generation_max_length,
+        caption_args.max_caption_tokens,
+    )
     train_rows, eval_rows = load_captions(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
     check_run(training_args, train_rows, planned)
 

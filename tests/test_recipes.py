@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import BlipProcessor, PreTrainedModel
 from transformers.models.blip import modeling_blip
 
-from blip_ft import feature_store
+from blip_ft import collators, feature_store
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.models import load_model
 from blip_ft.trainer import BlipTrainer
@@ -509,3 +509,36 @@ def test_demo_model_on_own_data_learns_at_its_own_rate(recipe, picture_folder, c
     folder = recipe("--model_name_or_path", "demo", *flags, "--max_steps", "1", "--logging_steps", "1")
     assert "taking learning_rate 8e-4 and warmup_steps 0.1" in caplog.text
     assert "learning_rate: 0.0008" in (folder / "README.md").read_text()
+
+
+# flags, and a part of the message; of captions, whose default prompt takes four tokens
+CAPTION_MISTAKES = {
+    "prompt fills the captions": (
+        ["--max_caption_tokens", "5"],
+        "max_caption_tokens is 5, and the prompt 'a picture of ', a word and the end take 6 tokens",
+    ),
+    "prompt fills what is written": (["--prompt", "a dog on the grass " * 4], "Set --generation_max_length to 23"),
+    "nothing can be written": (["--generation_max_length", "3"], "Set --generation_max_length to 6 or more"),
+    "least above most": (
+        ["--generation_min_length", "12", "--generation_max_length", "10"],
+        "generation_min_length 12 is above generation_max_length 10",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", CAPTION_MISTAKES)
+def test_lengths_that_leave_nothing_of_a_caption_are_refused_before_the_model_loads(
+    recipe, data_of, caplog, monkeypatch, mistake
+):
+    flags, message = CAPTION_MISTAKES[mistake]
+    monkeypatch.delattr(PreTrainedModel, "from_pretrained")
+    with pytest.raises(SystemExit) as stopped:
+        recipe(*data_of("captioning"), *flags, task="captioning")
+    assert stopped.value.code == 1 and message in caplog.text
+
+
+def test_run_whose_batches_hold_no_token_to_learn_is_stopped(recipe, data_of, caplog, monkeypatch):
+    monkeypatch.setattr(collators, "require_room_for_captions", lambda *args: None)
+    with pytest.raises(SystemExit):
+        recipe(*data_of("captioning"), "--max_caption_tokens", "4", task="captioning")
+    assert "The batches of a step hold no token to learn" in caplog.messages[-1]
