@@ -32,8 +32,14 @@ from tqdm.auto import tqdm
 from transformers import BlipProcessor
 
 from blip_ft import inference, predictions
-from blip_ft.arguments import DataArguments, parse, start_recipe
-from blip_ft.collators import clean_caption, encode_row_images, encode_texts, open_image
+from blip_ft.arguments import DataArguments, Settings, changed_settings, parse, read_text, start_recipe
+from blip_ft.collators import (
+    clean_caption,
+    encode_row_images,
+    encode_texts,
+    open_image,
+    require_room_for_captions,
+)
 from blip_ft.data_pipeline import list_pictures, load_to_predict, number_pictures, why_unreadable
 from blip_ft.models import TASK_OF_CLASS, load_model
 from blip_ft.outputs import write_lines
@@ -51,6 +57,18 @@ class Data(DataArguments):
     """Which pictures; of the training arguments those that choose and name columns count."""
 
     _needs_annotations = False
+    without_effect = {
+        **dict.fromkeys(
+            (
+                *("train_split", "eval_fraction", "max_train_samples", "check_images", "max_bad_fraction"),
+                *("streaming", "shuffle_buffer", "group_questions"),
+            ),
+            "Leave it out: nothing is trained.",
+        ),
+        "eval_dataset_name": "Give that data as --dataset_name.",
+        "eval_questions_file": "Give that file as --questions_file.",
+        "eval_annotations_file": "Give that file as --annotations_file.",
+    }
 
     images: list[str] | None = field(
         default=None, metadata={"help": "Pictures and folders of pictures, in place of dataset_name."}
@@ -67,10 +85,17 @@ class Data(DataArguments):
         super().__post_init__()
         if sum(map(bool, (self.images, self.dataset_name, self.questions_file))) != 1:
             raise ValueError("Name the pictures by one of --images, --dataset_name and --questions_file.")
+        if self.question is not None and not self.question.strip():
+            raise ValueError('--question is empty. Give --question "what is it?", or leave it out.')
+
+    def unread(self) -> dict[str, str]:
+        columns = ("image_column", "image_id_column", "question_column", "answer_column", "caption_column")
+        of_data = (*columns, "image_folder", "eval_split", "max_eval_samples")
+        return super().unread() | dict.fromkeys(of_data if self.images else (), "beside --images")
 
 
 @dataclass
-class Prediction:
+class Prediction(Settings):
     """How to predict, and what to write."""
 
     _argument_group_name = "Prediction"
@@ -96,23 +121,41 @@ class Prediction:
     )
     generation_min_length: int = field(default=5, metadata={"help": "Tokens of a caption at least, prompt included."})
     generation_num_beams: int = field(default=3, metadata={"help": "Beams of generation."})
-    prompt: str = field(default="a picture of ", metadata={"help": "What captions begin with; it is not written."})
+    prompt: str = field(
+        default="a picture of ", metadata={"help": "What every caption begins with; it is not written."}
+    )
     max_caption_tokens: int = field(default=35, metadata={"help": "Longer texts to rank are cut."})
     clean_captions: bool = field(default=True, metadata={"help": "Rank texts in lower case, without punctuation."})
     k_test: int = field(default=256, metadata={"help": "Texts of each picture that the matching head ranks."})
     top_texts: int = field(default=10, metadata={"help": "Texts written for each picture."})
 
 
+# what only a checkpoint of some tasks reads
+OF_TASKS = {
+    **dict.fromkeys(("question", "max_question_tokens"), ("vqa",)),
+    **dict.fromkeys(("prompt", "generation_min_length"), ("conditional_generation",)),
+    **dict.fromkeys(("generation_max_length", "generation_num_beams"), ("vqa", "conditional_generation")),
+    **dict.fromkeys(
+        ("texts", "max_caption_tokens", "clean_captions", "k_test", "top_texts"), ("image_text_retrieval",)
+    ),
+}
+
+
 def main() -> None:
     args, data_args = parse(Prediction, Data)
+    given_texts = read_text("texts", data_args.texts).splitlines() if data_args.texts else None
     state = PartialState(cpu=args.use_cpu)
     settings = {"revision": args.model_revision, "allow_pickle": args.allow_pickle, "merge": True}
     loaded = load_model(args.model_name_or_path, device=state.device, **settings)
     model, processor = loaded["model"], loaded["processor"]
     task = TASK_OF_CLASS[type(model).__name__]
+    require_settings_of_task(args, data_args, task)
+    if task == "conditional_generation":
+        limits = (args.generation_min_length, args.generation_max_length or 20)
+        require_room_for_captions(args.prompt, processor.tokenizer, *limits)
     rows, bad_rows = read_rows(data_args, task)
     ids = predictions.official_ids(args.format, task, rows) if args.format else []
-    texts = read_texts(data_args.texts, rows) if task == "image_text_retrieval" else []
+    texts = texts_to_rank(given_texts, rows) if task == "image_text_retrieval" else []
 
     folder, done = predictions.settle_folder(args.output_dir, settings_of(args, data_args, rows, texts))
     if done:
@@ -132,11 +175,18 @@ def main() -> None:
 # ---- what to predict on ----
 
 
+def require_settings_of_task(args: Prediction, data_args: Data, task: str) -> None:
+    """Raise ValueError for a setting that no checkpoint of this task reads."""
+    given = changed_settings(args) | changed_settings(data_args)
+    if unread := [name for name in given if task not in OF_TASKS.get(name, (task,))]:
+        raise ValueError(
+            f"--{unread[0]} is for a checkpoint of the task {' or '.join(OF_TASKS[unread[0]])}; this one does {task}."
+        )
+
+
 def read_rows(args: Data, task: str) -> tuple[Dataset, list[Line]]:
     """Rows, with references where the data has them, and those that cannot be used."""
     asks = task == "vqa"
-    if args.question and not asks:
-        raise ValueError(f"--question needs a checkpoint that answers questions; this one does {task}.")
     if args.images and asks and not args.question:
         raise ValueError('Pictures alone ask nothing. Give --question "what is it?", or --dataset_name with questions.')
     if args.images:
@@ -149,13 +199,11 @@ def read_rows(args: Data, task: str) -> tuple[Dataset, list[Line]]:
     return rows, bad_rows
 
 
-def read_texts(path: str | None, rows: Dataset) -> list[str]:
-    """Each text once."""
-    if path is not None:
-        texts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    else:
-        texts = [text for own in rows["captions"][:] for text in own] if "captions" in rows.column_names else []
-    texts = list(dict.fromkeys(filter(None, texts)))
+def texts_to_rank(given: list[str] | None, rows: Dataset) -> list[str]:
+    """Each text once: those given, else the captions of the rows."""
+    if given is None:
+        given = [text for own in rows["captions"][:] for text in own] if "captions" in rows.column_names else []
+    texts = list(dict.fromkeys(filter(None, map(str.strip, given))))
     if not texts:
         raise ValueError("There is no text to rank. Give --texts FILE with one a line, or data with captions.")
     return texts

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import RECIPES
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from blip_ft import inference
 from blip_ft.arguments import DataArguments, PeftArguments
@@ -273,3 +274,55 @@ def test_texts_are_asked_for_where_there_are_none(predict, picture_folder, caplo
     with pytest.raises(SystemExit):
         predict("retrieval", "--images", str(picture_folder))
     assert "Give --texts FILE with one a line" in caplog.text
+
+
+OUT_OF_RANGE = {
+    "question tokens": (
+        "vqa",
+        ["--max_question_tokens", "2"],
+        "max_question_tokens must be between 3 and 512",
+    ),
+    "candidates": ("retrieval", ["--k_test", "-1"], "k_test must be at least 1, found -1"),
+    "texts shown": ("retrieval", ["--top_texts", "-1"], "top_texts must be at least 1, found -1"),
+    "beams": ("vqa", ["--generation_num_beams", "0"], "generation_num_beams must be at least 1, found 0"),
+    "batch": ("vqa", ["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size must be at least 1"),
+    "workers": ("vqa", ["--dataloader_num_workers", "-1"], "dataloader_num_workers must be at least 0"),
+    "answer length": ("vqa", ["--generation_max_length", "2"], "generation_max_length must be between 3 and 512"),
+    "empty question": ("vqa", ["--question", " "], '--question is empty. Give --question "what is it?"'),
+    "folder of texts": ("retrieval", ["--texts", "{folder}"], "texts needs a text file; {folder}: Is a directory"),
+    "no texts": ("retrieval", ["--texts", "none.txt"], "texts needs a text file; none.txt: No such file"),
+    "UTF-16": ("retrieval", ["--texts", "{utf16}"], "is not text in UTF-8 (invalid start byte at byte 0). Save it as"),
+    "no training": ("vqa", ["--eval_fraction", "0.5"], "eval_fraction has no effect here. Leave it out: nothing is"),
+    "columns": ("vqa", ["--question_column", "q"], "question_column q has no effect beside --images"),
+}
+
+
+@pytest.mark.parametrize("mistake", OUT_OF_RANGE)
+def test_settings_are_checked_as_in_the_recipes_before_the_model_loads(
+    predict, picture_folder, tmp_path, monkeypatch, caplog, mistake
+):
+    task, flags, message = OUT_OF_RANGE[mistake]
+    (tmp_path / "utf16.txt").write_text("a dog\n", encoding="utf-16")
+    names = {"folder": picture_folder, "utf16": tmp_path / "utf16.txt"}
+    monkeypatch.delattr(PreTrainedModel, "from_pretrained")
+    with pytest.raises(SystemExit) as stopped:
+        predict(task, "--images", str(picture_folder), *(flag.format(**names) for flag in flags))
+    assert stopped.value.code == 1 and message.format(**names) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "message"),
+    [
+        ("captioning", ["--question", "is it ?"], "--question is for a checkpoint of the task vqa; this one does cond"),
+        ("retrieval", ["--generation_num_beams", "1"], "of the task vqa or conditional_generation"),
+        ("vqa", ["--question", "is it ?", "--prompt", "a"], "of the task conditional_generation"),
+        ("captioning", ["--prompt", "a dog on the grass " * 5], "Set --generation_max_length to 28 or more"),
+        ("captioning", ["--generation_min_length", "30"], "is above generation_max_length 20"),
+    ],
+)
+def test_settings_that_the_checkpoint_does_not_read_are_refused(
+    predict, picture_folder, tmp_path, caplog, task, flags, message
+):
+    with pytest.raises(SystemExit):
+        predict(task, "--images", str(picture_folder), *flags)
+    assert message in caplog.text and not (tmp_path / "predicted").exists()
