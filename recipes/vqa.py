@@ -23,6 +23,7 @@ from blip_ft.arguments import (
     PeftArguments,
     VqaArguments,
     parse,
+    read_text,
     start_recipe,
 )
 from blip_ft.collators import VqaCollator
@@ -47,10 +48,8 @@ class Training(BlipTrainingArguments):
     num_train_epochs: float = 10
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Questions a step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Questions at once."})
-    generation_max_length: int | None = field(
-        default=10, metadata={"help": "Tokens of an answer, with [DEC] and [SEP]."}
-    )
-    generation_num_beams: int | None = field(default=3, metadata={"help": "Beams of generation. Original: 3."})
+    generation_max_length: int = field(default=10, metadata={"help": "Tokens of an answer, with [DEC] and [SEP]."})
+    generation_num_beams: int = field(default=3, metadata={"help": "Beams of generation. Original: 3."})
 
 
 # ---- the run ----
@@ -133,11 +132,17 @@ def read_answer_list(path: str | None) -> list[str]:
     """The answers to choose from: a JSON list of strings, or one a line."""
     if path is None:
         return []
-    text = Path(path).read_text(encoding="utf-8")
-    answers = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    text = read_text("answer_list", path)
+    needed = "it needs a JSON list of strings, or one answer a line"
+    try:
+        answers = json.loads(text) if text.lstrip().startswith(("[", "{")) else text.splitlines()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"answer_list {path} is not valid JSON ({error}): {needed}.") from error
+    if not isinstance(answers, list) or not all(isinstance(answer, (str, int, float)) for answer in answers):
+        raise ValueError(f"answer_list {path} holds something else than answers: {needed}.")
     answers = [str(answer).strip() for answer in answers if str(answer).strip()]
     if not answers:
-        raise ValueError(f"answer_list {path} holds no answer: it needs a JSON list of strings, or one answer a line.")
+        raise ValueError(f"answer_list {path} holds no answer: {needed}.")
     return answers
 
 

@@ -542,3 +542,24 @@ def test_run_whose_batches_hold_no_token_to_learn_is_stopped(recipe, data_of, ca
     with pytest.raises(SystemExit):
         recipe(*data_of("captioning"), "--max_caption_tokens", "4", task="captioning")
     assert "The batches of a step hold no token to learn" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("yes\n".encode("utf-16"), "is not text in UTF-8 (invalid start byte at byte 0). Save it as UTF-8"),
+        (b'["yes", {"a": 1}]', "holds something else than answers"),
+        (b'{"yes": 1}', "holds something else than answers"),
+        (b'["yes"', "is not valid JSON"),
+        (b"\n", "holds no answer"),
+    ],
+)
+def test_answer_list_that_is_none_is_refused_before_the_model_loads(
+    recipe, data, tmp_path, caplog, monkeypatch, content, message
+):
+    (tmp_path / "answers.txt").write_bytes(content)
+    monkeypatch.delattr(PreTrainedModel, "from_pretrained")
+    for path, part in ((tmp_path / "answers.txt", message), (tmp_path, "needs a text file")):
+        with pytest.raises(SystemExit):
+            recipe(*data, "--answer_mode", "rank", "--answer_list", str(path))
+        assert part in caplog.messages[-1]
