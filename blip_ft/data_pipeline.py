@@ -1201,9 +1201,15 @@ def _require_columns(needed: dict[str, str], found: list[str]) -> None:
         if column not in found:
             usual = argument.removesuffix("_column")
             nearest = [name for wanted in (usual, column) for name in difflib.get_close_matches(wanted, found, n=1)]
+            example = (nearest or [usual if not found else "NAME"])[0]
+            way_out = f"Set {argument}, e.g. --{argument} {example}"
+            if not nearest and argument == "question_column" and {"caption", "captions"} & set(found):
+                way_out = f"For captions there are recipes/captioning.py and retrieval.py; else set {argument}"
+            elif not nearest and argument == "caption_column" and "question" in found:
+                way_out = f"For questions there is recipes/vqa.py; else set {argument}"
             raise ValueError(
-                f"Rows need the columns {', '.join(sorted(needed.values()))}; this data set has {', '.join(found)}."
-                f" Set {argument}, e.g. --{argument} {(nearest or found or [usual])[0]}"
+                f"Rows need the columns {', '.join(sorted(needed.values()))}; this data set has {', '.join(found)}. "
+                + way_out
             )
 
 

@@ -41,20 +41,36 @@ class AnyTask(VqaArguments, CaptioningArguments, RetrievalArguments):
 
     task: Literal["vqa", "captioning", "retrieval"] | None = field(
         default=None,
-        metadata={"help": "What the rows are for. Default: vqa, or captioning where they have captions only."},
+        metadata={"help": "What the rows are for. Default: vqa, or captioning if they have captions only."},
     )
+
+    def unread(self) -> dict[str, str]:
+        return {}  # a YAML of any recipe is right here
+
+
+@dataclass
+class Training(BlipTrainingArguments):
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows a step and device. Default: that of the task's recipe."}
+    )
+
+
+# task -> the default of its recipe
+BATCH_SIZES = {"vqa": 16, "captioning": 32, "retrieval": 32}
 
 
 def main() -> None:
     # nothing is trained: without --use_cpu `bf16: true` is refused where there is no GPU
     _, data_args, task_args, _, training_args = parse(
-        *(ModelArguments, DataArguments, AnyTask, PeftArguments, BlipTrainingArguments),
+        *(ModelArguments, DataArguments, AnyTask, PeftArguments, Training),
         argv=[*sys.argv[1:], "--use_cpu"],
     )
     data_args = replace(data_args, streaming=False)
     bad_rows_file = Path(training_args.output_dir if training_args.output_dir_was_given else ".") / "bad_rows.jsonl"
     bad_rows_file.unlink(missing_ok=True)
-    task = task_args.task or task_of(column_names(data_args), data_args)
+    columns = column_names(data_args)
+    task = task_args.task or task_of(columns, data_args)
+    require_columns_of(task, columns, data_args)
     load = load_vqa if task == "vqa" else load_captions
     try:
         train, held_out = load(data_args, bad_rows_file, training_args.seed)
@@ -79,7 +95,8 @@ def main() -> None:
     for position in range(min(3, len(train))):
         row = train[position]
         print("  " + ", ".join(f"{name}: {value!r:.80}" for name, value in row.items() if name != "image"))
-    step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    batch_size = training_args.per_device_train_batch_size or BATCH_SIZES[task]
+    step = batch_size * training_args.gradient_accumulation_steps
     require_whole_batch(len(train), step)
     print(f"\nThis can be trained on, with at most {len(train)} rows a step.")
 
@@ -87,6 +104,22 @@ def main() -> None:
 def task_of(columns: list[str], data_args: DataArguments) -> str:
     has_captions = {data_args.caption_column, "caption", "captions"} & set(columns)
     return "captioning" if has_captions and data_args.question_column not in columns else "vqa"
+
+
+def require_columns_of(task: str, columns: list[str], data_args: DataArguments) -> None:
+    """Raise ValueError if the rows are for the other kind of task."""
+    fits = task_of(columns, data_args)
+    if fits == "captioning" and task == "vqa":
+        raise ValueError(
+            f"The rows have captions and no column {data_args.question_column}. Check them with --task captioning or "
+            "--task retrieval; if another column has the questions, name it: --question_column NAME"
+        )
+    captions = {data_args.caption_column, "caption", "captions"} & set(columns)
+    if task != "vqa" and not captions and data_args.question_column in columns:
+        raise ValueError(
+            "The rows have questions and no captions. Check them with --task vqa; if another column has the captions, "
+            "name it: --caption_column NAME"
+        )
 
 
 def print_bad_rows(file: Path) -> None:

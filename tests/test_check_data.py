@@ -22,7 +22,7 @@ def check(monkeypatch, tmp_path, capsys):
 
 
 def test_questions_are_counted_by_row_picture_length_type_and_answer(check, picture_folder):
-    lines = check("--dataset_name", picture_folder, "--eval_split", "test")
+    lines = check("--dataset_name", picture_folder, "--eval_split", "test", "--per_device_train_batch_size", "8")
     assert lines[0] == "0 rows cannot be used."
     assert "train 8 4" in lines and "evaluate 8 4" in lines
     assert "question 5 5 5" in lines and "answer 1 1 1" in lines
@@ -60,6 +60,7 @@ def test_bad_rows_are_counted_by_reason_and_too_many_end_in_exit_code_1(
     rows += [{**rows[0], "file_name": name} for name in ("none.png", "nowhere.png", "../a.png")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--dataset_name", "rows.jsonl", "--image_folder", picture_folder, "--eval_split", "test"]
+    flags += ["--per_device_train_batch_size", "8"]
     with pytest.raises(SystemExit) as stopped:
         check(*flags)
     assert stopped.value.code == 1
@@ -77,3 +78,27 @@ def test_batch_of_more_rows_than_there_are_is_refused_as_in_a_recipe(check, pict
     with pytest.raises(SystemExit):
         check("--dataset_name", picture_folder, "--eval_split", "test", "--per_device_train_batch_size", "9")
     assert "Choose at most 8" in caplog.text
+
+
+def test_rows_of_the_other_kind_of_task_are_sent_there(check, picture_folder, tmp_path, caplog):
+    rows = [json.loads(line) for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
+    for name, columns in (("captions", ("file_name", "caption")), ("questions", ("file_name", "question", "answer"))):
+        lines = [json.dumps({column: row[column] for column in columns}) + "\n" for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    folder = ["--image_folder", picture_folder]
+    with pytest.raises(SystemExit):
+        check("--dataset_name", "captions.jsonl", *folder, "--task", "vqa")
+    assert "Check them with --task captioning" in caplog.text and "question_column file_name" not in caplog.text
+    with pytest.raises(SystemExit):
+        check("--dataset_name", "questions.jsonl", *folder, "--task", "retrieval")
+    assert "Check them with --task vqa" in caplog.messages[-1]
+
+
+def test_batch_size_is_that_of_the_recipe(check, picture_folder, caplog):
+    """Eight rows fill no batch of 16, which recipes/vqa.py takes, nor one of 32."""
+    for task, size in (("vqa", 16), ("captioning", 32), ("retrieval", 32)):
+        program = runpy.run_path(str(RECIPES / f"{task}.py"))
+        assert program["Training"].per_device_train_batch_size == size
+        with pytest.raises(SystemExit):
+            check("--dataset_name", picture_folder, "--eval_split", "test", "--task", task)
+        assert f"One step takes {size} rows" in caplog.messages[-1]
