@@ -426,6 +426,7 @@ class RetrievalArguments(Settings):
     )
 
 
+NOT_ADAM = ("adafactor", "adagrad", "rmsprop", "sgd")
 _EVALUATION = "Leave it out: evaluation always generates texts, in the precision of training, and scores all of them."
 _ORDER = "Leave it out: each epoch is shuffled by image and cut to whole batches."
 # the Trainer's settings that BlipTrainer does not read, or reads in vain -> what to do
@@ -591,6 +592,10 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
 
     def unread(self) -> dict[str, str]:
         cache = () if self.cache_image_features else ("cache_dtype", "cache_limit_gb")
+        optim = str(self.optim.value)
+        of_optim = ("adam_beta1", "adam_beta2", "adam_epsilon") if optim in NOT_ADAM else ()
+        of_optim += ("optim_args",) if optim in ("adamw_torch", "adamw_torch_fused", "adafactor") else ()
+        of_optim += () if optim.startswith(("galore", "apollo")) else ("optim_target_modules",)
         hub = () if self.push_to_hub else ("hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")
         by_step = {
             f"{what}_steps": f"without --{what}_strategy steps"
@@ -600,6 +605,7 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         return {
             **dict.fromkeys(cache, "without --cache_image_features"),
             **dict.fromkeys(hub, "without --push_to_hub"),
+            **dict.fromkeys(of_optim, f"beside --optim {optim}"),
             **by_step,
             **({"eval_delay": "without --eval_strategy epoch or steps"} if self.eval_strategy == "no" else {}),
         }

@@ -317,6 +317,9 @@ BESIDE = [
     (["--eval_steps", "5"], "without --eval_strategy steps"),
     (["--save_steps", "5"], "without --save_strategy steps"),
     (["--hub_private_repo", "true"], "without --push_to_hub"),
+    (["--adam_beta1", "0.8", "--optim", "sgd"], "beside --optim sgd"),
+    (["--optim_args", "rank=4"], "beside --optim adamw_torch_fused"),
+    (["--optim_target_modules", "query"], "beside --optim adamw_torch_fused"),
 ]
 
 
@@ -352,6 +355,7 @@ def test_settings_that_a_stream_does_not_read_are_refused(tmp_path, flags):
         data.require_end(training)
 
 
+LORA = sorted((RECIPES / "configs").glob("*lora.yaml"))
 FLOATS = [
     (part, entry.name)
     for part in (*ALL, CaptioningArguments, RetrievalArguments)
@@ -389,6 +393,12 @@ def test_scheduler_that_follows_a_metric_follows_one_that_is_measured(tmp_path, 
     follows = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "epoch", "--use_cpu"]
     args = parse(*recipe_classes(name), argv=[*follows, "--output_dir", str(tmp_path / "run")])[-1]
     assert args.metric_for_best_model == metric and (args.lr_scheduler_kwargs or {}).get("mode") == mode
+
+
+def test_adapters_are_trained_at_the_rate_of_the_readme():
+    rates = {yaml.name: parse(*ALL, argv=["--config", str(yaml), "--use_cpu"])[-1].learning_rate for yaml in LORA}
+    assert set(rates.values()) == {1e-4} and len(rates) >= 3
+    assert "--use_peft --learning_rate 1e-4" in (RECIPES.parent / "README.md").read_text()
 
 
 def test_help_says_what_is_true_here(capsys):
