@@ -243,7 +243,7 @@ def names_read(path: Path, leave_out=frozenset()) -> set[str]:
 
 def names_read_by(name: str) -> set[str]:
     """By a recipe, by the package, and by those functions of the Trainer that a run goes through."""
-    package = [path for path in Path("blip_ft").resolve().glob("*.py") if path.stem not in ("arguments", "__init__")]
+    package = [path for path in (RECIPES.parent / "blip_ft").glob("*.py") if path.stem not in ("arguments", "__init__")]
     read = set().union(*map(names_read, [RECIPES / f"{name}.py", *package]))
     if name == "predict":
         return read
