@@ -67,7 +67,8 @@ def _clean(text: str) -> str:
 
 
 def _lower(text: str) -> str:
-    return "".join(sign.lower() for sign in text)
+    # "İ" alone has two letters in lower case, of which Python 2 gives the first
+    return "".join(sign.lower()[0] for sign in text)
 
 
 @lru_cache(maxsize=1 << 16)

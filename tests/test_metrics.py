@@ -86,6 +86,19 @@ def test_vqa_accuracy_restores_none_outside_official_table(prediction, answer):
     assert vqa_accuracy(prediction, [answer] * 9 + ["x"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("İzmir", "izmir", 1),  # worked out by hand: to Python 2 the lower case of U+0130 is one letter, i
+        ("DİYARBAKIR", "diyarbakir", 1),
+        ("İzmir", "i\u0307zmir", 0),  # and not the two that Python 3 gives
+        ("Izmir", "ızmir", 0),
+    ],
+)
+def test_vqa_accuracy_lowers_each_sign_to_one(prediction, answer, expected):
+    assert vqa_accuracy(prediction, [answer] * 9 + ["x"]) == expected
+
+
 def test_vqa_accuracy_removes_32_periods_and_no_more():
     assert vqa_accuracy("x" + 32 * ".", ["x"] * 9 + ["y"]) == 1
     assert vqa_accuracy("x" + 33 * ".", ["x"] * 9 + ["y"]) == 0
