@@ -18,6 +18,11 @@ MAX_WRONG, MAX_RIGHT = 120, 80  # samples of a page
 MAX_THUMBNAIL_BYTES = 3_500_000  # of a page, so that it stays under 5 MB
 MAX_TEXT = 300  # signs of one string of a page
 MAX_CONFUSIONS = 15
+# what an evaluation gives beside scores, each by its whole name: a score may end in the name of an answer type
+NOT_SCORES = frozenset(
+    ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+    + ("unreadable_pictures",)
+)
 
 
 @dataclass
@@ -159,6 +164,11 @@ def draw_curves(log_history: Sequence[dict[str, Any]], columns: int = 2) -> byte
     return file.getvalue()
 
 
+def is_score(metric: str) -> bool:
+    """Whether a number of an evaluation, named without `eval_`, says how right the model is; not its loss or speed."""
+    return metric not in NOT_SCORES and not metric.startswith("mem_")  # mem_: of skip_memory_metrics
+
+
 def _panel_of(name: str) -> str | None:
     metric = name.removeprefix("before_training_").removeprefix("eval_")
     if name in ("loss", "loss_itc", "loss_itm") or (metric != name and metric == "loss"):
@@ -166,8 +176,8 @@ def _panel_of(name: str) -> str | None:
     if name in ("learning_rate", "grad_norm"):
         return {"learning_rate": "learning rate", "grad_norm": "gradient norm"}[name]
     # retrieval has a dozen recalls: those by cosine alone and at 5 are left to all_results.json
-    timing = metric.endswith(("runtime", "per_second", "unreadable_pictures", "@5"))
-    return None if metric == name or timing or metric.startswith("itc_") else "metrics, %"
+    is_left_out = metric.startswith("itc_") or metric in ("text_recall@5", "image_recall@5")
+    return None if metric == name or is_left_out or not is_score(metric) else "metrics, %"
 
 
 def _curves(log_history: Sequence[dict[str, Any]]) -> str:

@@ -68,7 +68,7 @@ from blip_ft.engines import (
 from blip_ft.feature_store import require_constant_features, store_pictures
 from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_waiting, upload_command
 from blip_ft.outputs import decided_by_main, is_free, numbered_folders, write_lines
-from blip_ft.report import THUMBNAIL_PIXELS, write_report
+from blip_ft.report import THUMBNAIL_PIXELS, is_score, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -674,7 +674,8 @@ def _push(trainer: BlipTrainer) -> None:
 
 
 def _scores_of(results: dict[str, Any]) -> dict[str, float]:
-    not_scores = ("loss", "runtime", "per_second", "unreadable_pictures")
     return {
-        name: value for name, value in results.items() if name.startswith("eval_") and not name.endswith(not_scores)
+        name: value
+        for name, value in results.items()
+        if name.startswith("eval_") and is_score(name.removeprefix("eval_"))
     }

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers.integrations import integration_utils
 
 from blip_ft.callbacks import TrackerCallback
-from blip_ft.report import Sample, choose_samples, draw_curves, write_report
-from blip_ft.trainer import BlipTrainer
+from blip_ft.report import Sample, _panel_of, choose_samples, draw_curves, write_report
+from blip_ft.trainer import BlipTrainer, _scores_of
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -128,6 +128,15 @@ def test_curves_have_a_panel_for_each_kind_of_number():
 
 def size(png: bytes) -> tuple[int, int]:
     return Image.open(io.BytesIO(png)).size
+
+
+@pytest.mark.parametrize("kind", ["loss", "runtime", "per_second", "unreadable_pictures", "samples_per_second", "@5"])
+def test_score_of_an_answer_type_is_one_whatever_its_name(kind):
+    name = f"eval_vqa_accuracy_{kind}"
+    others = {"eval_loss": 1.0, "eval_runtime": 2.0, "eval_samples_per_second": 3.0, "eval_mem_cpu_alloc_delta": 4}
+    assert _scores_of({"train_loss": 1.0, **others, name: 5.0}) == {name: 5.0}
+    assert _panel_of(name) == "metrics, %"
+    assert {_panel_of(other) for other in others} == {"loss", None}
 
 
 @pytest.fixture
