@@ -10,8 +10,10 @@
 Needs gradio: pip install -r requirements-app.txt. The page loads nothing from other machines.
 """
 
+import ipaddress
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
@@ -94,7 +97,11 @@ def main() -> None:
             "accelerate launch --quiet recipes/vqa.py"
         )
     loaded = load_model(name, merge=True)
-    build_page(name, loaded["model"], loaded["processor"]).launch(
+    blocks = build_page(name, loaded["model"], loaded["processor"])
+    names = own_names(args.host)
+    # only the Hub's proxy reaches a Space, and by names of its own
+    middleware = [] if gr.utils.get_space() else [(OwnNamesOnly, (), {"names": names})]
+    blocks.launch(
         server_name=args.host,
         server_port=args.port,
         share=args.share,
@@ -104,7 +111,59 @@ def main() -> None:
         footer_links=["settings"],
         run_history=False,
         enable_monitoring=False,
+        app_kwargs={"middleware": middleware},
+        prevent_thread_lock=True,
     )
+    if blocks.share_url:
+        names.add(host_of(blocks.share_url))
+    blocks.block_thread()
+
+
+# ---- who may ask ----
+
+
+class OwnNamesOnly:
+    """ASGI middleware: requests for any other name than the page's own are refused.
+
+    A page elsewhere can let its own name lead to this machine (DNS rebinding), and a visitor's browser would then give
+    it what stands here. An address is nobody's name.
+    """
+
+    def __init__(self, app: Any, names: set[str]) -> None:
+        self.app, self.names = app, names
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import PlainTextResponse  # comes with gradio
+
+        answer = self.app
+        if scope["type"] in ("http", "websocket"):
+            asked = host_of("//" + dict(scope["headers"]).get(b"host", b"").decode("latin-1"))
+            if asked not in self.names and not is_address(asked):
+                text = f"This page does not answer to the name {asked!r}. Open it by its address, or start it with "
+                answer = PlainTextResponse(f"{text}GRADIO_ROOT_PATH=https://THE.NAME in the environment.", 421)
+        await answer(scope, receive, send)
+
+
+def own_names(host: str | None) -> set[str]:
+    """What this machine is called; the name of a proxy before it, if any, is that of GRADIO_ROOT_PATH."""
+    machine = socket.gethostname()
+    given = (host, os.environ.get("GRADIO_SERVER_NAME"), host_of(os.environ.get("GRADIO_ROOT_PATH", "")))
+    return {name.lower() for name in ("localhost", machine, f"{machine}.local", *given) if name}
+
+
+def host_of(url: str) -> str:
+    """In lower case, without port; "" if there is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_address(host: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
 
 
 # ---- the three tasks: from a picture, (1, 3, height, width), and the text field to rows of strings and a score ----

@@ -154,30 +154,61 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def test_space_runs_the_file_alone_and_listens_where_the_space_says(monkeypatch, tmp_path, checkpoint):
+@pytest.fixture
+def launch(monkeypatch, tmp_path, checkpoint):
+    """Starts a copy of the page in this process, and returns its address and gradio's Blocks."""
     import gradio
 
-    launched, launch, port = [], gradio.Blocks.launch, free_port()
+    launched = []
 
-    def launch_and_return(blocks, **kwargs):
-        launched.append(blocks)
-        launch(blocks, **kwargs, prevent_thread_lock=True, quiet=True)
+    def start(*flags: str, **environment) -> tuple[str, gradio.Blocks]:
+        port = free_port()
+        shutil.copy(APP, tmp_path / "app.py")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["app.py", *flags, *(["--port", str(port)] if flags else [])])
+        monkeypatch.setattr(gradio.Blocks, "block_thread", lambda blocks: launched.append(blocks))
+        for name, value in {"MODEL_ID": checkpoint, "GRADIO_SERVER_PORT": port, **environment}.items():
+            monkeypatch.setenv(name, str(value))
+        runpy.run_path("app.py", run_name="__main__")
+        return f"http://127.0.0.1:{port}", launched[0]
 
-    shutil.copy(APP, tmp_path / "app.py")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["app.py"])
-    monkeypatch.setattr(gradio.Blocks, "launch", launch_and_return)
-    for name, value in {"MODEL_ID": checkpoint, "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SERVER_PORT": port}.items():
-        monkeypatch.setenv(name, str(value))
-    runpy.run_path("app.py", run_name="__main__")
-    try:
-        url = f"http://127.0.0.2:{port}"
-        assert httpx.get(url).status_code == 200
-        assert not launched[0].analytics_enabled and launched[0].share_url is None
-        upload = {"files": ("large.png", bytes(21_000_000), "image/png")}
-        assert httpx.post(f"{url}/gradio_api/upload", files=upload).status_code == 413
-    finally:
-        launched[0].close()
+    yield start
+    for blocks in launched:
+        blocks.close()
+
+
+def test_space_runs_the_file_alone_and_listens_where_the_space_says(launch):
+    url, blocks = launch(GRADIO_SERVER_NAME="0.0.0.0", SYSTEM="spaces", SPACE_ID="you/space")
+    url = url.replace("127.0.0.1", "127.0.0.2")
+    assert httpx.get(url).status_code == httpx.get(url, headers={"Host": "you-space.hf.space"}).status_code == 200
+    assert not blocks.analytics_enabled and blocks.share_url is None
+    upload = {"files": ("large.png", bytes(21_000_000), "image/png")}
+    assert httpx.post(f"{url}/gradio_api/upload", files=upload).status_code == 413
+
+
+def test_page_answers_to_its_own_names_only(launch, monkeypatch):
+    """A browser takes a foreign page's own name for this machine when that page's DNS says so."""
+    tunnel = "https://0a1b2c.gradio.live"
+    monkeypatch.setattr("gradio.networking.setup_tunnel", lambda *args, **kwargs: tunnel)
+    url, _ = launch("--share", "--host", "127.0.0.1", GRADIO_ROOT_PATH="https://proxy.example:8443/path")
+    port = url.rsplit(":", 1)[1]
+    own = ["127.0.0.1", "localhost", "[::1]", "192.0.2.7", socket.gethostname(), "proxy.example", "0a1b2c.gradio.live"]
+    foreign = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil.gradio.live", "[", ""]
+    paths = ["/", "/config", "/gradio_api/info"]
+
+    def ask(host: str, path: str, method: str = "GET") -> int:
+        headers = {"Host": host, "Origin": f"http://{host}"}
+        return httpx.request(method, url + path, headers=headers).status_code
+
+    for host in own:
+        for named in (host, f"{host}:{port}", host.upper()):
+            assert [ask(named, path) for path in paths] == [200] * len(paths), named
+    for host in foreign:
+        for named in (host, f"{host}:{port}"):
+            assert [ask(named, path) for path in paths] == [421] * len(paths), named
+            assert ask(named, "/gradio_api/upload", "POST") == ask(named, "/gradio_api/queue/join", "POST") == 421
+    answer = httpx.get(url, headers={"Host": "<b>evil</b>"})
+    assert answer.headers["content-type"].startswith("text/plain") and "GRADIO_ROOT_PATH=" in answer.text
 
 
 @pytest.fixture(scope="module")
