@@ -26,6 +26,8 @@ from transformers.trainer_callback import ExportableState
 
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.collators import open_image
+from blip_ft.data_pipeline import number_pictures
+from blip_ft.metrics import answer_type
 from blip_ft.report import THUMBNAIL_PIXELS, Sample, draw_curves
 
 logger = logging.getLogger(__name__)
@@ -224,8 +226,9 @@ class TrackerCallback(TrainerCallback):
         callbacks = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, trackers)]
         if not callbacks or not state.is_world_process_zero:
             return
-        rows = self.trainer.eval_dataset.select(range(min(self.num_rows, len(self.trainer.eval_dataset))))
-        samples = samples_of(rows, self.trainer.results[: len(rows)])
+        chosen = choose_rows(self.trainer.eval_dataset, self.num_rows)
+        rows = self.trainer.eval_dataset.select(chosen)
+        samples = samples_of(rows, [self.trainer.results[position] for position in chosen])
         shown = [position for position, sample in enumerate(samples) if sample.readable]
         pictures = [open_image(rows[position]["image"], THUMBNAIL_PIXELS) for position in shown]
         columns = ["question", "references", "prediction", "score"]
@@ -262,7 +265,7 @@ class SampleCallback(TrainerCallback):
         with trainer.unsharded_model() as model:
             if not state.is_world_process_zero:
                 return
-            rows = trainer.eval_dataset.select(range(min(4, len(trainer.eval_dataset)))).to_list()
+            rows = trainer.eval_dataset.select(choose_rows(trainer.eval_dataset, 4)).to_list()
             batch = trainer._prepare_inputs(trainer.eval_collator(rows))
             del batch["readable"]
             training = model.training
@@ -272,6 +275,24 @@ class SampleCallback(TrainerCallback):
             model.train(training)
         lines = [f"  {self.describe(*pair)}" for pair in zip(rows, predicted, strict=True)]
         logger.info("Step %d of %d:\n%s", state.global_step, state.max_steps, "\n".join(lines))
+
+
+def choose_rows(rows: Dataset, number: int) -> list[int]:
+    """Positions of rows to show, in order: of different images, and of each answer type, as far as there are."""
+    images = number_pictures(rows)
+    if "answer_type" in rows.column_names:
+        kinds = rows["answer_type"][:]
+    else:
+        kinds = list(map(answer_type, rows["answers"][:])) if "answers" in rows.column_names else [""] * len(rows)
+    kinds = np.unique(kinds, return_inverse=True)[1]
+    chosen: list[int] = []
+    for _ in range(min(number, len(rows))):
+        # the least shown image first, then the least shown type, then the first row
+        shown = [np.bincount(part[chosen], minlength=len(rows))[part] for part in (images, kinds)]
+        order = len(rows) * shown[0] + shown[1]
+        order[chosen] = np.iinfo(order.dtype).max
+        chosen.append(int(order.argmin()))
+    return sorted(chosen)
 
 
 def write_curves(args: BlipTrainingArguments, state: Any) -> None:
