@@ -605,6 +605,7 @@ def run(
     if args.eval_on_start and checkpoint is None:
         # before the clock of training starts; the Trainer's own would run inside it
         results |= trainer.evaluate(metric_key_prefix="before_training")
+        logger.info("Results before training:\n%s", json.dumps(results, indent=2))
     args.eval_on_start = False
     trained = trainer.train(resume_from_checkpoint=checkpoint)
     results |= trained.metrics

@@ -47,6 +47,8 @@ from blip_ft.report import THUMBNAIL_PIXELS, write_report
 
 logger = logging.getLogger("blip_ft.predict")
 
+SHOWN = 10  # predictions on the screen
+
 Line = dict[str, Any]
 # a batch to what is to be written of each of its rows
 Predict = Callable[[dict[str, torch.Tensor]], list[Line]]
@@ -324,7 +326,24 @@ def write_results(
         results = predictions.official_results(args.format, ids, lines)
         (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     predictions.finish(folder, lines)
+    more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    logger.info("Predicted:\n%s%s", "\n".join(map(in_words, lines[:SHOWN])), more)
     logger.info("%d predictions: %s, to look at: %s", len(lines), folder / predictions.FILE, folder / "report.html")
+
+
+def in_words(line: Line) -> str:
+    """A line of predictions.jsonl on one line of a screen: the image, what was asked, what was predicted."""
+    asked = [line["question"]] if "question" in line else []
+    if "unreadable_picture" in line:
+        said = ["the image cannot be read"]
+    elif "texts" in line:
+        said = [f"{best['text']} ({best['score']:.2f})" for best in line["texts"][:1]]
+    else:
+        text, score = line.get("answer", line.get("caption")), line["score"]
+        said = [f"{text or '(nothing)'} ({score:.1%})"]
+    # what data and models say may hold signs that move a terminal's cursor
+    shown = " | ".join([line["image"] or line["image_id"], *asked, *said])
+    return "  " + "".join(sign if sign.isprintable() else " " for sign in shown)
 
 
 if __name__ == "__main__":

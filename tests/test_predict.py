@@ -69,6 +69,25 @@ def test_one_picture_and_a_question_by_hand(predict, picture_folder):
     assert "is it a dog ?" in (folder / "report.html").read_text()
 
 
+@pytest.mark.parametrize("task", ["vqa", "captioning", "retrieval"])
+def test_first_predictions_are_on_the_screen(predict, picture_folder, tmp_path, task, caplog):
+    caplog.set_level("INFO")
+    (folder := tmp_path / "images").mkdir()
+    for number in range(12):
+        shutil.copy(picture_folder / f"{number % 4}.png", folder / f"{number:02}.png")
+    (folder / "01.png").write_bytes(b"none")
+    (tmp_path / "texts.txt").write_text("a dog\na cat")
+    more = {"vqa": ["--question", "is it\x1b[2J a dog ?"], "retrieval": ["--texts", str(tmp_path / "texts.txt")]}
+    lines = lines_of(predict(task, "--images", str(folder), *more.get(task, [])) / "predictions.jsonl")
+    (said,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Predicted")]
+    shown = said.splitlines()[1:]
+    assert len(shown) == 11 and shown[10] == "  and 2 more" and "\x1b" not in said
+    assert shown[1].startswith(f"  {folder / '01.png'} |") and shown[1].endswith("| the image cannot be read")
+    for text, line in zip(shown[2:10], lines[2:10], strict=True):
+        best = line["texts"][0]["text"] if task == "retrieval" else line["answer" if task == "vqa" else "caption"]
+        assert text.startswith(f"  {line['image']} |") and f"| {best or '(nothing)'} (" in text
+
+
 def test_one_question_of_every_picture_of_a_data_set(predict, picture_folder):
     flags = ["--dataset_name", str(picture_folder), "--eval_split", "test", "--question", "what color is it ?"]
     lines = lines_of(predict("vqa", *flags) / "predictions.jsonl")

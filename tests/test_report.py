@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.integrations import integration_utils
 
-from blip_ft.callbacks import TrackerCallback
+from blip_ft.callbacks import TrackerCallback, choose_rows
 from blip_ft.report import Sample, _panel_of, choose_samples, draw_curves, write_report
 from blip_ft.trainer import BlipTrainer, _scores_of
 
@@ -176,6 +176,14 @@ def test_parts_of_the_retrieval_loss_are_logged(recipe, few):
         assert entry["loss"] == pytest.approx(entry["loss_itc"] + entry["loss_itm"], abs=2e-4)
 
 
+def test_results_before_training_are_on_the_screen(recipe, few, caplog):
+    folder = recipe(*few("vqa"), "--eval_on_start")
+    (said,) = [record.getMessage() for record in caplog.records if "before training" in record.getMessage()]
+    name, value = "before_training_exact_match", json.loads((folder / "all_results.json").read_text())
+    assert f'"{name}": {value[name]}' in said
+    assert caplog.text.index(said) < caplog.text.index("Results, ")
+
+
 def test_tensorboard_gets_numbers_pictures_and_predictions_in_output_dir(recipe, few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = recipe(*few("vqa"), "--report_to", "tensorboard", "--eval_on_start")
@@ -195,6 +203,22 @@ def test_tensorboard_gets_numbers_pictures_and_predictions_in_output_dir(recipe,
     row = json.loads((folder / "predictions.jsonl").read_text().splitlines()[1])
     text = texts["samples/1/text_summary"][-1].tensor_proto.string_val[0].decode()
     assert row["question"] in text and f"**prediction** {row['prediction']}" in text
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_rows_shown_in_training_are_of_different_images_and_types(typed):
+    """Three images: five yes/no questions and a number on the first, then two other answers."""
+    rows = [{"image_id": "a", "answers": ["yes"]}] * 5 + [{"image_id": "a", "answers": ["2"]}]
+    rows += [{"image_id": "b", "answers": ["no"]}, {"image_id": "b", "answers": ["3"]}]
+    rows += [{"image_id": "c", "answers": ["yes"]}, {"image_id": "c", "answers": ["a dog"]}]
+    kinds = ["yes/no"] * 5 + ["number", "yes/no", "number", "yes/no", "other"]
+    if typed:
+        rows = [{**row, "answer_type": kind} for row, kind in zip(rows, kinds, strict=True)]
+    rows = Dataset.from_list(rows)
+    assert choose_rows(rows, 3) == [0, 7, 9]
+    assert choose_rows(rows, 4) == [0, 1, 7, 9]  # each is shown once: the first row
+    assert choose_rows(rows, 20) == list(range(10))
+    assert choose_rows(rows.select_columns("image_id"), 3) == [0, 6, 8]
 
 
 class Package:
