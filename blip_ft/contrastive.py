@@ -7,6 +7,7 @@ checkpoint and loads it on resume.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -157,6 +158,16 @@ def draw_negatives(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
     alone = same.all(1)
     drawn = weights.masked_fill(alone[:, None], 1.0).multinomial(1).squeeze(1)
     return drawn.masked_fill(alone, -1)
+
+
+def nearest_is_right(similarities: Sequence[torch.Tensor], same: torch.Tensor) -> torch.Tensor:
+    """Percent of rows whose most similar column is a right one, averaged over both directions.
+
+    It does not depend on the queue, as the loss does. similarities: two of (rows, columns), and `same` (rows, columns),
+    where they belong together.
+    """
+    nearest = torch.stack([similarity.argmax(1) for similarity in similarities])  # (2, rows)
+    return 100 * same.expand(len(nearest), -1, -1).gather(2, nearest[..., None]).float().mean()
 
 
 def gather(rows: torch.Tensor) -> tuple[torch.Tensor, int]:

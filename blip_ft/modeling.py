@@ -18,7 +18,7 @@ from transformers.models.blip import modeling_blip
 from transformers.utils import can_return_tuple
 
 from blip_ft.attention import additive_mask, fuse_attention
-from blip_ft.contrastive import Contrastive, draw_negatives, gather
+from blip_ft.contrastive import Contrastive, draw_negatives, gather, nearest_is_right
 
 IGNORED = -100  # label of a position that has no target
 
@@ -464,6 +464,7 @@ class BlipImageTextRetrievalOutput(modeling_blip.BlipImageTextMatchingModelOutpu
     text_features: torch.Tensor | None = None
     loss_itc: torch.Tensor | None = None
     loss_itm: torch.Tensor | None = None
+    in_batch_accuracy: torch.Tensor | None = None
 
 
 class BlipForImageTextRetrieval(_Blip, modeling_blip.BlipForImageTextRetrieval):
@@ -575,7 +576,7 @@ class BlipForImageTextRetrieval(_Blip, modeling_blip.BlipForImageTextRetrieval):
         negatives: torch.Tensor | None,
         **kwargs,
     ) -> dict[str, torch.Tensor]:
-        """loss, loss_itc and loss_itm.
+        """loss, loss_itc, loss_itm, and in_batch_accuracy in percent.
 
         features: (num_images, width) and (num_texts, width), by the model, then both by the momentum weights.
         """
@@ -600,10 +601,11 @@ class BlipForImageTextRetrieval(_Blip, modeling_blip.BlipForImageTextRetrieval):
         # a cosine's rounding would be divided by the temperature
         with torch.autocast(pairs.device.type, enabled=False):
             loss_itc = contrastive.loss(*pairs.unbind(1), all_ids[own])
+            same = all_ids[own, None] == all_ids
+            towards_images = all_text_features[own] @ all_image_features.T / contrastive.temperature
+            towards_texts = all_image_features[own] @ all_text_features.T / contrastive.temperature
+            in_batch_accuracy = nearest_is_right((towards_images, towards_texts), same)
             if negatives is None:
-                same = all_ids[own, None] == all_ids
-                towards_images = all_text_features[own] @ all_image_features.T / contrastive.temperature
-                towards_texts = all_image_features[own] @ all_text_features.T / contrastive.temperature
                 negatives = torch.stack([draw_negatives(towards_images, same), draw_negatives(towards_texts, same)])
         if self.training:
             contrastive.enqueue(all_image_keys, all_text_keys, all_ids)
@@ -615,4 +617,9 @@ class BlipForImageTextRetrieval(_Blip, modeling_blip.BlipForImageTextRetrieval):
         states = self.encode_pairs(all_states[images], input_ids, attention_mask, image_index, **kwargs)
         labels = torch.cat([torch.ones_like(own), torch.where(negatives.flatten() < 0, IGNORED, 0)])
         loss_itm = F.cross_entropy(self.itm_head(states[:, 0]), labels)
-        return {"loss": loss_itc + loss_itm, "loss_itc": loss_itc, "loss_itm": loss_itm}
+        return {
+            "loss": loss_itc + loss_itm,
+            "loss_itc": loss_itc,
+            "loss_itm": loss_itm,
+            "in_batch_accuracy": in_batch_accuracy,
+        }

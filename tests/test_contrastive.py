@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import distributed
 from transformers.models.blip import modeling_blip
 
-from blip_ft.contrastive import Contrastive, draw_negatives, gather
+from blip_ft.contrastive import Contrastive, draw_negatives, gather, nearest_is_right
 from blip_ft.modeling import BlipForImageTextRetrieval
 
 
@@ -336,3 +336,23 @@ def test_processes_with_unequal_batches_match_as_one_batch_does(golden, on_two_p
     assert first_loss + second_loss == pytest.approx(loss.item(), abs=1e-10)
     torch.testing.assert_close(torch.tensor(grads, dtype=torch.float64), wanted, atol=1e-10, rtol=0)
     assert first_queue == second_queue == model.contrastive.id_queue.tolist()
+
+
+def test_in_batch_accuracy_is_of_the_batch_alone_and_any_text_of_the_image_is_right():
+    towards_images = torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.2, 0.8], [0.7, 0.0, 0.1]])
+    towards_texts = torch.tensor([[0.0, 0.9, 0.1], [0.0, 0.2, 0.1], [0.0, 0.0, 0.1]])
+    same = torch.tensor([[1, 0, 0], [0, 1, 1], [0, 1, 1]]).bool()
+    # towards images right, right and wrong, towards texts wrong, right and right
+    assert nearest_is_right((towards_images, towards_texts), same).item() == pytest.approx(400 / 6)
+
+
+def test_in_batch_accuracy_does_not_depend_on_the_queue(golden):
+    batch = pairs_of([1, 2, 1, 3])
+    accuracies, losses = set(), set()
+    for queued in (0, 7):
+        model = load(golden)
+        model.contrastive.enqueue(unit(queued, 16), unit(queued, 16), torch.arange(queued))
+        outputs = model(**batch)
+        accuracies.add(outputs.in_batch_accuracy.item())
+        losses.add(outputs.loss_itc.item())
+    assert len(accuracies) == 1 and len(losses) == 2
