@@ -304,16 +304,19 @@ def write_curves(args: BlipTrainingArguments, state: Any) -> None:
 
 def samples_of(rows: Dataset, results: list[dict[str, Any] | None]) -> list[Sample]:
     samples = []
+    is_graded = any("rouge_l" in result for result in results if result)  # captions: none is right or wrong
     for row, result in zip(rows.remove_columns("image"), results, strict=True):
         known = {"question": row.get("question", ""), "references": row["answers" if "answers" in row else "captions"]}
         if result is None:
-            samples.append(Sample("", accuracy=0.0, readable=False, kind=row.get("answer_type", ""), **known))
+            own = {"quality" if is_graded else "accuracy": 0.0}
+            samples.append(Sample("", readable=False, kind=row.get("answer_type", ""), **own, **known))
             continue
         score_name = "score" if "score" in result else "probability"
         samples.append(
             Sample(
                 result["prediction"],
-                accuracy=result["accuracy"],
+                accuracy=result.get("accuracy"),
+                quality=result.get("rouge_l"),
                 score=result[score_name],
                 score_name=score_name,
                 kind=result.get("answer_type", ""),

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ METRICS = {
     "bleu": ("bleu", "BLEU-"),
     "rouge_l": ("rouge", "ROUGE-L"),
     "recall": ("recall", "recall"),
+}
+# class -> the task in words
+TASKS = {
+    "BlipForQuestionAnswering": "visual question answering",
+    "BlipForConditionalGeneration": "image captioning",
+    "BlipForImageTextRetrieval": "image-text retrieval",
 }
 STOCK_USE = {
     "BlipForQuestionAnswering": """\
@@ -61,7 +68,7 @@ LIMITS = {
 
 def build_model_card(
     repository: str,
-    task: str,
+    task: str | None,
     stock_class: str,
     is_adapter: bool,
     base_model: str | None,
@@ -73,29 +80,33 @@ def build_model_card(
     notes: dict[str, Any],
     facts: dict[str, Any],
     arguments: dict[str, Any],
+    baselines: dict[str, float] | None = None,
 ) -> ModelCard:
     """What it is, what it reached, how to use it, how it was trained, its limits and licence.
 
     Args:
         repository: id on the Hub, or a name to choose one from.
-        task: the Hub's pipeline tag, e.g. visual-question-answering.
+        task: the Hub's pipeline tag, e.g. visual-question-answering; None if it has none.
         base_model, dataset_id: Hub ids; None for what is local or new, which the Hub would reject.
         held_out: what was evaluated on, in words.
-        scores: name -> value in percent. notes: what belongs beside them, e.g. the scoring rule.
+        scores: name -> value in percent, of CIDEr-D x 100. baselines: those of a guess, as far as there are.
+        notes: what belongs beside them, e.g. the scoring rule.
         facts: about the run, in words. arguments: all of them; folders and the Hub's own are left out.
     """
     name = _plain(Path(repository).name)
     licence, commit = _read_base(base_model, revision) if base_model else (None, None)
+    words = TASKS[stock_class]
+    tag = task or words.replace(" ", "-")
     results = [
         EvalResult(
-            task_type=task,
+            task_type=tag,
             dataset_type=dataset_id or "custom",
             dataset_name=dataset,
             metric_type=metric,
-            metric_name=words,
+            metric_name=metric_words,
             metric_value=round(value, 2),
         )
-        for (metric, words), value in ((official_name(key), value) for key, value in scores.items())
+        for (metric, metric_words), value in ((official_name(key), value) for key, value in scores.items())
     ]
     data = ModelCardData(
         license=licence,
@@ -105,7 +116,7 @@ def build_model_card(
         base_model_relation=("adapter" if is_adapter else "finetune") if base_model else None,
         datasets=[dataset_id] if dataset_id else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)),
-        tags=["blip", "blip_ft", *(["lora"] if is_adapter else [])],
+        tags=["blip", "blip_ft", *([] if task else [tag]), *(["lora"] if is_adapter else [])],
         model_name=Path(repository).name,
         eval_results=results,
     )
@@ -113,16 +124,17 @@ def build_model_card(
     at_commit = f", commit {commit}" if commit else ""
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
-        f"BLIP for {task.replace('-', ' ')}, {'a LoRA adapter on' if is_adapter else 'fine-tuned from'} {origin}"
+        f"BLIP for {words}, {'a LoRA adapter on' if is_adapter else 'fine-tuned from'} {origin}"
         f"{f' (revision {_plain(revision)}{at_commit})' if base_model else ''}. Data: {_plain(dataset)}.\n\n"
         "## Results\n\n"
-        f"On {_plain(held_out)}, not trained on; percent.\n\n"
-        + _table(("metric", "value"), {result.metric_name: f"{result.metric_value:.2f}" for result in results})
+        f"On {_plain(held_out)}, not trained on. {_units(scores)}\n\n"
+        + _results_table(scores, baselines or {})
         + "".join(f"\n{_plain(key.replace('_', ' '))}: {_plain(value)}\n" for key, value in notes.items())
         + f"\n## Use\n\n{_usage(repository, stock_class, is_adapter, base_model, arguments)}\n"
         "## Training\n\n"
-        + _table(("", ""), facts)
-        + "\n<details><summary>All arguments, as a YAML file that --config takes</summary>\n\n"
+        + _table(("", ""), facts.items())
+        + "\n<details><summary>All arguments, as a YAML file for --config</summary>\n\n"
+        f"{_what_to_replace(arguments)}"
         f"```yaml\n{_settings(arguments)}\n```\n\n</details>\n\n"
         f"## Limits\n\n{LIMITS[stock_class]} It knows the pictures and the language of its data, with their biases; "
         "the results above say nothing of other data.\n\n"
@@ -219,12 +231,27 @@ def _licence_in_words(licence: str | list[str] | None, base_model: str | None) -
 
 def _settings(arguments: dict[str, Any]) -> str:
     """`key: value` lines, each of them YAML on one line, so that no value can end the block it stands in."""
-    private = ("hub_", "push_to_hub", "output_dir", "resume_from_checkpoint", "run_name")
     return "\n".join(
-        f"{key}: {json.dumps(_without_folders(value), ensure_ascii=False)}"
+        f"{key}: {json.dumps(_without_folders(value), ensure_ascii=False)}" for key, value in _public(arguments).items()
+    )
+
+
+def _what_to_replace(arguments: dict[str, Any]) -> str:
+    """Words on the settings of which only the last part of a path is shown."""
+    names = [name for name, value in _public(arguments).items() if value != _without_folders(value)]
+    if not names:
+        return ""
+    listed = ", ".join(f"`{name}`" for name in names)
+    return f"Of {listed} only the last part of the path is shown: put your own paths there before you run it.\n\n"
+
+
+def _public(arguments: dict[str, Any]) -> dict[str, Any]:
+    private = ("hub_", "push_to_hub", "output_dir", "resume_from_checkpoint", "run_name")
+    return {
+        key: value
         for key, value in arguments.items()
         if value not in (None, "", [], {}) and not key.startswith(private)
-    )
+    }
 
 
 def _without_folders(value: Any) -> Any:
@@ -237,9 +264,24 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if is_path else value
 
 
-def _table(head: tuple[str, str], rows: dict[str, Any]) -> str:
-    lines = [head, ("---", "---"), *((_plain(name), _plain(value)) for name, value in rows.items())]
-    return "".join(f"| {left} | {right} |\n" for left, right in lines)
+def _units(scores: dict[str, float]) -> str:
+    if "eval_cider" not in scores:
+        return "Percent."
+    return "BLEU and ROUGE-L are x 100, CIDEr-D is x 100 and has no bound of 100; exact match is in percent."
+
+
+def _results_table(scores: dict[str, float], baselines: dict[str, float]) -> str:
+    head = ("metric", "value", "baseline")[: 3 if baselines else 2]
+    rows = []
+    for name, value in scores.items():
+        baseline = f"{baselines[name]:.2f}" if name in baselines else ""
+        rows.append((official_name(name)[1], f"{value:.2f}", baseline)[: len(head)])
+    return _table(head, rows)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *(tuple(map(_plain, row)) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _plain(value: Any) -> str:

@@ -118,7 +118,9 @@ def score(lines: list[Line], task: str) -> tuple[dict[str, float], list[Sample]]
     for line in lines:
         own, best = line.get(references_name, []), line.get("texts", [line])[:1] or [{text_name: "", "score": None}]
         text = best[0][text_name]
-        sample = Sample(text, line.get("question", ""), own, accuracy(text, own) if own else None, best[0]["score"])
+        sample = Sample(text, line.get("question", ""), own, score=best[0]["score"])
+        if own:
+            setattr(sample, "quality" if task == "conditional_generation" else "accuracy", accuracy(text, own))
         sample.score_name = "score" if "texts" in line else "probability"
         sample.readable = "unreadable_picture" not in line
         if task == "vqa" and own:

@@ -18,6 +18,10 @@ MAX_WRONG, MAX_RIGHT = 120, 80  # samples of a page
 MAX_THUMBNAIL_BYTES = 3_500_000  # of a page, so that it stays under 5 MB
 MAX_TEXT = 300  # signs of one string of a page
 MAX_CONFUSIONS = 15
+CIDER_PANEL = "CIDEr-D x 100"  # goes up to 1000
+MEASURED = ("metrics, %", CIDER_PANEL)  # panels of what an evaluation gives
+IN_BATCH = "in_batch_accuracy"  # of training, drawn beside them
+BANDS = tuple(f"ROUGE-L {least} to {least + 25}" for least in (0, 25, 50, 75))
 # what an evaluation gives beside scores, each by its whole name: a score may end in the name of an answer type
 NOT_SCORES = frozenset(
     ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
@@ -31,6 +35,7 @@ class Sample:
 
     question: "" for captions and retrieval. references: empty where none are known.
     accuracy: 0 to 1, None without references; from one half on it counts as right.
+    quality: 0 to 1, ROUGE-L, instead of accuracy for captions: they are near to their references, not right or wrong.
     score, score_name: how sure the model was, larger is surer, None where it is not known.
     kind: what the page can be filtered by, e.g. the type of the answer.
     """
@@ -43,6 +48,14 @@ class Sample:
     score_name: str = "probability"
     kind: str = ""
     readable: bool = True
+    quality: float | None = None
+
+    @property
+    def band(self) -> str:
+        """A quarter of the range of quality."""
+        if self.quality is None:
+            return ""
+        return BANDS[min(int(self.quality * len(BANDS)), len(BANDS) - 1)]
 
     @property
     def verdict(self) -> str:
@@ -58,11 +71,17 @@ def write_report(
     samples: Sequence[Sample],
     open_picture: Callable[[int], Image.Image],
     log_history: Sequence[dict[str, Any]] = (),
+    baselines: dict[str, float] | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
-    """One file of HTML that needs no network: scores, curves, confusions and samples, the surest wrong ones first.
+    """One file of HTML that needs no network: scores, curves, confusions and samples.
+
+    The surest wrong ones come first, of captions the farthest from their references.
 
     Args:
         scores: name -> number; recalls and accuracies in percent.
+        baselines: the same of a guess that learned nothing from images.
+        notes: sentences that explain the numbers.
         samples: all predictions; the page shows a part of them.
         open_picture: the RGB picture of a sample by its position; called for those shown alone.
         log_history: as in trainer_state.json.
@@ -77,14 +96,24 @@ def write_report(
         cards.append(_card(samples[position], thumbnail))
     kinds = sorted({samples[position].kind for position in shown} - {""})
     verdicts = [name for name in ("wrong", "right") if any(samples[position].verdict == name for position in shown)]
+    bands = [band for band in BANDS if any(samples[position].band == band for position in shown)]
+    order = "the farthest from their references" if bands else "the wrong ones, and the surest of them,"
     page = _PAGE.format(
         title=escape(title),
-        scores="".join(_tile(name, value) for name, value in scores.items()),
+        scores="".join(_tile(name, value, (baselines or {}).get(name)) for name, value in scores.items()),
+        notes="".join(f"<p class=note>{escape(note)}</p>" for note in notes),
         variety=_variety(samples),
         curves=_curves(log_history),
         confusions=_confusions(samples),
-        filters=_buttons("verdict", verdicts) + _buttons("kind", kinds),
-        shown=f"{len(shown):,} of {len(samples):,} predictions; the wrong ones first, the surest of them at the top.",
+        filters="".join(
+            [
+                _buttons("verdict", verdicts),
+                _buttons("kind", kinds),
+                _buttons("band", bands),
+                _buttons("order", ["nearest first"], "farthest first") if bands else "",
+            ]
+        ),
+        shown=f"{len(shown):,} of {len(samples):,} predictions; {order} first.",
         cards="".join(cards),
     )
     # a lone surrogate, which JSON can bring in, is no UTF-8
@@ -92,20 +121,31 @@ def write_report(
 
 
 def choose_samples(samples: Sequence[Sample]) -> list[int]:
-    """Positions of those to show: wrong ones from the surest on, then right or unknown ones, the least sure first."""
+    """Positions of those to show: wrong ones from the surest on, then right or unknown ones, the least sure first.
+
+    Captions: by quality, the lowest first, spread over all.
+    """
 
     def sureness(position: int) -> float:
         score = samples[position].score
         return float("-inf") if score is None else score
 
     positions = range(len(samples))
+    if any(sample.quality is not None for sample in samples):
+        ranked = sorted(positions, key=lambda position: samples[position].quality or 0)
+        return _spread(ranked, MAX_WRONG + MAX_RIGHT)
     wrong = sorted((p for p in positions if samples[p].verdict == "wrong"), key=sureness, reverse=True)
     others = sorted((p for p in positions if samples[p].verdict != "wrong"), key=sureness)
     # one list gets the room that the other leaves
     num_wrong = min(len(wrong), max(MAX_WRONG, MAX_WRONG + MAX_RIGHT - len(others)))
     num_others = min(len(others), MAX_WRONG + MAX_RIGHT - num_wrong)
     # spread over all of them: the least sure alone would look worse than the model is
-    return wrong[:num_wrong] + [others[number * len(others) // num_others] for number in range(num_others)]
+    return wrong[:num_wrong] + _spread(others, num_others)
+
+
+def _spread(positions: list[int], most: int) -> list[int]:
+    number = min(len(positions), most)
+    return [positions[place * len(positions) // number] for place in range(number)]
 
 
 def draw_curves(log_history: Sequence[dict[str, Any]], columns: int = 2) -> bytes | None:
@@ -114,13 +154,13 @@ def draw_curves(log_history: Sequence[dict[str, Any]], columns: int = 2) -> byte
     log_history: as in trainer_state.json; what `before_training_` names is drawn with `eval_`, at its step.
     """
     lines: dict[str, dict[str, list[tuple[int, float]]]] = {
-        name: {} for name in ("loss", "metrics, %", "learning rate", "gradient norm")
+        name: {} for name in ("loss", "metrics, %", CIDER_PANEL, "learning rate", "gradient norm")
     }
     for entry in log_history:
         for name, value in entry.items():
             panel = _panel_of(name)
             if panel and isinstance(value, (int, float)):
-                name = name.removeprefix("before_training_").removeprefix("eval_") if "metrics" in panel else name
+                name = name.removeprefix("before_training_").removeprefix("eval_") if panel in MEASURED else name
                 name = name.replace("before_training_", "eval_")
                 lines[panel].setdefault(name, []).append((entry["step"], value))
     lines = {panel: series for panel, series in lines.items() if series}
@@ -141,7 +181,7 @@ def draw_curves(log_history: Sequence[dict[str, Any]], columns: int = 2) -> byte
         for name, points in sorted(series.items(), key=lambda item: item[0].startswith("eval_")):
             steps, values = zip(*sorted(points), strict=True)
             # between two evaluations nothing is known
-            is_measured = panel == "metrics, %" or name.startswith("eval_")
+            is_measured = (panel in MEASURED and name != IN_BATCH) or name.startswith("eval_")
             axes.plot(
                 *(steps, values),
                 linestyle=":" if is_measured else "-",
@@ -173,11 +213,15 @@ def _panel_of(name: str) -> str | None:
     metric = name.removeprefix("before_training_").removeprefix("eval_")
     if name in ("loss", "loss_itc", "loss_itm") or (metric != name and metric == "loss"):
         return "loss"
+    if name == IN_BATCH:
+        return MEASURED[0]
     if name in ("learning_rate", "grad_norm"):
         return {"learning_rate": "learning rate", "grad_norm": "gradient norm"}[name]
     # retrieval has a dozen recalls: those by cosine alone and at 5 are left to all_results.json
     is_left_out = metric.startswith("itc_") or metric in ("text_recall@5", "image_recall@5")
-    return None if metric == name or is_left_out or not is_score(metric) else "metrics, %"
+    if metric == name or is_left_out or not is_score(metric):
+        return None
+    return CIDER_PANEL if metric == "cider" else "metrics, %"
 
 
 def _curves(log_history: Sequence[dict[str, Any]]) -> str:
@@ -207,17 +251,19 @@ def _text(text: str) -> str:
     return escape(text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…")
 
 
-def _tile(name: str, value: float) -> str:
-    return f"<div><b>{value:.2f}</b><span>{escape(name.removeprefix('eval_').replace('_', ' '))}</span></div>"
+def _tile(name: str, value: float, baseline: float | None) -> str:
+    beside = "" if baseline is None else f"<span>baseline {baseline:.2f}</span>"
+    words = escape(name.removeprefix("eval_").replace("_", " "))
+    return f"<div><b>{value:.2f}</b><span>{words}</span>{beside}</div>"
 
 
-def _buttons(group: str, names: list[str]) -> str:
-    """A row of filters; one name alone is no choice."""
-    if len(names) < 2:
+def _buttons(group: str, names: list[str], first: str = "all") -> str:
+    """A row of choices; one name alone is none."""
+    if len(names) < 2 and first == "all":
         return ""
     buttons = "".join(
         f'<button type="button" data-group="{group}" data-value="{escape(name)}" aria-pressed="{pressed}">'
-        f"{escape(name) or 'all'}</button>"
+        f"{escape(name) or first}</button>"
         for name, pressed in [("", "true"), *((name, "false") for name in names)]
     )
     return f'<div class="buttons" role="group" aria-label="{group}">{buttons}</div>'
@@ -255,10 +301,12 @@ def _confusions(samples: Sequence[Sample]) -> str:
 def _card(sample: Sample, thumbnail: str) -> str:
     missing = "no room for more pictures" if sample.readable else "picture cannot be read"
     picture = f'<img alt="" loading="lazy" src="{thumbnail}">' if thumbnail else f"<i>{missing}</i>"
-    facts = []
+    facts = [] if sample.quality is None else [f"ROUGE-L {100 * sample.quality:.0f}"]
     if sample.score is not None:
-        percent = f"{sample.score:.1%}" if sample.score_name == "probability" else f"{sample.score:.2f}"
-        facts.append(f"{escape(sample.score_name)} {percent}")
+        # that of a caption is the product of all its words'
+        percent = f"{sample.score:.1%}" if sample.score >= 0.001 else "under 0.1%"
+        number = percent if sample.score_name == "probability" else f"{sample.score:.2f}"
+        facts.append(f"{escape(sample.score_name)} {number}")
     if sample.accuracy is not None and 0 < sample.accuracy < 1:
         facts.append(f"accuracy {sample.accuracy:.0%}")
     if sample.kind:
@@ -272,7 +320,8 @@ def _card(sample: Sample, thumbnail: str) -> str:
         f"<p class=facts>{' · '.join(facts)}</p>" if facts else "",
     ]
     return (
-        f'<article class="{sample.verdict}" data-verdict="{sample.verdict}" data-kind="{escape(sample.kind)}">'
+        f'<article class="{sample.verdict}" data-verdict="{sample.verdict}" data-kind="{escape(sample.kind)}"'
+        f' data-band="{sample.band}">'
         f"{picture}<div>{''.join(lines)}</div></article>\n"
     )
 
@@ -303,7 +352,8 @@ p {{ margin: .2rem 0; }}
   margin-bottom: 1rem; }}
 .scores div, article, table {{ background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }}
 .scores div {{ padding: .6rem .8rem; }}
-.scores b {{ display: block; font-size: 1.35rem; }}
+.scores b, .scores span {{ display: block; }}
+.scores b {{ font-size: 1.35rem; }}
 .scores span, .facts, .note {{ color: var(--soft); font-size: .87rem; }}
 img.curves {{ width: 100%; height: auto; border-radius: .5rem; }}
 table {{ border-collapse: separate; border-spacing: 0; width: 100%; max-width: 40rem; }}
@@ -336,6 +386,7 @@ article > i {{ color: var(--soft); font-size: .8rem; border: 1px dashed var(--li
 <body>
 <h1>{title}</h1>
 <div class="scores">{scores}</div>
+{notes}
 {variety}
 {curves}
 {confusions}
@@ -346,10 +397,12 @@ article > i {{ color: var(--soft); font-size: .8rem; border: 1px dashed var(--li
 <div class="cards">
 {cards}</div>
 <script>
-const chosen = {{verdict: "", kind: ""}};
+const chosen = {{}};
 const cards = [...document.querySelectorAll("article")];
 for (const button of document.querySelectorAll("button")) button.onclick = () => {{
-  chosen[button.dataset.group] = button.dataset.value;
+  if (button.dataset.group === "order")
+    for (const card of button.dataset.value ? [...cards].reverse() : cards) card.parentElement.append(card);
+  else chosen[button.dataset.group] = button.dataset.value;
   for (const other of button.parentElement.children) other.setAttribute("aria-pressed", other === button);
   for (const card of cards)
     card.hidden = Object.keys(chosen).some(group => chosen[group] && card.dataset[group] !== chosen[group]);

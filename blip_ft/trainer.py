@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
+import platform
 import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import partial, wraps
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,12 +70,16 @@ from blip_ft.engines import (
 )
 from blip_ft.feature_store import require_constant_features, store_pictures
 from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_waiting, upload_command
+from blip_ft.metrics import smoothing_floor
+from blip_ft.modeling import BlipForImageTextRetrieval, BlipForQuestionAnswering
+from blip_ft.models import count_parameters
 from blip_ft.outputs import decided_by_main, is_free, numbered_folders, write_lines
 from blip_ft.report import THUMBNAIL_PIXELS, is_score, write_report
 
 logger = logging.getLogger(__name__)
 
 CONTRASTIVE_FILE = "contrastive.safetensors"
+LOSS_PARTS = ("loss_itc", "loss_itm", "in_batch_accuracy")  # of retrieval, logged with its loss
 
 Batch = dict[str, torch.Tensor]
 # model, batch and the positions of its rows in the data -> what is to be kept of each row
@@ -81,6 +88,16 @@ Predict = Callable[[torch.nn.Module, Batch, list[int]], list[dict[str, Any]]]
 Collect = Callable[[Predict, str], list[dict[str, Any] | None]]
 # rows to evaluate on and how to run the model over them -> what to write of each row, and metrics
 Evaluate = Callable[[Dataset, Collect], tuple[list[dict[str, Any] | None], dict[str, float]]]
+
+
+class Baseline(NamedTuple):
+    """What a guess reaches that has learned nothing from an image: without it no score says much.
+
+    words: what it guesses. score: rows evaluated on -> metrics of the same names as the task's, in percent.
+    """
+
+    words: str
+    score: Callable[[Dataset], dict[str, float]]
 
 
 class BlipTrainer(Trainer):
@@ -126,7 +143,7 @@ class BlipTrainer(Trainer):
         self.sampler: GroupedSampler | None = None  # of the rows to train on
         self.building: str | None = None  # where a checkpoint is being written
         self.has_targets = False  # whether a batch had a token to learn
-        self.loss_parts: list[torch.Tensor] = []  # since the last log, (2,) each: loss_itc and loss_itm
+        self.loss_parts: list[torch.Tensor] = []  # since the last log, (3,) each: LOSS_PARTS
         self.add_callback(EpochCallback(self))
         self.add_callback(ContrastiveCallback(self))
         self.add_callback(CurvesCallback())
@@ -233,13 +250,13 @@ class BlipTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if "loss_itc" in outputs and model.training:
-            self.loss_parts.append(torch.stack([outputs["loss_itc"], outputs["loss_itm"]]).detach())
+            self.loss_parts.append(torch.stack([outputs[name].float() for name in LOSS_PARTS]).detach())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.loss_parts:
             parts = self.accelerator.reduce(torch.stack(self.loss_parts).mean(0), "mean").tolist()
-            logs |= dict(zip(("loss_itc", "loss_itm"), parts, strict=True))
+            logs |= dict(zip(LOSS_PARTS, parts, strict=True))
             self.loss_parts.clear()
         super().log(logs, *args, **kwargs)
 
@@ -571,19 +588,21 @@ def _stopping_cleanly(function: Callable) -> Callable:
 def run(
     trainer: BlipTrainer,
     checkpoint: str | None,
-    pipeline_tag: str,
+    pipeline_tag: str | None,
     model_args: ModelArguments,
     data_args: DataArguments,
     more_args: Sequence[Any],
     result_notes: dict[str, Any],
+    baseline: Baseline | None = None,
 ) -> dict[str, Any]:
     """Train, save, evaluate, write what a run leaves behind into output_dir, and push it where push_to_hub is set.
 
     Args:
         checkpoint: folder to resume from.
-        pipeline_tag: the Hub's name of the task, e.g. visual-question-answering.
+        pipeline_tag: the Hub's name of the task, e.g. visual-question-answering; None if it has none.
         more_args: the recipe's other dataclasses, for the model card.
         result_notes: what belongs beside the numbers in all_results.json, e.g. the scoring rule.
+        baseline: all_results.json, log, card and report have it beside the scores. A stream is not read for it.
     Returns: the content of all_results.json.
     Raises: SystemExit(NOT_PUSHED) if all is written and the push fails.
     """
@@ -591,6 +610,10 @@ def run(
     arguments = {name: value for part in (model_args, data_args, *more_args) for name, value in asdict(part).items()}
     arguments |= args.to_dict()
     results: dict[str, Any] = {}
+    parameters = count_parameters(trainer.model)  # training may shard them
+    notes = _explain_loss(trainer)
+    for note in notes if trainer.is_world_process_zero() else []:
+        logger.info("%s", note)
     if trainer.is_world_process_zero():
         (folder / ".gitignore").write_text(GITIGNORE, encoding="utf-8")
     if args.cache_image_features:
@@ -620,17 +643,24 @@ def run(
         unreadable = {"prediction": "", "unreadable_picture": True}
         pairs = zip(rows.remove_columns("image"), trainer.results, strict=True)
         write_lines(folder / "predictions.jsonl", ({**row, **(result or unreadable)} for row, result in pairs))
+        is_stream = isinstance(trainer.train_dataset, StreamedRows)
+        scores, baselines = _scores_of(results), {}
+        if baseline and not is_stream:
+            baselines = {f"eval_{name}": value for name, value in baseline.score(rows).items()}
+            results |= {name.replace("eval_", "baseline_", 1): value for name, value in baselines.items()}
+            result_notes = {**result_notes, "baseline": baseline.words}
         write_report(
             folder / "report.html",
             f"{folder.resolve().name}: {data_args.label}",
-            scores=_scores_of(results),
+            scores=scores,
             samples=samples_of(rows, trainer.results),
             open_picture=lambda position: open_image(rows[position]["image"], THUMBNAIL_PIXELS),
             log_history=trainer.state.log_history,
+            baselines=baselines,
+            notes=[*notes, *([f"Baseline: {baseline.words}."] if baselines else [])],
         )
         results = {name: value for name, value in results.items() if name != "epoch"} | result_notes
         (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        trained_on = "a stream" if isinstance(trainer.train_dataset, StreamedRows) else len(trainer.train_dataset)
         trainer.card = build_model_card(
             trainer.hub_model_id or args.hub_model_id or folder.resolve().name,
             task=pipeline_tag,
@@ -641,18 +671,16 @@ def run(
             dataset=data_args.label,
             dataset_id=data_args.hub_id,
             held_out=data_args.held_out,
-            scores=_scores_of(results),
+            scores=scores,
+            baselines=baselines,
             notes=result_notes,
-            facts={
-                "rows trained on, rows held out": f"{trained_on}, {len(trainer.eval_dataset)}",
-                "optimizer steps": trainer.state.global_step,
-                "rows a step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
-                "processes": f"{args.world_size} ({args.device.type})",
-            },
+            facts={**_describe_training(trainer, results, checkpoint), **_describe_model(trainer, parameters)},
             arguments=arguments,
         )
         trainer.create_model_card()
         logger.info("Results, %s:\n%s", folder / "all_results.json", json.dumps(results, indent=2))
+        if baselines:
+            logger.info("%s", _beside_baseline(scores, baselines, baseline.words))
     if args.push_to_hub:
         _push(trainer)
     return results
@@ -672,6 +700,75 @@ def _push(trainer: BlipTrainer) -> None:
             upload_command(args.output_dir, repository, args.hub_private_repo, args.hub_revision),
         )
         sys.exit(NOT_PUSHED)
+
+
+def _explain_loss(trainer: BlipTrainer) -> list[str]:
+    """What a reader of the loss must know."""
+    model, args = trainer.blip, trainer.args
+    if model.contrastive:
+        queue, batch = model.contrastive.queue_size, args.train_batch_size * args.world_size
+        if not queue:
+            return []
+        return [
+            "loss_itc is over the pairs of a batch and of a queue, which fills in "
+            f"{-(-queue // (batch * args.gradient_accumulation_steps)):,} steps. Until then it rises, as it "
+            f"must: a guess has a loss of {math.log(batch):.2f} among {batch} pairs, and of "
+            f"{math.log(batch + queue):.2f} among {batch + queue:,}. in_batch_accuracy, the percent of pairs that are "
+            "found within their batch, does not depend on the queue."
+        ]
+    if isinstance(model, BlipForImageTextRetrieval) or not model.text_decoder.label_smoothing:
+        return []
+    smoothing = model.text_decoder.label_smoothing
+    floor = smoothing_floor(model.config.text_config.vocab_size, smoothing)
+    if isinstance(model, BlipForQuestionAnswering):
+        whole = f"the sum over its answer's tokens, at least {2 * floor:.2f} for one word and [SEP]"
+    else:
+        whole = "the mean over its tokens"
+    return [
+        f"Label smoothing of {smoothing} gives the loss a floor: that of a token is never below {floor:.2f}, and that "
+        f"of a row is {whole}."
+    ]
+
+
+def _beside_baseline(scores: dict[str, float], baselines: dict[str, float], words: str) -> str:
+    """Each score with its baseline, and a word if none is above it."""
+    pairs = {name: (score, baselines[name]) for name, score in scores.items() if name in baselines}
+    lines = [
+        f"  {name.removeprefix('eval_'):<28}{score:8.2f}   baseline {baseline:8.2f}"
+        for name, (score, baseline) in pairs.items()
+    ]
+    if not any(score > baseline for score, baseline in pairs.values()):
+        lines.append("No score is above its baseline: the model has learned nothing yet that needs the image.")
+    return "\n".join([f"Beside the baseline ({words}):", *lines])
+
+
+def _describe_training(trainer: BlipTrainer, results: dict[str, Any], checkpoint: str | None) -> dict[str, str]:
+    """For the card, in words."""
+    args, rows = trainer.args, trainer.train_dataset
+    held_out, seconds = trainer.eval_dataset, round(results.get("train_runtime", 0))
+    trained_on = "a stream"
+    if not isinstance(rows, StreamedRows):
+        trained_on = f"{len(rows):,} of {number_pictures(rows).max() + 1:,} images"
+    cores = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    on_gpu = args.device.type == "cuda"
+    return {
+        "rows trained on": trained_on,
+        "rows evaluated on": f"{len(held_out):,} of {number_pictures(held_out).max() + 1:,} images",
+        "epochs": f"{trainer.state.epoch:.4g}",
+        "optimizer steps": f"{trainer.state.global_step:,}",
+        "rows a step": f"{args.train_batch_size * args.world_size * args.gradient_accumulation_steps:,}",
+        "time": f"{timedelta(seconds=seconds)}" + (f", after {Path(checkpoint).name}" if checkpoint else ""),
+        "hardware": f"{args.world_size} x {torch.cuda.get_device_name(args.device) if on_gpu else cores}",
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+    }
+
+
+def _describe_model(trainer: BlipTrainer, parameters: dict[str, int | float]) -> dict[str, str]:
+    size = trainer.blip.config.vision_config.image_size
+    return {
+        "parameters": f"{parameters['total']:,}, of them trained {parameters['trainable']:,}",
+        "image size": f"{size} x {size} pixels",
+    }
 
 
 def _scores_of(results: dict[str, Any]) -> dict[str, float]:

@@ -25,9 +25,9 @@ from blip_ft.arguments import (
 )
 from blip_ft.collators import CaptionCollator, PictureCollator, require_room_for_captions
 from blip_ft.data_pipeline import load_captions
-from blip_ft.metrics import CaptionScores, caption_exact_match, caption_rouge_l
+from blip_ft.metrics import CaptionScores, caption_exact_match, caption_rouge_l, most_frequent_answer
 from blip_ft.models import load_for_training, load_tokenizer, outline
-from blip_ft.trainer import BlipTrainer, check_run, prepare_output_dir, run
+from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
 
 # ---- what to edit ----
 
@@ -89,15 +89,20 @@ def main() -> None:
             for text, probability in zip(texts, probabilities, strict=True)
         ]
 
-    def evaluate(rows, collect):
-        results = collect(predict, "Writing captions")
-        texts = [result["prediction"] if result else "" for result in results]
+    def score(rows, texts):
         references = rows["captions"][:]
         scores = CaptionScores().compute(predictions=texts, references=references)
-        for result, captions in zip(results, references, strict=True):
+        return {**scores, "exact_match": caption_exact_match(texts, references)}
+
+    def baseline(rows):
+        return score(rows, [most_frequent_answer(train_rows.captions())] * len(rows))
+
+    def evaluate(rows, collect):
+        results = collect(predict, "Writing captions")
+        for result, captions in zip(results, rows["captions"][:], strict=True):
             if result:
-                result["accuracy"] = caption_rouge_l(result["prediction"], captions)
-        return results, {**scores, "exact_match": caption_exact_match(texts, references)}
+                result["rouge_l"] = caption_rouge_l(result["prediction"], captions)
+        return results, score(rows, [result["prediction"] if result else "" for result in results])
 
     def describe(row, result):
         return f"{row['captions'][0]} | predicted: {result['prediction']}"
@@ -124,6 +129,7 @@ def main() -> None:
         model_args,
         data_args,
         (caption_args, peft_args),
+        baseline=Baseline("the most frequent training caption, for every image", baseline),
         result_notes={"prompt": caption_args.prompt},
     )
 

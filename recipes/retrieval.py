@@ -30,9 +30,9 @@ from blip_ft.arguments import (
 from blip_ft.collators import PictureCollator, RetrievalCollator, clean_caption, encode_texts
 from blip_ft.contrastive import Contrastive
 from blip_ft.data_pipeline import load_captions
-from blip_ft.metrics import retrieval_scores, same_caption
+from blip_ft.metrics import chance_scores, retrieval_scores, same_caption
 from blip_ft.models import load_for_training, outline
-from blip_ft.trainer import BlipTrainer, check_run, prepare_output_dir, run
+from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
 
 # ---- what to edit ----
 
@@ -75,14 +75,17 @@ def main() -> None:
     model, processor = load_for_training("image_text_retrieval", model_args, peft_args, training_args)
     model.config.itm_start_token = retrieval_args.itm_start_token
 
-    def evaluate(rows, collect):
+    def texts_of(rows):
         by_picture = rows["captions"][:]
         captions = [caption for own in by_picture for caption in own]
         owner = np.repeat(np.arange(len(rows)), [len(own) for own in by_picture])
         texts = [clean_caption(caption) for caption in captions] if retrieval_args.clean_captions else captions
+        return captions, texts, owner, same_caption(texts, owner)
+
+    def evaluate(rows, collect):
+        captions, texts, owner, right = texts_of(rows)
         tokens = encode_texts(texts, processor.tokenizer, retrieval_args.max_caption_tokens)
         cosines, for_texts, for_images = inference.rank_pairs(collect, owner, **tokens, k=retrieval_args.k_test)
-        right = same_caption(texts, owner)
         by_contrast = {f"itc_{name}": value for name, value in retrieval_scores(cosines, right).items()}
         results = [
             {"prediction": captions[best], "score": float(for_texts[row, best]), "accuracy": float(right[row, best])}
@@ -109,10 +112,11 @@ def main() -> None:
     run(
         trainer,
         checkpoint,
-        "zero-shot-image-classification",
+        None,  # the Hub has no tag for it
         model_args,
         data_args,
         (retrieval_args, peft_args),
+        baseline=Baseline("chance, a random order", lambda rows: chance_scores(texts_of(rows)[-1])),
         result_notes={
             "scores": "ranked by the matching head; itc_: by cosine alone",
             "identical_captions": "are right for each of their pictures",

@@ -28,9 +28,9 @@ from blip_ft.arguments import (
 )
 from blip_ft.collators import VqaCollator
 from blip_ft.data_pipeline import load_vqa
-from blip_ft.metrics import VqaAccuracy, answer_type, scoring_rule, vqa_accuracy
+from blip_ft.metrics import VqaAccuracy, answer_type, answer_without_images, scoring_rule, vqa_accuracy
 from blip_ft.models import load_for_training, outline
-from blip_ft.trainer import BlipTrainer, check_run, prepare_output_dir, run
+from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
 
 # ---- what to edit ----
 
@@ -87,13 +87,19 @@ def main() -> None:
         names = ("prediction", "probability", "loss")
         return [dict(zip(names, values, strict=True)) for values in zip(texts, probabilities, losses, strict=True)]
 
-    def evaluate(rows, collect):
-        results = collect(predict, "Answering")
-        texts = [result["prediction"] if result else "" for result in results]
+    def score(rows, texts):
         answers = rows["answers"][:]
         types = rows["answer_type"][:] if "answer_type" in rows.column_names else list(map(answer_type, answers))
-        scores = VqaAccuracy().compute(predictions=texts, references=answers, answer_types=types)
-        for result, given, kind in zip(results, answers, types, strict=True):
+        return VqaAccuracy().compute(predictions=texts, references=answers, answer_types=types), types
+
+    def baseline(rows):
+        texts = answer_without_images(train_rows["question"][:], train_rows["answers"][:], rows["question"][:])
+        return score(rows, texts)[0]
+
+    def evaluate(rows, collect):
+        results = collect(predict, "Answering")
+        scores, types = score(rows, [result["prediction"] if result else "" for result in results])
+        for result, given, kind in zip(results, rows["answers"][:], types, strict=True):
             if result:
                 result |= {"accuracy": vqa_accuracy(result["prediction"], given), "answer_type": kind}
         losses = [result["loss"] for result in results if result]
@@ -121,6 +127,7 @@ def main() -> None:
         model_args,
         data_args,
         (vqa_args, peft_args),
+        baseline=Baseline("the most frequent training answer to the same words, without the image", baseline),
         result_notes={
             "scoring_rule": scoring_rule(eval_rows["answers"][:]),
             "answer_types": "of the data" if "answer_type" in eval_rows.column_names else "by rule",

@@ -18,7 +18,7 @@ import yaml
 USER = "tester"
 NEVER = 0  # a status for LocalHub.answers: no answer at all
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".png")
-PIPELINE_TAGS = {"visual-question-answering", "image-to-text", "zero-shot-image-classification"}
+PIPELINE_TAGS = {"visual-question-answering", "image-to-text", None}  # the Hub has none of image-text retrieval
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -222,7 +222,7 @@ def front_matter_errors(card: str) -> list[str]:
     data = yaml.safe_load(block.group(1)) if block else None
     if not isinstance(data, dict):
         return ["there is no front matter"]
-    errors = [f"{key} is missing" for key in ("pipeline_tag", "library_name", "tags", "model-index") if key not in data]
+    errors = [f"{key} is missing" for key in ("library_name", "tags", "model-index") if key not in data]
     if data.get("pipeline_tag") not in PIPELINE_TAGS:
         errors.append("pipeline_tag is none of the Hub's")
     for key in ("tags", "metrics", "datasets"):

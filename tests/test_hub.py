@@ -262,11 +262,35 @@ def test_card_shows_what_data_and_models_say_as_text(text):
     assert {line.count("|") - line.count(r"\|") for line in odd.text.splitlines() if line.startswith("|")} == {3}
 
 
+def test_card_has_the_baseline_beside_each_score_that_has_one():
+    scores = {"eval_vqa_accuracy": 50.0, "eval_vqa_accuracy_other": 20.0}
+    text = card_of(scores=scores, baselines={"eval_vqa_accuracy": 41.239}).text
+    assert "| metric | value | baseline |\n| --- | --- | --- |\n| VQA accuracy | 50.00 | 41.24 |" in text
+    assert "| VQA accuracy other | 20.00 |  |\n" in text
+
+
+def test_card_calls_task_and_units_by_their_names():
+    retrieval = card_of(stock_class="BlipForImageTextRetrieval", task=None, scores={"eval_text_recall@1": 9.0})
+    assert "BLIP for image-text retrieval, " in retrieval.text and "classification" not in str(retrieval)
+    assert retrieval.data.pipeline_tag is None and "image-text-retrieval" in retrieval.data.tags
+    assert front_matter_errors(str(retrieval)) == []
+    captions = card_of(stock_class="BlipForConditionalGeneration", task="image-to-text", scores={"eval_cider": 120.0})
+    assert "CIDEr-D is x 100 and has no bound of 100" in captions.text and "Percent." not in captions.text
+    assert "Percent." in card_of(scores={"eval_vqa_accuracy_cider": 1.0}).text
+
+
 def test_arguments_on_the_card_are_a_yaml_that_config_takes_without_folders_and_hub(flags, recipe, tmp_path):
     folder = recipe(*flags, "--max_steps", "1", "--learning_rate", "3e-4", "--hub_model_id", "owner/secret_name")
     card = (folder / "README.md").read_text()
     assert "/tmp" not in card and str(tmp_path) not in card and "owner/secret_name" in card.split("```yaml")[0]
     block = card.split("```yaml\n")[1].split("\n```")[0]
+    assert "Of `model_name_or_path`, `dataset_name` only the last part of the path is shown" in card
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card, re.MULTILINE))
+    assert rows["rows trained on"] == rows["rows evaluated on"] == "8 of 4 images"
+    assert rows["image size"] == "32 x 32 pixels" and rows["epochs"] == "1" and re.match(r"0:\d\d:\d\d$", rows["time"])
+    number = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    assert rows["parameters"] == f"{number:,}, of them trained {number:,}"
+    assert rows["hardware"].startswith("1 x ") and rows["precision"] == "fp32"
     assert "hub_" not in block and "output_dir" not in block
     (tmp_path / "again.yaml").write_text(block)
     types = (ModelArguments, DataArguments, VqaArguments, PeftArguments, BlipTrainingArguments)

@@ -14,7 +14,7 @@ from transformers.integrations import integration_utils
 
 from blip_ft.callbacks import TrackerCallback, choose_rows
 from blip_ft.report import Sample, _panel_of, choose_samples, draw_curves, write_report
-from blip_ft.trainer import BlipTrainer, _scores_of
+from blip_ft.trainer import BlipTrainer, _beside_baseline, _scores_of
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -103,6 +103,31 @@ def test_surest_wrong_ones_come_first_and_right_ones_are_spread():
     assert verdicts == ["wrong"] * 120 + ["right"] * 80
 
 
+def test_captions_are_neither_right_nor_wrong_and_go_by_their_score(write):
+    captions = [Sample("a", references=["b"], quality=number / 999, score=1e-9) for number in range(1000)]
+    chosen = choose_samples(captions)
+    assert len(chosen) == 200 and chosen == sorted(chosen) and chosen[0] == 0 and chosen[-1] == 995
+    unread = Sample("", references=["b"], quality=0.0, readable=False)
+    html = write([*captions, unread, Sample("c", references=["c"], quality=1.0)]).read_text()
+    page = Page(html)
+    articles = [attributes for tag, attributes in page.tags if tag == "article"]
+    assert {attributes["data-verdict"] for attributes in articles} == {"unknown"}
+    bands = [f"ROUGE-L {least} to {least + 25}" for least in (0, 25, 50, 75)]
+    assert list(dict.fromkeys(attributes["data-band"] for attributes in articles)) == bands
+    buttons = [(attributes["data-group"], attributes["data-value"]) for tag, attributes in page.tags if tag == "button"]
+    assert buttons == [("band", ""), *(("band", band) for band in bands), ("order", ""), ("order", "nearest first")]
+    assert "farthest from their references first" in page.text and "confusions" not in page.text
+    assert "ROUGE-L 0 · probability under 0.1%" in page.text and "accuracy" not in page.text.replace("vqa accuracy", "")
+
+
+def test_baseline_stands_beside_its_score_and_notes_below(tmp_path):
+    path = tmp_path / "report.html"
+    scores, note = {"eval_exact_match": 81.25, "eval_cider": 3.0}, "The loss <cannot> fall to 0."
+    write_report(path, "run", scores, [], lambda position: None, baselines={"eval_exact_match": 40.5}, notes=[note])
+    text = Page(path.read_text()).text
+    assert "81.25exact matchbaseline 40.50" in text and "3.00cider\n" in text and note in text
+
+
 def test_confusions_are_counted_and_a_model_that_always_says_the_same_is_seen(write):
     samples = [Sample("yes", references=["no"], accuracy=0.0)] * 3
     samples += [Sample("yes", references=["two"], accuracy=0.0), Sample("yes", references=["yes"], accuracy=1.0)]
@@ -168,12 +193,50 @@ def test_run_that_is_cut_leaves_its_curves(recipe, few, tmp_path, monkeypatch):
     assert size((tmp_path / "run" / "training_curves.png").read_bytes()) == (1100, 680)  # loss, rate and norm
 
 
+# task -> baselines worked out from the eight rows, and what is said of the loss
+BASELINES = {
+    # of four colors each once, and yes to two of four
+    "vqa": ({"exact_match": 37.5, "vqa_accuracy_other": 25, "vqa_accuracy_yes_no": 50}, "for one word and [SEP]"),
+    # the first caption, which one of four images has
+    "captioning": ({"exact_match": 25}, "the mean over its tokens"),
+    # two of eight captions, one of four images
+    "retrieval": ({"text_recall@1": 25, "image_recall@1": 25, "image_recall@5": 100}, "fills in 3 steps"),
+}
+
+
+@pytest.mark.parametrize("task", BASELINES)
+def test_baseline_and_words_on_the_loss_are_in_results_log_card_and_report(recipe, few, task, caplog):
+    caplog.set_level("INFO")
+    baselines, explained = BASELINES[task]
+    folder = recipe(*few(task), task=task)
+    results = json.loads((folder / "all_results.json").read_text())
+    assert results["baseline"]
+    page, card = Page((folder / "report.html").read_text()).text, (folder / "README.md").read_text()
+    for name, value in baselines.items():
+        assert results[f"baseline_{name}"] == pytest.approx(value)
+        assert re.search(
+            rf"^  {name} +{results[f'eval_{name}']:.2f} +baseline +{value:.2f}$", caplog.text, re.MULTILINE
+        )
+        assert f"baseline {value:.2f}" in page and f"| {value:.2f} |" in card
+    assert results["baseline"] in page and results["baseline"] in card
+    assert caplog.text.count(explained) == 1 and explained in page
+    assert caplog.text.index(explained) < caplog.text.index("Results, ")
+
+
+def test_model_that_is_no_better_than_a_guess_is_said_to_be(caplog):
+    scores, baselines = {"eval_exact_match": 67.0, "eval_vqa_accuracy": 66.0}, {"eval_exact_match": 67.0}
+    assert "No score is above its baseline" in _beside_baseline(scores, baselines, "a guess")
+    assert "No score" not in _beside_baseline({"eval_exact_match": 67.1}, baselines, "a guess")
+
+
 def test_parts_of_the_retrieval_loss_are_logged(recipe, few):
     history = json.loads((recipe(*few("retrieval"), task="retrieval") / "trainer_state.json").read_text())
     logged = [entry for entry in history["log_history"] if "loss" in entry]
     assert len(logged) == 3
     for entry in logged:
         assert entry["loss"] == pytest.approx(entry["loss_itc"] + entry["loss_itm"], abs=2e-4)
+        assert 0 <= entry["in_batch_accuracy"] <= 100
+    assert _panel_of("in_batch_accuracy") == "metrics, %" and _panel_of("eval_cider") == "CIDEr-D x 100"
 
 
 def test_results_before_training_are_on_the_screen(recipe, few, caplog):
