@@ -674,7 +674,7 @@ def run(
             scores=scores,
             baselines=baselines,
             notes=result_notes,
-            facts={**_describe_training(trainer, results, checkpoint), **_describe_model(trainer, parameters)},
+            facts={**_describe_model(trainer, parameters), **_describe_training(trainer, results, checkpoint)},
             arguments=arguments,
         )
         trainer.create_model_card()
@@ -749,8 +749,9 @@ def _describe_training(trainer: BlipTrainer, results: dict[str, Any], checkpoint
     trained_on = "a stream"
     if not isinstance(rows, StreamedRows):
         trained_on = f"{len(rows):,} of {number_pictures(rows).max() + 1:,} images"
-    cores = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    on_gpu = args.device.type == "cuda"
+    device = f"CPU ({platform.machine()}), torch's threads: {torch.get_num_threads()}"
+    if args.device.type != "cpu":
+        device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     return {
         "rows trained on": trained_on,
         "rows evaluated on": f"{len(held_out):,} of {number_pictures(held_out).max() + 1:,} images",
@@ -758,7 +759,7 @@ def _describe_training(trainer: BlipTrainer, results: dict[str, Any], checkpoint
         "optimizer steps": f"{trainer.state.global_step:,}",
         "rows a step": f"{args.train_batch_size * args.world_size * args.gradient_accumulation_steps:,}",
         "time": f"{timedelta(seconds=seconds)}" + (f", after {Path(checkpoint).name}" if checkpoint else ""),
-        "hardware": f"{args.world_size} x {torch.cuda.get_device_name(args.device) if on_gpu else cores}",
+        "hardware": f"{args.world_size} x {device}" if args.world_size > 1 else device,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
     }
 

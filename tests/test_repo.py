@@ -41,7 +41,7 @@ ARROWS = {
     "checkpoints": set(),
     "engines": set(),
     "outputs": set(),
-    "callbacks": {"arguments", "collators", "report"},
+    "callbacks": {"arguments", "collators", "data_pipeline", "metrics", "report"},
     "predictions": {"metrics", "outputs", "report"},
     "trainer": {
         "arguments",
@@ -52,6 +52,9 @@ ARROWS = {
         "engines",
         "feature_store",
         "hub",
+        "metrics",
+        "modeling",
+        "models",
         "outputs",
         "report",
     },
