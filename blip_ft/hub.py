@@ -182,8 +182,15 @@ def explain(error: BaseException) -> str:
         advice = "Check that HF_TOKEN is set and may write to this repository."
     else:
         advice = ""
+    # hidden before the cut, which could leave half a token
+    return hide_secrets(f"{hide_secrets(' '.join(said.split()))[:400].rstrip('.')}. {advice}".strip())
+
+
+def hide_secrets(text: str) -> str:
+    """text without tokens, and without the user and password of any URL in it."""
+    text = re.sub(r"(?<=://)[^/?#\s]*@", "", text)
     # an HTTP library that finds a header malformed quotes it
-    return re.sub(r"Bearer \S+|hf_\w{30,}", "(token)", f"{' '.join(said.split())[:400].rstrip('.')}. {advice}".strip())
+    return re.sub(r"Bearer \S+|hf_\w{30,}", "(token)", text)
 
 
 def _usage(

@@ -47,6 +47,7 @@ from transformers.utils import (
 from blip_ft import demo, inference
 from blip_ft.arguments import BlipTrainingArguments, ModelArguments, PeftArguments
 from blip_ft.collators import open_image
+from blip_ft.hub import hide_secrets
 from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 logger = logging.getLogger(__name__)
@@ -746,4 +747,4 @@ def _what_to_check(name: str, error: Exception) -> str:
             f"{name} is no folder here, is not in the cache, and {constants.ENDPOINT} could not be reached. Check the "
             "network, a proxy, HF_ENDPOINT, and the spelling (owner/name)."
         )
-    return f"{advice}\nThe loader said: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    return hide_secrets(f"{advice}\nThe loader said: {(str(error).strip() or type(error).__name__).splitlines()[0]}")

@@ -213,7 +213,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
-endpoint = f"http://127.0.0.1:{server.server_port}"
+endpoint = f"http://tester:pass@word@127.0.0.1:{server.server_port}"
 os.environ.update(HF_ENDPOINT=endpoint, HF_HOME=tempfile.mkdtemp(), HF_HUB_DISABLE_XET="1")
 from blip_ft.models import load_model
 
@@ -246,6 +246,7 @@ def test_hub_failures_tell_name_access_and_network_apart():
     assert "accept its terms on its page, and set HF_TOKEN" in messages["gated"]
     assert "is on the Hub and lacks a file" in messages["empty"]
     assert "http://127.0.0.1" in messages["down"] and "Check the network" in messages["down"]
+    assert "tester" not in str(messages) and "word" not in str(messages)
 
 
 def test_loader_hands_out_its_parts_once_loaded(checkpoint):

@@ -35,7 +35,7 @@ ARROWS = {
     "report": set(),
     "modeling": {"attention", "contrastive"},
     "inference": {"collators"},
-    "models": {"arguments", "collators", "demo", "inference", "modeling"},
+    "models": {"arguments", "collators", "demo", "hub", "inference", "modeling"},
     "data_pipeline": {"arguments", "demo", "collators"},
     "feature_store": {"arguments", "callbacks", "collators", "data_pipeline", "modeling"},
     "checkpoints": set(),
