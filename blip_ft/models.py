@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -352,7 +353,10 @@ def add_lora(model: PreTrainedModel, args: PeftArguments, revision: str | None =
     """The model with a new trainable LoRA adapter, and all else frozen. It saves for stock PEFT and transformers.
 
     revision: the branch, tag or commit of the base that the adapter belongs to.
+    Raises: ValueError for a target that is in no layer, is not linear or a convolution, or has tied weights.
     """
+    wanted = "lora_target_modules must name linear layers or convolutions of the model"
+    tied = _tied_names(model)
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -366,7 +370,21 @@ def add_lora(model: PreTrainedModel, args: PeftArguments, revision: str | None =
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise ValueError(f"lora_target_modules must name linear layers of the model: {error}") from error
+        raise ValueError(f"{wanted}: {error}") from error
+    targeted = adapted.base_model.targeted_module_names
+    for name in args.lora_target_modules or ():
+        if not any(f".{target}".endswith(f".{name}") for target in targeted):
+            raise ValueError(f"{wanted}; {name} names none. The head of the text decoder (cls) is never adapted.")
+    for name in targeted:
+        layer = adapted.get_base_model().get_submodule(name)
+        kind = type(layer.get_base_layer() if isinstance(layer, LoraLayer) else layer)
+        if not issubclass(kind, (nn.Linear, nn.Conv2d)):
+            raise ValueError(f"{wanted}; {name} is a layer of type {kind.__name__}. Leave it out.")
+        if f"{name}.weight" in tied:
+            raise ValueError(
+                f"{wanted} that share their weights with no other. {name} shares them with another part of the model, "
+                "which merging the adapter would change too. Leave it out."
+            )
     return _save_for_stock(adapted)
 
 
@@ -650,6 +668,14 @@ def _read_config(name: str, kwargs: dict[str, Any]) -> BlipConfig:
             f"2022, not BLIP-2 or InstructBLIP) with the tasks {', '.join(TASKS)}.{own_code}"
         )
     return BlipConfig.from_pretrained(name, **kwargs)
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    """The names of parameters that stand in the model at several places."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for group in names.values() if len(group) > 1 for name in group}
 
 
 def _stock_class(stock: type, is_prompt_tuning: bool = False) -> type:

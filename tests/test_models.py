@@ -16,7 +16,7 @@ from transformers import BertConfig, BlipConfig
 from transformers.models.blip import modeling_blip
 
 from blip_ft import demo, inference
-from blip_ft.arguments import PeftArguments
+from blip_ft.arguments import ModelArguments, PeftArguments
 from blip_ft.collators import encode_images
 from blip_ft.data_pipeline import DataPipeline
 from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
@@ -32,6 +32,7 @@ from blip_ft.models import (
     load_model,
     load_model_from_path,
     move_model_to_device,
+    outline,
     prepare_inputs_for_blip,
     print_model_summary,
     save_model,
@@ -281,6 +282,33 @@ def test_device_map_places_and_answers(checkpoint):
     # what a map must not cut through, under the names that its classes have here
     names = {type(module).__name__ for module in plain["model"].modules()}
     assert {"BlipEncoderLayer", "BlipTextLayer"} <= names & set(plain["model"]._no_split_modules)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["word_embeddings"], "word_embeddings is a layer of type Embedding"),
+        (["query", "LayerNorm"], "LayerNorm"),
+        (["query", "q_proj"], "q_proj names none"),
+        (["query", "decoder"], "decoder names none. The head of the text decoder"),
+    ],
+)
+def test_lora_target_that_is_no_linear_layer_is_refused_before_weights_load(checkpoint, targets, message):
+    arguments = PeftArguments(use_peft=True, lora_target_modules=targets)
+    with pytest.raises(ValueError, match=rf"lora_target_modules must name linear layers(.|\n)*{message}"):
+        outline("vqa", ModelArguments(model_name_or_path=str(checkpoint)), arguments)
+
+
+def test_lora_target_with_tied_weights_is_refused(checkpoint):
+    model = load_model(str(checkpoint))["model"]
+    layers = model.vision_model.encoder.layers
+    layers[0].mlp.fc1.weight = layers[1].mlp.fc1.weight
+    with pytest.raises(ValueError, match=r"layers.0.mlp.fc1 shares them with another part"):
+        add_lora(model, PeftArguments(use_peft=True, lora_target_modules=["fc1"]))
+    convolution = add_lora(
+        load_model(str(checkpoint))["model"], PeftArguments(use_peft=True, lora_target_modules=["patch_embedding"])
+    )
+    assert count_parameters(convolution)["trainable"] > 0
 
 
 RED, BLUE = (Image.new("RGB", (40, 36), color) for color in ("red", "blue"))
