@@ -290,6 +290,11 @@ def outline(task: str, model_args: ModelArguments, peft_args: PeftArguments) -> 
             f"freeze names parts of the model; {', '.join(unknown)} is none. There are {', '.join(part_names(model))}, "
             "and their parts, e.g. vision_model.encoder.layers.0"
         )
+    if idle := unknown_layers(model, frozen, trainable_only=True):
+        raise ValueError(
+            f"freeze names {', '.join(idle)}, where nothing is trained anyway: with use_peft only the adapter is. Take "
+            "it out of freeze."
+        )
     if frozen:
         freeze_model(model, frozen)
     if not count_parameters(model)["trainable"]:
@@ -389,7 +394,10 @@ def add_lora(model: PreTrainedModel, args: PeftArguments, revision: str | None =
 
 
 def freeze_model(model: nn.Module, freeze_layers: Sequence[str] | str | None = None) -> None:
-    """Stop training the named parts, or all for None. A name matches whole dotted parts of parameter names."""
+    """Stop training the named parts, or all for None. A name matches whole dotted parts of parameter names.
+
+    A weight that two parts share, as the decoder's head and its word embeddings do, is frozen by the name of either.
+    """
     _set_requires_grad(model, freeze_layers, False)
 
 
@@ -401,9 +409,13 @@ def unfreeze_model(model: nn.Module, unfreeze_layers: Sequence[str] | str | None
     _set_requires_grad(model, unfreeze_layers, True)
 
 
-def unknown_layers(model: nn.Module, names: list[str]) -> list[str]:
-    """Those names that match no parameter of the model."""
-    parameters = [f".{name}." for name, _ in model.named_parameters(remove_duplicate=False)]
+def unknown_layers(model: nn.Module, names: list[str], trainable_only: bool = False) -> list[str]:
+    """Those names that match no parameter of the model, or none that is trained."""
+    parameters = [
+        f".{name}."
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad or not trainable_only
+    ]
     return [name for name in names if not any(f".{name}." in parameter for parameter in parameters)]
 
 
@@ -593,7 +605,8 @@ def _set_requires_grad(model: nn.Module, names: Sequence[str] | str | None, valu
     unknown = unknown_layers(model, names or [])
     if unknown:
         logger.warning("No parameter is named %s; the parts are %s.", ", ".join(unknown), ", ".join(part_names(model)))
-    for name, parameter in model.named_parameters():
+    # a tied weight goes by each of its names
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if value and isinstance(model, PeftModel) and model.base_model.prefix not in name:
             continue
         if parameter.is_floating_point() and (names is None or any(f".{part}." in f".{name}." for part in names)):

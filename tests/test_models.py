@@ -311,6 +311,20 @@ def test_lora_target_with_tied_weights_is_refused(checkpoint):
     assert count_parameters(convolution)["trainable"] > 0
 
 
+def test_freezing_a_tied_part_freezes_the_shared_weights(checkpoint):
+    model = load_model(str(checkpoint))["model"]
+    shared = model.text_decoder.bert.embeddings.word_embeddings.weight
+    freeze_model(model, "text_decoder.cls.predictions.decoder.weight")
+    assert count_parameters(model)["frozen"] == shared.numel() and not shared.requires_grad
+    unfreeze_model(model, "text_decoder.cls.predictions.decoder")
+    assert count_parameters(model)["frozen"] == 0
+    arguments = ModelArguments(model_name_or_path=str(checkpoint), freeze="text_decoder.cls.predictions.decoder")
+    planned = outline("vqa", arguments, PeftArguments())
+    assert not planned.text_decoder.bert.embeddings.word_embeddings.weight.requires_grad
+    with pytest.raises(ValueError, match="freeze names text_decoder.cls.predictions.decoder, where nothing is trained"):
+        outline("vqa", arguments, PeftArguments(use_peft=True))
+
+
 RED, BLUE = (Image.new("RGB", (40, 36), color) for color in ("red", "blue"))
 QUESTIONS = ["what color is it ?", "is it a dog ?", "how many dogs are there in the picture at the left ?"]
 
