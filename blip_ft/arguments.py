@@ -135,6 +135,10 @@ class ModelArguments(Settings):
         default=False,
         metadata={"help": "Also take weights that lie there as .bin only, a pickle; they are read with weights_only."},
     )
+    allow_new_weights: bool = field(
+        default=False,
+        metadata={"help": "Also take a checkpoint that lacks weights, which start from random numbers, or has others."},
+    )
 
     def unread(self) -> dict[str, str]:
         # DataPipeline's and the recipes' default lies on the Hub

@@ -67,6 +67,7 @@ from blip_ft.collators import (
     open_encoded,
     open_image,
 )
+from blip_ft.models import load_processor
 
 logger = logging.getLogger(__name__)
 
@@ -498,13 +499,12 @@ class DataPipeline:
         if self.data_args.streaming:
             raise ValueError("streaming is for the recipes. Leave it out of DataPipeline's YAML.")
         self.train_rows, self.eval_rows = load_vqa(self.data_args, seed=self.training_args.seed)
-        if name == "demo":
-            processor = demo.build_demo_processor()
-        else:
-            processor = BlipProcessor.from_pretrained(name, revision=self.model_args.model_revision)
-        if size := self.model_args.image_size:
-            processor.image_processor.size = {"height": size, "width": size}
-        self.processor = processor
+        self.processor = load_processor(
+            name,
+            self.model_args.image_size,
+            revision=self.model_args.model_revision,
+            allow_pickle=self.model_args.allow_pickle,
+        )
         args = self.training_args
         self._shuffle = torch.Generator().manual_seed(args.seed)
         self._sampler = None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import logging
 import pickle
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +24,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -40,6 +44,8 @@ from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
     ADAPTER_WEIGHTS_NAME,
     CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_NAME,
@@ -62,6 +68,7 @@ TASK_OF_CLASS = {cls.__name__: task for task, cls in TASKS.items()}
 # every linear layer of attention and feed-forward; the head is tied to the embeddings, and merging into it changes both
 LORA_TARGETS = ("query", "key", "value", "dense", "qkv", "projection", "fc1", "fc2")
 ADAPTER_FILE = "adapter_config.json"
+PROCESSOR_FILES = f"{PROCESSOR_NAME}, tokenizer_config.json or tokenizer.json"
 
 
 class ModelLoader:
@@ -75,7 +82,10 @@ class ModelLoader:
         load_in_8bit, load_in_4bit: weights in few bits by bitsandbytes.
         torch_dtype: of the weights, also as a string; `dtype` is its newer name. Default float32.
         merge: for an adapter, add it into the weights.
+        trust_remote_code: has no effect. The code of a checkpoint is never run.
         allow_pickle: where there is no .safetensors, also take a .bin; it is read with weights_only.
+        allow_new_weights: also take a checkpoint that lacks weights of the model, which then start from random numbers,
+            or that has weights that the model does not use, e.g. one for another task.
         image_size, label_smoothing, dropout, question_start_token, itm_start_token: change the checkpoint's own.
         kwargs: for from_pretrained, e.g. revision, token, local_files_only.
     Raises: ValueError with what to check when loading fails.
@@ -97,6 +107,7 @@ class ModelLoader:
         dtype: torch.dtype | str | None = None,
         merge: bool = False,
         allow_pickle: bool = False,
+        allow_new_weights: bool = False,
         image_size: int | None = None,
         label_smoothing: float | None = None,
         dropout: float | None = None,
@@ -116,70 +127,88 @@ class ModelLoader:
         self.device = _existing_device(device or _best_device())
         self.bits = 8 if load_in_8bit else 4 if load_in_4bit else None
         self.dtype = _dtype(dtype or torch_dtype) if dtype or torch_dtype else None
-        self.device_map, self.merge, self.allow_pickle = device_map, merge, allow_pickle
+        self.device_map, self.merge = device_map, merge
+        self.allow_pickle, self.allow_new_weights = allow_pickle, allow_new_weights
         self.image_size, self.label_smoothing, self.dropout = image_size, label_smoothing, dropout
         self.start_tokens = {"question_start_token": question_start_token, "itm_start_token": itm_start_token}
-        self.kwargs = {"trust_remote_code": trust_remote_code, **kwargs}
+        if trust_remote_code:
+            logger.warning("trust_remote_code has no effect: BLIP needs no code of a checkpoint, and none is run.")
+        self.kwargs = {**kwargs, "trust_remote_code": False}
         self.model: PreTrainedModel | PeftModel | None = None
         self.processor: BlipProcessor | None = None
 
     def load(self, load_processor: bool = True) -> dict[str, Any]:
         """model, in evaluation mode, and where load_processor also processor, tokenizer and image_processor."""
-        name, kwargs, base = self.model_name, self.kwargs, None
-        try:
-            if name != "demo" and (base := _base_of_adapter(name, kwargs)):
-                name, kwargs, task = base
-                self.task = self.task or task
-                self._take_over(_download(self.model_name, CONFIG_NAME, self.kwargs))
-                if not self.allow_pickle:
-                    _refuse_pickle(self.model_name, (ADAPTER_SAFE_WEIGHTS_NAME,), ADAPTER_WEIGHTS_NAME, self.kwargs)
-            self.model = self._load_model(name, kwargs)
-            if base:
+        _, config, base = self._prepare(load_processor)
+        name, kwargs = base[:2] if base else (self.model_name, self.kwargs)
+        with _explained(name, f"The base checkpoint of the adapter {self.model_name}: " if base else ""):
+            self.model = self._load_model(name, kwargs, config)
+        if base:
+            with _explained(self.model_name), _blamed_on(ADAPTER_FILE, self.model_name):
                 self.model = _save_for_stock(PeftModel.from_pretrained(self.model, self.model_name, **self.kwargs))
-            if load_processor:
-                self.processor = (
-                    demo.build_demo_processor() if name == "demo" else BlipProcessor.from_pretrained(name, **kwargs)
-                )
-        except RuntimeError as error:
-            if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
-                raise
-            raise ValueError(
-                f"The weights of {self.model_name} have other shapes than its config.json says; the files do not "
-                f"belong together. Save or download them anew.\n{error}"
-            ) from error
-        # EOFError and KeyError: a pickle or a tokenizer.json that is empty or something else
-        except (
-            *(OSError, EntryNotFoundError, HFValidationError, SafetensorError),
-            *(pickle.UnpicklingError, EOFError, KeyError),
-        ) as error:
-            of = f"The base checkpoint of the adapter {self.model_name}: " if base else ""
-            raise ValueError(of + _what_to_check(name, error)) from error
+        _require_finite(self.model, self.model_name)
         if self.merge and base:
             self.model = self.model.merge_and_unload()
             unfreeze_model(self.model)  # PEFT leaves the base frozen
         self.model.eval()
         if not load_processor:
             return {"model": self.model}
-        vision, image_processor = self.model.config.vision_config, self.processor.image_processor
-        tokenizer = self.processor.tokenizer
-        longest = self.model.config.text_config.max_position_embeddings
-        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
-        image_processor.size = {"height": vision.image_size, "width": vision.image_size}
-        vision.image_mean, vision.image_std = list(image_processor.image_mean), list(image_processor.image_std)
         return {
             "model": self.model,
             "processor": self.processor,
-            "tokenizer": tokenizer,
-            "image_processor": image_processor,
+            "tokenizer": self.processor.tokenizer,
+            "image_processor": self.processor.image_processor,
         }
 
-    def _take_over(self, config_file: Path | None) -> None:
-        """What an adapter was trained with and its base does not know."""
-        if config_file is None:
-            return
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        self.image_size = self.image_size or config.get("vision_config", {}).get("image_size")
-        self.start_tokens = {name: token or config.get(name) for name, token in self.start_tokens.items()}
+    def _prepare(self, load_processor: bool = True) -> tuple[PreTrainedModel, BlipConfig, tuple | None]:
+        """The model without its weights, the config to load it with, and the base of an adapter.
+
+        Raises: ValueError for all that can be refused without the weights.
+        """
+        name, kwargs = self.model_name, self.kwargs
+        with _explained(name):
+            base = None if name == "demo" else _base_of_adapter(name, kwargs, self.task)
+            if base:
+                name, kwargs, task = base
+                self.task = self.task or task
+                if _download(self.model_name, CONFIG_NAME, self.kwargs):
+                    self._take_over(_read_config(self.model_name, self.kwargs))
+                if not self.allow_pickle:
+                    _refuse_pickle(self.model_name, (ADAPTER_SAFE_WEIGHTS_NAME,), ADAPTER_WEIGHTS_NAME, self.kwargs)
+        with _explained(name, f"The base checkpoint of the adapter {self.model_name}: " if base else ""):
+            config = demo.build_demo_config() if name == "demo" else _read_config(name, kwargs)
+            self._change(config)
+            if self.task is None:
+                self.task = _task_of(config)
+            model = _outline(self.task, copy.deepcopy(config), name)
+            if load_processor:
+                self.processor = demo.build_demo_processor() if name == "demo" else _read_processor(name, kwargs)
+                _fit_processor(self.processor, config, name)
+        if self.image_size:
+            model.resize_images(self.image_size)
+            if load_processor:
+                self.processor.image_processor.size = {"height": self.image_size, "width": self.image_size}
+        if base:
+            with _explained(self.model_name):
+                _require_fitting_adapter(copy.deepcopy(model), self.model_name, name, self.kwargs)
+        return model, config, base
+
+    def _take_over(self, config: BlipConfig) -> None:
+        """Apply the image size and start tokens saved with an adapter; its base does not know them."""
+        self.image_size = self.image_size or config.vision_config.image_size
+        self.start_tokens = {name: token or getattr(config, name, None) for name, token in self.start_tokens.items()}
+
+    def _change(self, config: BlipConfig) -> None:
+        """Write what the caller asked for into the config."""
+        text = config.text_config
+        if self.label_smoothing is not None:
+            # read when the decoder is built; config.label_smoothing never reaches it
+            text.label_smoothing = float(self.label_smoothing)
+        if self.dropout is not None:
+            text.hidden_dropout_prob = text.attention_probs_dropout_prob = float(self.dropout)
+        for key, token in self.start_tokens.items():
+            if token is not None:
+                setattr(config, key, token)
 
     def get_model(self) -> PreTrainedModel | PeftModel:
         return self._loaded(self.model)
@@ -198,19 +227,7 @@ class ModelLoader:
             raise ValueError("It is not loaded yet: call load() first, with load_processor=True for the processor.")
         return part
 
-    def _load_model(self, name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-        config = demo.build_demo_config() if name == "demo" else _read_config(name, kwargs)
-        if self.task is None:
-            self.task = _task_of(config)
-        text = config.text_config
-        if self.label_smoothing is not None:
-            # read when the decoder is built; config.label_smoothing never reaches it
-            text.label_smoothing = float(self.label_smoothing)
-        if self.dropout is not None:
-            text.hidden_dropout_prob = text.attention_probs_dropout_prob = float(self.dropout)
-        for key, token in self.start_tokens.items():
-            if token is not None:
-                setattr(config, key, token)
+    def _load_model(self, name: str, kwargs: dict[str, Any], config: BlipConfig) -> PreTrainedModel:
         # weights stored in few bits go with the dtype that they were stored with
         dtype = self.dtype or ("auto" if getattr(config, "quantization_config", None) else torch.float32)
         if name == "demo":
@@ -220,13 +237,15 @@ class ModelLoader:
         else:
             if not self.allow_pickle:
                 _refuse_pickle(name, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), WEIGHTS_NAME, kwargs)
-            settings = {"config": config, "dtype": dtype, **kwargs, "weights_only": True}
+            settings = {"config": config, "dtype": dtype, **kwargs, "weights_only": True, "output_loading_info": True}
             settings["use_safetensors"] = not self.allow_pickle or None  # None: safetensors first
             if self.bits or self.device_map:
                 settings["device_map"] = self.device_map or {"": self.device}
             if self.bits:
                 settings["quantization_config"] = _quantization(self.bits, self.device)
-            model = TASKS[self.task].from_pretrained(name, **settings)
+            with _blamed_on(f"{CONFIG_NAME} or {GENERATION_CONFIG_NAME}", name):
+                model, info = TASKS[self.task].from_pretrained(name, **settings)
+            self._require_own_weights(model, info, name)
         if self.image_size and self.image_size != config.vision_config.image_size:
             model.resize_images(self.image_size)
         if self.device.type == "cpu":
@@ -236,6 +255,27 @@ class ModelLoader:
                     module.support_avx512bf16_for_cpu = False
         placed = self.bits or self.device_map or getattr(config, "quantization_config", None)
         return model if placed else model.to(self.device)
+
+    def _require_own_weights(self, model: PreTrainedModel, info: dict[str, Any], name: str) -> None:
+        """Raise ValueError, or warn if it is allowed, unless the checkpoint has the model's weights and no others."""
+        known = model.state_dict()
+        lacking, surplus = (_parts(info[key], known) for key in ("missing_keys", "unexpected_keys"))
+        found = [
+            *([f"it has no weights for {lacking}, which would start from random numbers"] if lacking else []),
+            *([f"its weights of {surplus} would not be used"] if surplus else []),
+        ]
+        if not found:
+            return
+        message = (
+            f"{name} does not fit {type(model).__name__} as its {CONFIG_NAME} describes it: {', and '.join(found)}."
+        )
+        if not self.allow_new_weights:
+            raise ValueError(
+                f"{message} Check that the folder is complete, that its files belong together, and that it was made "
+                f"for the task {self.task}. To start from it nevertheless, add --allow_new_weights (load_model: "
+                "allow_new_weights=True)."
+            )
+        logger.warning(message)
 
 
 def load_model(
@@ -259,30 +299,49 @@ def load_model(
     return loader.load(load_processor)
 
 
-def outline(task: str, model_args: ModelArguments, peft_args: PeftArguments) -> PreTrainedModel | PeftModel:
+def load_processor(model_name: str, image_size: int | None = None, **kwargs: Any) -> BlipProcessor:
+    """The processor that load_model gives, without loading weights. Arguments and errors as of ModelLoader."""
+    loader = ModelLoader(model_name, device="cpu", image_size=image_size, **kwargs)
+    loader._prepare()
+    return loader.get_processor()
+
+
+def outline(
+    task: str, model_args: ModelArguments, peft_args: PeftArguments, *with_lengths: Any
+) -> PreTrainedModel | PeftModel:
     """The model that load_for_training will give, from its config alone: without weights and memory.
 
+    with_lengths: arguments whose lengths of texts must fit the model, see require_positions.
     Raises: ValueError for what cannot work with this checkpoint.
     """
-    name, kwargs = model_args.model_name_or_path, {"revision": model_args.model_revision}
+    name = model_args.model_name_or_path
     needed = "use_peft needs a checkpoint that can be loaded again under the adapter"
     if peft_args.use_peft and name == "demo":
         raise ValueError(f"{needed}; demo is made of new weights each time.")
-    try:
-        base = None if name == "demo" else _base_of_adapter(name, kwargs)
-        config = demo.build_demo_config() if name == "demo" else _read_config(*(base[:2] if base else (name, kwargs)))
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
-        raise ValueError(_what_to_check(name, error)) from error
+    if peft_args.use_peft and model_args.allow_new_weights:
+        raise ValueError(
+            "An adapter is saved without the weights of its base, so new weights would be lost. Use allow_new_weights "
+            "or use_peft, not both."
+        )
+    loader = ModelLoader(
+        name,
+        task=task,
+        device="cpu",
+        image_size=model_args.image_size,
+        label_smoothing=model_args.label_smoothing,
+        dropout=model_args.dropout,
+        revision=model_args.model_revision,
+        allow_pickle=model_args.allow_pickle,
+    )
+    model, config, base = loader._prepare()
     if base and peft_args.use_peft:
         raise ValueError(
             f'{needed}; {name} is an adapter itself. Merge it first: load_model("{name}", merge=True), then '
             "save_model(...)."
         )
-    with torch.device("meta"):
-        model = TASKS[task](config)
-        if model_args.image_size:
-            model.resize_images(model_args.image_size)
-        if peft_args.use_peft:
+    require_positions(config, *with_lengths)
+    if peft_args.use_peft:
+        with torch.device("meta"):
             model = add_lora(model, peft_args)
     frozen = model_args.frozen_parts
     if unknown := unknown_layers(model, frozen):
@@ -307,12 +366,26 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     name, kwargs = model_args.model_name_or_path, {"revision": model_args.model_revision}
     if name == "demo":
         return demo.build_demo_processor().tokenizer
-    try:
-        if base := _base_of_adapter(name, kwargs):
+    with _explained(name):
+        if base := _base_of_adapter(name, kwargs, None):
             name, kwargs, _ = base
-        return BlipProcessor.from_pretrained(name, **kwargs, trust_remote_code=False).tokenizer
-    except (OSError, EntryNotFoundError, HFValidationError, KeyError) as error:
-        raise ValueError(_what_to_check(name, error)) from error
+        return _read_processor(name, kwargs).tokenizer
+
+
+def require_positions(config: BlipConfig, *with_lengths: Any) -> None:
+    """Raise ValueError if a max_..._tokens or generation_max_length is more than the model has positions for."""
+    longest = config.text_config.max_position_embeddings
+    lengths = [(name, value) for arguments in with_lengths for name, value in vars(arguments).items()]
+    too_long = [
+        f"{name} {value}"
+        for name, value in lengths
+        if re.fullmatch(r"max_\w+_tokens|generation_max_length", name) and (value or 0) > longest
+    ]
+    if too_long:
+        raise ValueError(
+            f"The checkpoint reads and writes texts of at most {longest} tokens (max_position_embeddings in "
+            f"{CONFIG_NAME}), found {', '.join(too_long)}. Set at most {longest}."
+        )
 
 
 def load_for_training(
@@ -338,6 +411,7 @@ def load_for_training(
         dropout=model_args.dropout,
         revision=model_args.model_revision,
         allow_pickle=model_args.allow_pickle,
+        allow_new_weights=model_args.allow_new_weights,
         merge=not peft_args.use_peft,  # an adapter given to start from becomes part of the weights
     )
     model = loaded["model"]
@@ -657,7 +731,7 @@ def _quantization(bits: int, device: torch.device) -> BitsAndBytesConfig:
     )
 
 
-def _task_of(config: Any) -> str:
+def _task_of(config: BlipConfig) -> str:
     for name in config.architectures or ():
         if name in TASK_OF_CLASS:
             return TASK_OF_CLASS[name]
@@ -665,22 +739,174 @@ def _task_of(config: Any) -> str:
     return "vqa"
 
 
+@contextmanager
+def _explained(name: str, of: str = "") -> Iterator[None]:
+    """Turn what libraries raise while they load the checkpoint name into a ValueError that says what to check."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{of}The weights of {name} have other shapes than its {CONFIG_NAME} says; the files do not belong "
+            f"together. Save or download them anew.\n{error}"
+        ) from error
+    # EOFError and KeyError: a pickle or a tokenizer.json that is empty or something else
+    except (
+        *(OSError, EntryNotFoundError, HFValidationError, SafetensorError),
+        *(pickle.UnpicklingError, EOFError, KeyError),
+    ) as error:
+        raise ValueError(of + _what_to_check(name, error)) from error
+
+
+@contextmanager
+def _blamed_on(file: str, name: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside into a ValueError that names the config file: only its values can be the cause.
+
+    Not what _explained tells apart: a file that cannot be had or read, and weights of other shapes.
+    """
+    try:
+        yield
+    except (OSError, EntryNotFoundError, HFValidationError, SafetensorError, pickle.UnpicklingError, EOFError):
+        raise
+    except Exception as error:
+        if any(text in str(error) for text in ("size mismatch", "ignore_mismatched_sizes", "out of memory")):
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{file} of {name} holds a value that does not work. Correct it, or get the file anew. "
+            f"{type(error).__name__}: {said}"
+        ) from error
+
+
 def _read_config(name: str, kwargs: dict[str, Any]) -> BlipConfig:
-    content, _ = BlipConfig.get_config_dict(name, **kwargs)
+    with _blamed_on(CONFIG_NAME, name):
+        content, _ = BlipConfig.get_config_dict(name, **kwargs)
+        json.dumps(content, allow_nan=False)
     if "model_type" not in content:
         raise EntryNotFoundError(f"there is no {CONFIG_NAME} with a model_type")
     found = content["model_type"]
     if found != BlipConfig.model_type:
-        own_code = (
-            " It brings code of its own, which trust_remote_code=True runs in transformers' Auto classes, but not here."
-            if "auto_map" in content
-            else ""
-        )
+        own_code = " It brings code of its own, which is never run here." if "auto_map" in content else ""
         raise ValueError(
             f"{name} is a checkpoint of type {found!r}; supported: {', '.join(ModelLoader.MODEL_REGISTRY)} (BLIP of "
             f"2022, not BLIP-2 or InstructBLIP) with the tasks {', '.join(TASKS)}.{own_code}"
         )
-    return BlipConfig.from_pretrained(name, **kwargs)
+    with _blamed_on(CONFIG_NAME, name):
+        config = BlipConfig.from_pretrained(name, **kwargs)
+        text = config.text_config
+        for key in ("bos_token_id", "pad_token_id", "sep_token_id"):
+            if not 0 <= getattr(text, key) < text.vocab_size:
+                raise ValueError(f"text_config.{key} is the number of a token, 0 to {text.vocab_size - 1}")
+        for key in ("question_start_token", "itm_start_token"):
+            if getattr(config, key, "cls") not in ("cls", "enc"):
+                raise ValueError(f"{key} is cls or enc")
+        list(config.architectures or ())
+    return config
+
+
+def _outline(task: str, config: BlipConfig, name: str) -> PreTrainedModel:
+    """The model without weights and memory, after it has read an image and a text of no content.
+
+    Raises: ValueError if the config does not describe a model that can be built and called.
+    """
+    with _blamed_on(CONFIG_NAME, name), torch.device("meta"), torch.no_grad():
+        model = TASKS[task](config)
+        side = config.vision_config.image_size
+        images = model.encode_images(torch.empty(1, 3, side, side, dtype=torch.uint8)).last_hidden_state
+        for part, module in model.named_children():
+            if part in ("text_encoder", "text_decoder"):
+                module(input_ids=torch.zeros(1, 2, dtype=torch.long), encoder_hidden_states=images)
+    return model
+
+
+def _read_processor(name: str, kwargs: dict[str, Any]) -> BlipProcessor:
+    # with trust_remote_code left out, transformers asks on stdin whether to run a checkpoint's code
+    with _blamed_on(PROCESSOR_FILES, name):
+        return BlipProcessor.from_pretrained(name, **{**kwargs, "trust_remote_code": False})
+
+
+def _fit_processor(processor: BlipProcessor, config: BlipConfig, name: str) -> None:
+    """Let processor and config agree on lengths, sizes and pixels.
+
+    Raises: ValueError for a tokenizer without the words that the checkpoint was trained with.
+    """
+    tokenizer, text, vision = processor.tokenizer, config.text_config, config.vision_config
+    # BLIP's [DEC] and [ENC] come right after the words of BERT; a tokenizer may have them too
+    if not text.bos_token_id <= len(tokenizer) <= text.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {name} does not belong to its weights: it knows {len(tokenizer)} tokens, and the model "
+            f"was trained with {text.bos_token_id} to {text.vocab_size}. Check that tokenizer.json or vocab.txt is "
+            "there and complete; else copy the tokenizer's files from the checkpoint that it was fine-tuned from."
+        )
+    images = processor.image_processor
+    with _blamed_on(PROCESSOR_FILES, name):
+        # the loss and the first token, [DEC], are read from the left
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
+        images.size = {"height": vision.image_size, "width": vision.image_size}
+        vision.image_mean, vision.image_std = list(images.image_mean), list(images.image_std)
+
+
+def _require_fitting_adapter(model: PreTrainedModel, name: str, base: str, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError unless the adapter's weights are those that its config asks for on this model.
+
+    model: without weights, as _outline gives it.
+    """
+    known = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    with _blamed_on(ADAPTER_FILE, name), torch.device("meta"):
+        config = PeftConfig.from_pretrained(name, **known)
+        config.init_lora_weights = False  # some ways compute with the base's weights
+        wanted = get_peft_model_state_dict(PeftModel(model, config), save_embedding_layers=False)
+    saved = load_peft_weights(name, device="cpu", **known)
+    found = [
+        *([f"it has no weights for {parts}"] if (parts := _parts(wanted.keys() - saved.keys(), wanted)) else []),
+        *([f"its weights of {parts} have no place"] if (parts := _parts(saved.keys() - wanted.keys(), wanted)) else []),
+    ]
+    shapes = [key for key in wanted.keys() & saved.keys() if wanted[key].shape != saved[key].shape]
+    if shapes:
+        found.append(f"its weights of {_parts(shapes, wanted)} have other shapes")
+    if found:
+        raise ValueError(
+            f"The adapter {name} does not fit its base {base} ({type(model).__name__}): {', and '.join(found)}. Let "
+            f"base_model_name_or_path in {ADAPTER_FILE} name the checkpoint that it was trained on."
+        )
+
+
+def _require_finite(model: nn.Module, name: str) -> None:
+    """Raise ValueError for weights that are NaN or infinite: every answer would be empty or wrong."""
+    # the least and the greatest number are NaN if any is; twelve times as fast as isfinite on every number
+    broken = [
+        key
+        for key, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+        and tensor.numel()
+        and not tensor.is_meta
+        and not torch.stack(tensor.aminmax()).isfinite().all()
+    ]
+    if broken:
+        raise ValueError(
+            f"{name} has weights that are NaN or infinite, in {_listed(broken)}. Take an earlier checkpoint, or save "
+            "or download it anew. If it was loaded in float16, try float32 or bfloat16."
+        )
+
+
+def _parts(keys: Iterable[str], known: Iterable[str]) -> str:
+    """The fewest dotted names that stand for keys and for no other of the known ones, in words."""
+    keys = set(keys)
+    prefixes_of_others = {prefix for key in set(known) - keys for prefix in _prefixes(key)}
+    return _listed({next(prefix for prefix in _prefixes(key) if prefix not in prefixes_of_others) for key in keys})
+
+
+def _prefixes(key: str) -> list[str]:
+    """a, a.b, a.b.c of a.b.c."""
+    names = key.split(".")
+    return [".".join(names[:length]) for length in range(1, len(names) + 1)]
+
+
+def _listed(names: Iterable[str], most: int = 10) -> str:
+    first, more = sorted(names)[:most], len(set(names)) - most
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 def _tied_names(model: nn.Module) -> set[str]:
@@ -703,18 +929,30 @@ def _save_for_stock(adapted: PeftModel) -> PeftModel:
     return adapted
 
 
-def _base_of_adapter(name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any], str | None] | None:
-    """Where name is a folder or Hub id of a PEFT adapter: its base checkpoint, the arguments to load that with, and the
-    task that the adapter was trained for, which its base need not have; None where it does not say."""
+def _base_of_adapter(
+    name: str, kwargs: dict[str, Any], wanted_task: str | None
+) -> tuple[str, dict[str, Any], str | None] | None:
+    """If name is a folder or Hub id of a PEFT adapter: its base checkpoint, the arguments to load that with, and the
+    task that the adapter was trained for, which its base need not have; None if it does not say.
+
+    Raises: ValueError for an adapter of another task than the wanted one.
+    """
     file = _download(name, ADAPTER_FILE, kwargs)
     if file is None:
         return None
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if not config.get("base_model_name_or_path"):
+    with _blamed_on(ADAPTER_FILE, name):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(config, allow_nan=False)
+        base, revision = config.get("base_model_name_or_path"), config.get("revision")
+        task = TASK_OF_CLASS.get((config.get("auto_mapping") or {}).get("base_model_class"))
+        if not isinstance(base or "", str):
+            raise TypeError(f"base_model_name_or_path is a name or a folder, found {base!r}")
+    if not base:
         raise ValueError(f"The adapter {name} does not say which checkpoint it belongs to (base_model_name_or_path).")
+    if wanted_task and task and task != wanted_task:
+        raise ValueError(f"{name} is an adapter for the task {task}, and cannot be used for {wanted_task}.")
     # the adapter's own revision is not its base's
-    task = TASK_OF_CLASS.get((config.get("auto_mapping") or {}).get("base_model_class"))
-    return config["base_model_name_or_path"], {**kwargs, "revision": config.get("revision")}, task
+    return base, {**kwargs, "revision": revision}, task
 
 
 def _refuse_pickle(name: str, safe: Sequence[str], pickled: str, kwargs: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def main() -> None:
     data_args.require_end(training_args)
     checkpoint = prepare_output_dir(training_args, "captioning", peft_args)
     output_dir = Path(training_args.output_dir)
-    planned = outline("conditional_generation", model_args, peft_args)
+    planned = outline("conditional_generation", model_args, peft_args, caption_args, training_args)
     require_room_for_captions(
         caption_args.prompt,
         load_tokenizer(model_args),

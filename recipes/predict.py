@@ -41,7 +41,7 @@ from blip_ft.collators import (
     require_room_for_captions,
 )
 from blip_ft.data_pipeline import list_pictures, load_to_predict, number_pictures, why_unreadable
-from blip_ft.models import TASK_OF_CLASS, load_model
+from blip_ft.models import TASK_OF_CLASS, load_model, require_positions
 from blip_ft.outputs import write_lines
 from blip_ft.report import THUMBNAIL_PIXELS, write_report
 
@@ -150,6 +150,7 @@ def main() -> None:
     settings = {"revision": args.model_revision, "allow_pickle": args.allow_pickle, "merge": True}
     loaded = load_model(args.model_name_or_path, device=state.device, **settings)
     model, processor = loaded["model"], loaded["processor"]
+    require_positions(model.config, args)
     task = TASK_OF_CLASS[type(model).__name__]
     require_settings_of_task(args, data_args, task)
     if task == "conditional_generation":

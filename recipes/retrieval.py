@@ -68,7 +68,7 @@ def main() -> None:
         raise ValueError("streaming is for questions and captions: in retrieval a picture's captions must be together.")
     checkpoint = prepare_output_dir(training_args, "retrieval", peft_args)
     output_dir = Path(training_args.output_dir)
-    planned = outline("image_text_retrieval", model_args, peft_args)
+    planned = outline("image_text_retrieval", model_args, peft_args, retrieval_args, training_args)
     train_rows, eval_rows = load_captions(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
     check_run(training_args, train_rows, planned)
 

@@ -64,7 +64,7 @@ def main() -> None:
     checkpoint = prepare_output_dir(training_args, "vqa", peft_args)
     candidates = read_answer_list(vqa_args.answer_list)
     output_dir = Path(training_args.output_dir)
-    planned = outline("vqa", model_args, peft_args)
+    planned = outline("vqa", model_args, peft_args, vqa_args, training_args)
     train_rows, eval_rows = load_vqa(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
     check_run(training_args, train_rows, planned)
 

@@ -1,18 +1,25 @@
 """Loading, freezing, counting, adapters, answering: what the user's loop calls."""
 
+import ast
 import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModel
 from PIL import Image
-from transformers import BertConfig, BlipConfig
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BlipConfig, PreTrainedModel
 from transformers.models.blip import modeling_blip
 
 from blip_ft import demo, inference
@@ -35,6 +42,7 @@ from blip_ft.models import (
     outline,
     prepare_inputs_for_blip,
     print_model_summary,
+    require_positions,
     save_model,
     unfreeze_model,
 )
@@ -61,7 +69,8 @@ def test_task_chooses_the_class(golden, checkpoint, processor, tmp_path):
     BlipForConditionalGeneration.from_pretrained(golden / "captioning").save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert type(load_model(str(tmp_path))["model"]) is BlipForConditionalGeneration
-    assert type(load_model(str(checkpoint), task="conditional_generation")["model"]) is BlipForConditionalGeneration
+    loaded = load_model(str(checkpoint), task="conditional_generation", allow_new_weights=True)
+    assert type(loaded["model"]) is BlipForConditionalGeneration
 
 
 def test_resized_model_and_processor_agree(checkpoint):
@@ -184,7 +193,7 @@ def test_checkpoint_that_is_not_blip_is_named_with_what_is_supported(tmp_path):
     with pytest.raises(ValueError, match="type 'bert'; supported: blip .*vqa, conditional_generation, image_text"):
         load_model(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "newer", "auto_map": {"AutoModel": "code.Model"}}')
-    with pytest.raises(ValueError, match="type 'newer'.*trust_remote_code=True runs in transformers' Auto classes"):
+    with pytest.raises(ValueError, match="type 'newer'.*code of its own, which is never run here"):
         load_model(str(tmp_path))
 
 
@@ -284,6 +293,150 @@ def test_device_map_places_and_answers(checkpoint):
     assert {"BlipEncoderLayer", "BlipTextLayer"} <= names & set(plain["model"]._no_split_modules)
 
 
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """A checkpoint to damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint, tmp_path_factory):
+    """An adapter on the checkpoint for questions."""
+    folder = tmp_path_factory.mktemp("adapter")
+    add_lora(load_model(str(checkpoint))["model"], PeftArguments(use_peft=True)).save_pretrained(folder)
+    return folder
+
+
+def change_json(path, **values):
+    content = json.loads(path.read_text())
+    for key, value in values.items():
+        *outer, last = key.split("__")
+        inner = content[outer[0]] if outer else content
+        inner[last] = value
+    path.write_text(json.dumps(content))
+
+
+def change_weights(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("of", ["base", "adapter"])
+def test_weights_that_are_not_finite_are_refused_by_name(copy, adapter, tmp_path, of, value):
+    path, name = copy / "model.safetensors", "vision_model.encoder.layers.0.self_attn.qkv.weight"
+    folder = copy
+    if of == "adapter":
+        folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+        path = folder / "adapter_model.safetensors"
+        name = f"base_model.model.{name.removesuffix('weight')}lora_A.weight"
+    change_weights(path, lambda tensors: tensors[name].view(-1)[7].fill_(value))
+    with pytest.raises(ValueError, match=rf"NaN or infinite, in \S*{name.removesuffix('.weight')}"):
+        load_model(str(folder))
+
+
+def cut_vocabulary(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {word: number for word, number in content["model"]["vocab"].items() if number > 90}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("damage", [lambda folder: (folder / "tokenizer.json").unlink(), cut_vocabulary])
+def test_tokenizer_without_the_words_of_the_weights_is_refused(copy, picture_folder, damage):
+    damage(copy)
+    with pytest.raises(ValueError, match=r"was trained with 126 to 128. Check that tokenizer.json or vocab.txt is"):
+        load_model(str(copy))
+    with pytest.raises(ValueError, match="copy the tokenizer's files from the checkpoint"):
+        outline("vqa", ModelArguments(model_name_or_path=str(copy)), PeftArguments())
+    pipeline = DataPipeline({"model_name_or_path": str(copy), "dataset_name": str(picture_folder)})
+    with pytest.raises(ValueError, match="Check that tokenizer.json"):
+        pipeline.setup()
+
+
+def drop(prefix):
+    return lambda folder: change_weights(
+        folder / "model.safetensors",
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(prefix)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (drop("text_encoder.encoder.layer.1."), "no weights for text_encoder.encoder.layer.1, which"),
+        (drop("vision_model.encoder.layers.0.mlp.fc1.b"), "no weights for vision_model.encoder.layers.0.mlp.fc1.bias,"),
+        (drop(""), "no weights for text_decoder, text_encoder, vision_model, which"),
+        (
+            lambda folder: change_json(folder / "config.json", text_config__num_hidden_layers=3),
+            "no weights for text_decoder.bert.encoder.layer.2, text_encoder.encoder.layer.2, which",
+        ),
+        (
+            lambda folder: change_json(folder / "config.json", vision_config__num_hidden_layers=1),
+            "its weights of vision_model.encoder.layers.1 would not be used",
+        ),
+    ],
+)
+def test_missing_and_surplus_weights_are_refused_by_the_names_of_their_parts(copy, caplog, damage, parts):
+    damage(copy)
+    with pytest.raises(ValueError, match=re.escape(parts)) as refusal:
+        load_model(str(copy))
+    assert "add --allow_new_weights (load_model: allow_new_weights=True)" in str(refusal.value)
+    assert isinstance(load_model(str(copy), allow_new_weights=True)["model"], BlipForQuestionAnswering)
+    assert parts in caplog.text
+
+
+def test_checkpoint_of_another_task_needs_allow_new_weights(checkpoints, recipe, picture_folder, caplog):
+    name = str(checkpoints["captioning"])
+    flags = ["--model_name_or_path", name, "--dataset_name", str(picture_folder), "--max_steps", "1"]
+    flags += ["--per_device_train_batch_size", "2"]
+    with pytest.raises(SystemExit):
+        recipe(*flags)
+    assert "no weights for text_encoder, which would start from random numbers" in caplog.text
+    recipe(*flags, "--allow_new_weights")
+    with pytest.raises(SystemExit):
+        recipe(*flags, "--allow_new_weights", "--use_peft", output_dir=picture_folder.parent / "none")
+    assert "new weights would be lost" in caplog.text
+
+
+@pytest.mark.parametrize("task", ["vqa", "captioning", "retrieval"])
+def test_weights_that_stock_writes_or_leaves_out_are_neither_missing_nor_surplus(checkpoints, tmp_path, task):
+    """Checkpoints of 2022 have position_ids and the tied head; today's have neither."""
+    folder = Path(shutil.copytree(checkpoints[task], tmp_path / task))
+    model = load_model(str(folder))["model"]
+    state = {**model.state_dict(), **{name: t for name, t in model.named_buffers() if "position_ids" in name}}
+    assert len(state) > len(load_file(folder / "model.safetensors"))
+    save_file({name: tensor.clone() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    again = load_model(str(folder))["model"].state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_adapter_of_another_task_or_base_is_refused(checkpoints, adapter, tmp_path):
+    with pytest.raises(ValueError, match="is an adapter for the task vqa, and cannot be used for conditional_gen"):
+        load_model(str(adapter), task="conditional_generation")
+    with pytest.raises(ValueError, match="is an adapter for the task vqa"):
+        outline("image_text_retrieval", ModelArguments(model_name_or_path=str(adapter)), PeftArguments())
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    path = folder / "adapter_config.json"
+    change_json(path, base_model_name_or_path=str(checkpoints["captioning"]))
+    with pytest.raises(ValueError, match="captioning.*no weights for text_encoder"):
+        load_model(str(folder))
+    # of the same shapes, and a layer less, and of other shapes
+    BlipForConditionalGeneration.from_pretrained(checkpoints["captioning"]).save_pretrained(tmp_path / "base")
+    change_json(path, base_model_name_or_path=str(checkpoints["captioning"]), auto_mapping=None)
+    with pytest.raises(ValueError, match=r"does not fit its base .*text_encoder have no place"):
+        load_model(str(folder))
+    for file in checkpoints["vqa"].iterdir():
+        shutil.copy(file, tmp_path / "base")
+    change_json(path, base_model_name_or_path=str(tmp_path / "base"))
+    change_json(tmp_path / "base" / "config.json", vision_config__intermediate_size=64)
+    with pytest.raises(ValueError, match=r"vision_model.encoder.layers.\d\S+ have other shapes"):
+        load_model(str(folder))
+    change_json(tmp_path / "base" / "config.json", vision_config__num_hidden_layers=3)
+    with pytest.raises(ValueError, match=r"it has no weights for \S+vision_model.encoder.layers.2, and"):
+        load_model(str(folder))
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
@@ -323,6 +476,165 @@ def test_freezing_a_tied_part_freezes_the_shared_weights(checkpoint):
     assert not planned.text_decoder.bert.embeddings.word_embeddings.weight.requires_grad
     with pytest.raises(ValueError, match="freeze names text_decoder.cls.predictions.decoder, where nothing is trained"):
         outline("vqa", arguments, PeftArguments(use_peft=True))
+
+
+def test_padding_stands_on_the_right_whatever_the_checkpoint_says(copy, checkpoint, picture_folder):
+    change_json(copy / "tokenizer_config.json", padding_side="left", truncation_side="left")
+    answers = []
+    for folder in (checkpoint, copy):
+        loaded = load_model(str(folder))
+        assert loaded["tokenizer"].padding_side == loaded["tokenizer"].truncation_side == "right"
+        images = [str(picture_folder / f"{number}.png") for number in range(4)] * 3
+        questions = [question for question in QUESTIONS for _ in range(4)]
+        answers.append(generate_answer_blip(loaded["model"], loaded["processor"], images, questions))
+    assert answers[0] == answers[1]
+    pipeline = DataPipeline({"model_name_or_path": str(copy), "dataset_name": str(picture_folder)})
+    pipeline.setup()
+    assert pipeline.processor.tokenizer.padding_side == "right"
+
+
+RUNS_CODE = """
+import pathlib
+pathlib.Path("MARK").write_text("ran")
+from transformers import BertTokenizerFast, BlipProcessor, BlipConfig, BlipImageProcessor
+class Tokenizer(BertTokenizerFast): pass
+class Processor(BlipProcessor): pass
+class Config(BlipConfig): pass
+class ImageProcessor(BlipImageProcessor): pass
+"""
+
+
+def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(copy, picture_folder, tmp_path, monkeypatch, caplog):
+    def asked(*args):
+        raise AssertionError(f"asked on stdin: {args}")
+
+    monkeypatch.setattr("builtins.input", asked)
+    (copy / "code.py").write_text(RUNS_CODE.replace("MARK", str(tmp_path / "ran")))
+    everything = {
+        "AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"],
+        "AutoProcessor": "code.Processor",
+        "AutoConfig": "code.Config",
+        "AutoImageProcessor": "code.ImageProcessor",
+        "AutoModel": "code.Model",
+    }
+    for file in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        change_json(copy / file, auto_map=everything)
+    # classes that transformers does not have
+    for names in (
+        {},
+        {"tokenizer_class": "Tokenizer"},
+        {"tokenizer_class": "Tokenizer", "processor_class": "Processor"},
+    ):
+        change_json(copy / "tokenizer_config.json", **names)
+        for load in (load_model, partial(load_model, trust_remote_code=True)):
+            try:
+                load(str(copy))
+            except ValueError as error:
+                assert "trust_remote_code" not in str(error)
+        pipeline = DataPipeline({"model_name_or_path": str(copy), "dataset_name": str(picture_folder)})
+        with suppress(ValueError):
+            pipeline.setup()
+    assert not (tmp_path / "ran").exists()
+    assert "trust_remote_code has no effect" in caplog.text
+
+
+def test_every_call_that_loads_says_that_no_code_is_trusted():
+    """Peft's and our own classes load no code; generated text of the model card is no call."""
+    root = Path(__file__).parent.parent
+    calls = [
+        (path.name, ast.unparse(node))
+        for path in [*root.glob("blip_ft/*.py"), *root.glob("recipes/*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "get_config_dict")
+    ]
+    assert {name for name, _ in calls} == {"models.py"}, "load a checkpoint with load_model or load_processor"
+    for _, call in calls:
+        # kwargs come from ModelLoader, which writes trust_remote_code=False into them
+        assert "trust_remote_code': False" in call or "kwargs" in call or "settings" in call or "PeftConfig" in call, (
+            call
+        )
+    loader = ModelLoader("somewhere", trust_remote_code=True)
+    assert loader.kwargs["trust_remote_code"] is False
+
+
+CONFIG_VALUES = [
+    ("config.json", "text_config__hidden_size", "768"),
+    ("config.json", "text_config__num_attention_heads", 0),
+    ("config.json", "vision_config__num_attention_heads", -1),
+    ("config.json", "text_config__bos_token_id", 128),
+    ("config.json", "text_config__bos_token_id", None),
+    ("config.json", "text_config__hidden_act", "no_such"),
+    ("config.json", "text_config__layer_norm_eps", float("inf")),
+    ("config.json", "vision_config__image_mean", 0.5),
+    ("config.json", "vision_config__image_size", []),
+    ("config.json", "vision_config__patch_size", 0),
+    ("config.json", "vision_config__hidden_size", 10**12),
+    ("config.json", "vision_config", []),
+    ("config.json", "architectures", 1),
+    ("config.json", "dtype", "x"),
+    ("config.json", "question_start_token", "dec"),
+    ("config.json", "quantization_config", 4),
+    ("config.json", "auto_map", 3),
+    ("processor_config.json", "image_processor", 1),
+    ("tokenizer_config.json", "model_max_length", "x"),
+    ("adapter_config.json", "r", "16"),
+    ("adapter_config.json", "r", 10**12),
+    ("adapter_config.json", "lora_alpha", None),
+    ("adapter_config.json", "lora_alpha", float("nan")),
+    ("adapter_config.json", "lora_dropout", "x"),
+    ("adapter_config.json", "bias", 1),
+    ("adapter_config.json", "target_modules", 7),
+    ("adapter_config.json", "target_modules", ["q_proj"]),
+    ("adapter_config.json", "peft_type", []),
+    ("adapter_config.json", "auto_mapping", "x"),
+    ("adapter_config.json", "base_model_name_or_path", 3),
+    ("adapter_config.json", "init_lora_weights", 5),
+    ("adapter_config.json", "megatron_config", "x"),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), CONFIG_VALUES)
+def test_config_value_of_the_wrong_kind_is_one_message(copy, adapter, tmp_path, file, key, value):
+    folder = copy
+    if file == "adapter_config.json":
+        folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    change_json(folder / file, **{key: value})
+    with pytest.raises(ValueError, match=rf"{file}|other shapes|no weights"):
+        load_model(str(folder))
+
+
+def test_config_that_is_no_object_is_one_message(copy, adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    for path in (copy / "config.json", folder / "adapter_config.json"):
+        for content in ("[]", "3", "null", '"x"', "{", ""):
+            path.write_text(content)
+            with pytest.raises(ValueError, match=r"config.json"):
+                load_model(str(path.parent))
+
+
+@pytest.mark.parametrize(
+    ("task", "flag"),
+    [
+        ("vqa", "max_question_tokens"),
+        ("vqa", "max_answer_tokens"),
+        ("captioning", "max_caption_tokens"),
+        ("captioning", "generation_max_length"),
+        ("retrieval", "max_caption_tokens"),
+    ],
+)
+def test_texts_longer_than_the_positions_are_refused_before_weights_load(
+    checkpoints, recipe, picture_folder, caplog, monkeypatch, task, flag
+):
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    folder = ["--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(picture_folder)]
+    with pytest.raises(SystemExit):
+        recipe(*folder, f"--{flag}", "65", task=task)
+    assert f"at most 64 tokens (max_position_embeddings in config.json), found {flag} 65. Set at most" in caplog.text
+
+
+def test_prediction_of_texts_longer_than_the_positions_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="found max_question_tokens 65"):
+        require_positions(load_model(str(checkpoint))["model"].config, SimpleNamespace(max_question_tokens=65))
 
 
 RED, BLUE = (Image.new("RGB", (40, 36), color) for color in ("red", "blue"))

@@ -36,7 +36,7 @@ ARROWS = {
     "modeling": {"attention", "contrastive"},
     "inference": {"collators"},
     "models": {"arguments", "collators", "demo", "hub", "inference", "modeling"},
-    "data_pipeline": {"arguments", "demo", "collators"},
+    "data_pipeline": {"arguments", "demo", "collators", "models"},
     "feature_store": {"arguments", "callbacks", "collators", "data_pipeline", "modeling"},
     "checkpoints": set(),
     "engines": set(),
