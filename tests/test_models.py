@@ -30,6 +30,7 @@ from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetri
 from blip_ft.models import (
     ModelLoader,
     add_lora,
+    build_small_blip,
     count_parameters,
     freeze_model,
     generate_answer_blip,
@@ -635,6 +636,37 @@ def test_texts_longer_than_the_positions_are_refused_before_weights_load(
 def test_prediction_of_texts_longer_than_the_positions_is_refused(checkpoint):
     with pytest.raises(ValueError, match="found max_question_tokens 65"):
         require_positions(load_model(str(checkpoint))["model"].config, SimpleNamespace(max_question_tokens=65))
+
+
+def test_small_model_from_nothing_saves_a_checkpoint_and_learns(recipe, picture_folder, tmp_path):
+    rows = [json.loads(line) for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
+    texts = [row[column] for row in rows for column in ("question", "answer")]
+    torch.manual_seed(0)
+    model, processor = build_small_blip("vqa", [*texts, "Łódź, 東京"], image_size=32, width=64, max_tokens=40)
+    assert model.vision_model.embeddings.num_patches == 16
+    assert processor.tokenizer.unk_token_id not in processor.tokenizer("東京 łódź What color unheard-of 7").input_ids
+    assert processor.tokenizer.tokenize("what color") == ["what", "color"]
+    save_model(model, tmp_path / "small", processor=processor)
+    again = load_model(str(tmp_path / "small"))
+    assert all(torch.equal(again["model"].state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    data = ["--dataset_name", str(picture_folder), "--eval_split", "test", "--per_device_train_batch_size", "8"]
+    settings = ["--max_steps", "40", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant"]
+    folder = recipe("--model_name_or_path", str(tmp_path / "small"), *data, *settings)
+    # without looking at the image half the answers about dogs and a quarter of the colors can be right
+    assert json.loads((folder / "all_results.json").read_text())["eval_vqa_accuracy"] == 100
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"image_size": 60}, "multiple of patch_size, found 60 and 8"),
+        ({"width": 130}, "multiple of num_heads, found 130 and 4"),
+        ({"task": "detection"}, "task must be one of vqa"),
+    ],
+)
+def test_small_model_of_sizes_that_do_not_fit_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        build_small_blip(**{"task": "vqa", "texts": ["a dog"], **sizes})
 
 
 RED, BLUE = (Image.new("RGB", (40, 36), color) for color in ("red", "blue"))
