@@ -25,6 +25,8 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_bf16_gpu_available
 
+from blip_ft.hub import hide_secrets
+
 logger = logging.getLogger(__name__)
 
 
@@ -713,7 +715,7 @@ def start_recipe(main: Callable[[], None]) -> None:
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
-        logger.error("\n%s: %s\n(--debug shows where)", type(error).__name__, error)
+        logger.error("\n%s: %s\n(--debug shows where)", type(error).__name__, hide_secrets(str(error)))
         sys.exit(1)
     except torch.OutOfMemoryError as error:
         if debug:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import os
 import re
 import shlex
@@ -191,6 +192,16 @@ def hide_secrets(text: str) -> str:
     text = re.sub(r"(?<=://)[^/?#\s]*@", "", text)
     # an HTTP library that finds a header malformed quotes it
     return re.sub(r"Bearer \S+|hf_\w{30,}", "(token)", text)
+
+
+def _hide_in_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = hide_secrets(record.getMessage()), ()
+    return True
+
+
+# huggingface_hub logs each failed request with its whole URL; its own handlers come before those of the root
+for _handler in logging.getLogger("huggingface_hub").handlers:
+    _handler.addFilter(_hide_in_record)
 
 
 def _usage(

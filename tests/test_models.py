@@ -208,7 +208,7 @@ def test_full_disk_is_named(checkpoint, monkeypatch):
 
 
 HUB_FAILURES = """
-import http.server, json, os, tempfile, threading, time
+import http.server, json, logging, os, tempfile, threading, time
 
 CODES = {"missing": (404, "RepoNotFound"), "gated": (403, "GatedRepo"), "empty": (404, "EntryNotFound")}
 
@@ -228,6 +228,7 @@ endpoint = f"http://tester:pass@word@127.0.0.1:{server.server_port}"
 os.environ.update(HF_ENDPOINT=endpoint, HF_HOME=tempfile.mkdtemp(), HF_HUB_DISABLE_XET="1")
 from blip_ft.models import load_model
 
+logging.basicConfig()
 messages = {}
 for name in (*CODES, "down"):
     if name == "down":
@@ -257,7 +258,8 @@ def test_hub_failures_tell_name_access_and_network_apart():
     assert "accept its terms on its page, and set HF_TOKEN" in messages["gated"]
     assert "is on the Hub and lacks a file" in messages["empty"]
     assert "http://127.0.0.1" in messages["down"] and "Check the network" in messages["down"]
-    assert "tester" not in str(messages) and "word" not in str(messages)
+    assert "thrown while requesting HEAD http://127.0.0.1" in done.stderr
+    assert "tester" not in done.stdout + done.stderr and "@word" not in done.stdout + done.stderr
 
 
 def test_loader_hands_out_its_parts_once_loaded(checkpoint):

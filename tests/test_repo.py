@@ -25,7 +25,7 @@ from blip_ft.arguments import (
 
 ROOT = Path(__file__).parent.parent
 ARROWS = {
-    "arguments": set(),
+    "arguments": {"hub"},
     "attention": set(),
     "contrastive": set(),
     "collators": set(),
