@@ -855,13 +855,13 @@ def _outline(task: str, config: BlipConfig, name: str) -> PreTrainedModel:
     Raises: ValueError if the config does not describe a model that can be built and called.
     """
     with _blamed_on(CONFIG_NAME, name), torch.device("meta"), torch.no_grad():
-        model = TASKS[task](config)
+        model = TASKS[task](config).eval()
         side = config.vision_config.image_size
         images = model.encode_images(torch.empty(1, 3, side, side, dtype=torch.uint8)).last_hidden_state
         for part, module in model.named_children():
             if part in ("text_encoder", "text_decoder"):
                 module(input_ids=torch.zeros(1, 2, dtype=torch.long), encoder_hidden_states=images)
-    return model
+    return model.train()
 
 
 def _read_processor(name: str, kwargs: dict[str, Any]) -> BlipProcessor:
