@@ -405,17 +405,6 @@ def outline(
     return model
 
 
-def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer without its weights, e.g. to measure a prompt. Errors as of outline."""
-    name, kwargs = model_args.model_name_or_path, {"revision": model_args.model_revision}
-    if name == "demo":
-        return demo.build_demo_processor().tokenizer
-    with _explained(name):
-        if base := _base_of_adapter(name, kwargs, None):
-            name, kwargs, _ = base
-        return _read_processor(name, kwargs).tokenizer
-
-
 def require_positions(config: BlipConfig, *with_lengths: Any) -> None:
     """Raise ValueError if a max_..._tokens or generation_max_length is more than the model has positions for."""
     longest = config.text_config.max_position_embeddings

@@ -26,7 +26,7 @@ from blip_ft.arguments import (
 from blip_ft.collators import CaptionCollator, PictureCollator, require_room_for_captions
 from blip_ft.data_pipeline import load_captions
 from blip_ft.metrics import CaptionScores, caption_exact_match, caption_rouge_l, most_frequent_answer
-from blip_ft.models import load_for_training, load_tokenizer, outline
+from blip_ft.models import load_for_training, load_processor, outline
 from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
 
 # ---- what to edit ----
@@ -63,7 +63,7 @@ def main() -> None:
     planned = outline("conditional_generation", model_args, peft_args, caption_args, training_args)
     require_room_for_captions(
         caption_args.prompt,
-        load_tokenizer(model_args),
+        load_processor(model_args.model_name_or_path, revision=model_args.model_revision).tokenizer,
         caption_args.generation_min_length,
         training_args.generation_max_length,
         caption_args.max_caption_tokens,
