@@ -26,6 +26,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_bf16_gpu_available
 
 from blip_ft.hub import hide_secrets
+from blip_ft.outputs import release_folders
 
 logger = logging.getLogger(__name__)
 
@@ -730,6 +731,7 @@ def start_recipe(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        release_folders()
         signal.signal(signal.SIGTERM, previous)
 
 

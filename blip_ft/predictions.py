@@ -16,7 +16,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from blip_ft import metrics
-from blip_ft.outputs import decided_by_main, is_free, numbered_folders, write_lines
+from blip_ft.outputs import claim, decided_by_main, is_free, numbered_folders, require_claim, write_lines
 from blip_ft.report import Sample
 
 Line = dict[str, Any]
@@ -42,16 +42,15 @@ NOTHING: dict[str, Line] = {
 def settle_folder(given: str | None, settings: Line) -> tuple[Path, set[int]]:
     """The folder to write to, and the positions of the rows that an unfinished run has left there.
 
-    Not given: outputs/predict, else the next free outputs/predict-2, -3, ...
+    Not given: outputs/predict, else the next free outputs/predict-2, -3, ... It is this program's until it ends.
 
     Args:
         settings: what two runs must have in common for the one to go on with the predictions of the other.
-    Raises: ValueError, in all processes, where the folder holds anything else than such a run.
+    Raises: ValueError, in all processes, if the folder holds anything else than such a run, or is in use.
     """
 
     def settle() -> tuple[Path, set[int]]:
         folder = _choose_folder(given, settings)
-        folder.mkdir(parents=True, exist_ok=True)
         write_lines(folder / SETTINGS_FILE, [settings])
         return folder, set(read_parts(folder))
 
@@ -59,18 +58,25 @@ def settle_folder(given: str | None, settings: Line) -> tuple[Path, set[int]]:
 
 
 def _choose_folder(given: str | None, settings: Line) -> Path:
-    for folder in [Path(given)] if given else numbered_folders("predict"):
-        if is_free(folder):
-            return folder
-        found = "other files"
-        if (folder / SETTINGS_FILE).is_file() and not (folder / FILE).exists():
-            earlier = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-            other = [name for name in settings if earlier.get(name) != settings[name]]
-            if not other:
-                return folder
-            found = f"an unfinished run with another {', '.join(other)}"
-        if given:
+    if given:
+        require_claim(Path(given))
+        if found := _what_is_in_the_way(Path(given), settings):
             raise ValueError(f"output_dir {given} holds {found}. Choose another --output_dir, or remove it.")
+        return Path(given)
+    for folder in numbered_folders("predict"):
+        # asked again once no other program can write there
+        if not _what_is_in_the_way(folder, settings) and claim(folder) and not _what_is_in_the_way(folder, settings):
+            return folder
+
+
+def _what_is_in_the_way(folder: Path, settings: Line) -> str | None:
+    if is_free(folder):
+        return None
+    if not (folder / SETTINGS_FILE).is_file() or (folder / FILE).exists():
+        return "other files"
+    earlier = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    other = [name for name in settings if earlier.get(name) != settings[name]]
+    return f"an unfinished run with another {', '.join(other)}" if other else None
 
 
 def append_part(folder: Path, batches: Iterable[dict[int, Line]]) -> None:

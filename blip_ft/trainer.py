@@ -73,7 +73,7 @@ from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_
 from blip_ft.metrics import smoothing_floor
 from blip_ft.modeling import BlipForImageTextRetrieval, BlipForQuestionAnswering
 from blip_ft.models import count_parameters
-from blip_ft.outputs import decided_by_main, is_free, numbered_folders, write_lines
+from blip_ft.outputs import claim, decided_by_main, is_free, names_in, numbered_folders, require_claim, write_lines
 from blip_ft.report import THUMBNAIL_PIXELS, is_score, write_report
 
 logger = logging.getLogger(__name__)
@@ -434,7 +434,8 @@ def prepare_output_dir(args: BlipTrainingArguments, recipe: str, peft_args: Peft
     """Settle args.output_dir before anything is written, and return the checkpoint to resume from, if any.
 
     Not given: outputs/<recipe>, else the next free outputs/<recipe>-2, -3, ...; with `--resume_from_checkpoint last`
-    the newest of them. Given and not empty: refused, unless resuming.
+    the newest of them. Given and not empty: refused, unless resuming. It is this run's until it ends: a folder in which
+    another one is still writing is refused, or passed over if none is given.
     """
     check_engine(args, recipe, is_quantized=peft_args.load_in_8bit or peft_args.load_in_4bit)
     resume = args.resume_from_checkpoint
@@ -548,8 +549,9 @@ def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> st
         there = next(path for path in (Path(given), *Path(given).absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise ValueError(f"output_dir {given} cannot be made: {there} is no folder to write into. Choose another.")
+        require_claim(Path(given))
         # the list that a run stopped for bad rows leaves is no run
-        if Path(given).is_dir() and {path.name for path in Path(given).iterdir()} - {"bad_rows.jsonl"} and not resume:
+        if names_in(Path(given)) - {"bad_rows.jsonl"} and not resume:
             raise ValueError(
                 f"output_dir {given} is not empty. Choose another, remove it, or go on with what is there: "
                 "--resume_from_checkpoint last"
@@ -557,9 +559,13 @@ def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> st
         return given
     newest = None
     for folder in numbered_folders(recipe):
-        if is_free(folder):
-            return str(newest if resume and newest else folder)
-        newest = folder
+        if not is_free(folder):
+            newest = folder
+        elif resume and newest:
+            require_claim(newest)
+            return str(newest)
+        elif claim(folder) and is_free(folder):  # once more, for now no other program can write there
+            return str(folder)
 
 
 def _stopping_cleanly(function: Callable) -> Callable:

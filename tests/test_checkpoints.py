@@ -20,6 +20,8 @@ from transformers import Trainer
 from blip_ft import data_pipeline
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.checkpoints import newest_checkpoint, what_is_missing
+from blip_ft.outputs import LOCK, claim, release_folders
+from blip_ft.trainer import _choose_output_dir
 
 # dropout: random numbers must go on too
 SAVING = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "3", "--dropout", "0.1"]
@@ -267,3 +269,67 @@ def test_full_disk_ends_in_a_message_with_the_last_checkpoint_whole(recipe, flag
     assert what_is_missing(last) is None
     shutil.copytree(small_disk / "run", small_disk.parent / "elsewhere")
     recipe(*flags, "--resume_from_checkpoint", "last", output_dir=small_disk.parent / "elsewhere", task=task)
+
+
+def choose_and_hold(barrier, queue):
+    barrier.wait()
+    queue.put(_choose_output_dir(None, "vqa", None))
+    barrier.wait()
+
+
+def test_runs_started_together_take_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "vqa").mkdir(parents=True)
+    (tmp_path / "outputs" / "vqa" / "all_results.json").write_text("{}")
+    context = multiprocessing.get_context("fork")
+    barrier, queue = context.Barrier(4, timeout=60), context.Queue()
+    processes = [context.Process(target=choose_and_hold, args=(barrier, queue)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    chosen = {queue.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    assert chosen == {f"outputs/vqa-{number}" for number in range(2, 6)}
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume_from_checkpoint", "last"]])
+def test_folder_in_which_a_run_is_writing_is_refused(recipe, flags_of, tmp_path, caplog, resume):
+    task, flags = flags_of("full")
+    assert claim(tmp_path / "run")
+    with pytest.raises(SystemExit):
+        recipe(*flags, *resume, output_dir=tmp_path / "run", task=task)
+    assert f"output_dir {tmp_path / 'run'} is in use by another program that is still running" in caplog.messages[-1]
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from blip_ft.outputs import claim
+claim(Path(sys.argv[1]))
+if os.fork():
+    print("held", flush=True)
+time.sleep(60)  # the child, as a loader's worker, outlives its parent
+"""
+
+
+def test_killed_run_holds_its_folder_no_longer(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert process.stdout.readline() == b"held\n"
+        assert not claim(tmp_path / "run")
+        process.kill()
+        process.wait()
+        assert (tmp_path / "run" / LOCK).exists() and claim(tmp_path / "run")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        release_folders()
+    assert (tmp_path / "run").exists()
+
+
+def test_run_that_fails_at_once_leaves_no_folder(recipe, flags_of, tmp_path):
+    task, flags = flags_of("full")
+    with pytest.raises(SystemExit):
+        recipe(*flags, "--image_column", "none", output_dir=tmp_path / "run", task=task)
+    assert not (tmp_path / "run").exists()

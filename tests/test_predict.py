@@ -18,7 +18,8 @@ from blip_ft import inference
 from blip_ft.arguments import DataArguments, PeftArguments
 from blip_ft.data_pipeline import load_to_predict
 from blip_ft.models import add_lora, generate_answer_blip, load_model, save_model
-from blip_ft.predictions import append_part, read_parts
+from blip_ft.outputs import claim, release_folders
+from blip_ft.predictions import append_part, read_parts, settle_folder
 
 
 @pytest.fixture
@@ -190,6 +191,22 @@ def test_run_with_other_settings_does_not_go_on(predict, picture_folder, monkeyp
     with pytest.raises(SystemExit):
         predict("vqa", *flags)
     assert "holds other files. Choose another" in caplog.text
+
+
+def test_folder_in_which_another_predict_is_writing_is_refused_or_passed_over(
+    predict, picture_folder, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test"]
+    assert claim(tmp_path / "predicted")
+    with pytest.raises(SystemExit):
+        predict("vqa", *flags)
+    assert "is in use by another program that is still running" in caplog.messages[-1]
+    assert claim(Path("outputs/predict"))
+    folder, done = settle_folder(None, {})
+    assert (folder, done) == (Path("outputs/predict-2"), set())
+    release_folders()
+    assert not Path("outputs/predict").exists() and folder.exists()
 
 
 def test_unreadable_picture_is_listed_and_the_rest_is_answered(predict, picture_folder, tmp_path):
