@@ -32,17 +32,34 @@ def finish_checkpoint(built: Path, final: Path) -> None:
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
     """The newest whole checkpoint; those cut short are named in a warning."""
-    found = [
-        *output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"),
-        *(output_dir / BUILDING).glob(f"{PREFIX_CHECKPOINT_DIR}-*"),
-    ]
-    by_step = {path: path.name.rpartition("-")[2] for path in found if path.is_dir()}
-    for path in sorted((path for path, step in by_step.items() if step.isdecimal()), key=lambda p: -int(by_step[p])):
+    steps = _steps_of(output_dir) | _steps_of(output_dir / BUILDING)
+    for path in sorted(steps, key=lambda path: -steps[path]):
         problem = "was still being written" if path.parent.name == BUILDING else what_is_missing(path)
         if problem is None:
             return path
         logger.warning("%s is passed over: %s.", path, problem)
     return None
+
+
+def remove_old_checkpoints(newest: Path, best: str | None, limit: int | None) -> None:
+    """Keep `limit` of the checkpoints beside newest, always newest itself and the best.
+
+    By step, for clocks are set back. Later steps than that of newest go first: they are from before it was resumed at
+    an earlier one. transformers' rotate_checkpoints would take the highest step for the newest, and delete what has
+    just been written.
+    """
+    steps = _steps_of(newest.parent)
+    kept = {newest.name, Path(best or newest).name}
+    old = [path for path in steps if path.name not in kept]
+    old.sort(key=lambda path: (steps[path] < steps[newest], steps[path]))
+    for path in old[: max(0, len(steps) - limit)] if limit and limit > 0 else []:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _steps_of(folder: Path) -> dict[Path, int]:
+    """The checkpoints in a folder, complete or not."""
+    steps = {path: path.name.rpartition("-")[2] for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()}
+    return {path: int(step) for path, step in steps.items() if step.isdecimal()}
 
 
 def what_is_missing(checkpoint: Path) -> str | None:

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import Trainer, get_scheduler
 from transformers.integrations import unset_hf_deepspeed_config
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments
 from blip_ft.callbacks import (
@@ -56,6 +56,7 @@ from blip_ft.checkpoints import (
     explain_lost_process,
     finish_checkpoint,
     newest_checkpoint,
+    remove_old_checkpoints,
     what_is_missing,
 )
 from blip_ft.collators import IGNORED, open_image
@@ -316,7 +317,7 @@ class BlipTrainer(Trainer):
         if args.should_save:
             self.state.save_to_json(str(building / final.name / "trainer_state.json"))
             finish_checkpoint(building / final.name, final)
-            rotate_checkpoints(args.output_dir, args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            remove_old_checkpoints(final, self.state.best_model_checkpoint, args.save_total_limit)
         self.accelerator.wait_for_everyone()
         if push:
             self._push_from_checkpoint(str(final))

@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from blip_ft import data_pipeline
 from blip_ft.arguments import BlipTrainingArguments
-from blip_ft.checkpoints import newest_checkpoint, what_is_missing
+from blip_ft.checkpoints import newest_checkpoint, remove_old_checkpoints, what_is_missing
 from blip_ft.outputs import LOCK, claim, release_folders
 from blip_ft.trainer import _choose_output_dir
 
@@ -242,6 +242,43 @@ def test_best_checkpoint_is_kept_and_known_by_its_own_name(recipe, flags_of, tmp
     assert kept.parent == folder and what_is_missing(kept) is None
     a, b = load_file(kept / "model.safetensors"), load_file(folder / "model.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("steps", "newest", "best", "limit", "left"),
+    [
+        ((8, 9, 10), 10, None, 2, {9, 10}),
+        ((9, 10, 11), 11, 9, 2, {9, 11}),
+        ((9, 10, 11), 11, 10, 1, {10, 11}),
+        # resumed at an earlier step than the last
+        ((5, 6, 9, 10), 6, None, 2, {5, 6}),
+        ((5, 6, 10), 6, None, 1, {6}),
+        ((5, 6, 10), 6, 10, 1, {6, 10}),
+        ((1, 2, 3), 3, None, None, {1, 2, 3}),
+    ],
+)
+def test_checkpoints_are_removed_by_step_whatever_the_clock_says(tmp_path, steps, newest, best, limit, left):
+    for step in steps:
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").touch()
+        # each is a day older than the one before
+        os.utime(folder, (time.time() - 86400 * step,) * 2)
+    (tmp_path / "checkpoint-mine").mkdir()
+    # of the same run before its folder was moved
+    best = f"elsewhere/checkpoint-{best}" if best else None
+    remove_old_checkpoints(tmp_path / f"checkpoint-{newest}", best, limit)
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in (*left, "mine")}
+
+
+def test_new_checkpoints_are_kept_when_the_clock_is_set_back(recipe, flags_of, checkpointed):
+    for path in checkpointed.glob("checkpoint-*"):
+        os.utime(path, (time.time() + 86400,) * 2)
+    task, flags = flags_of("full")
+    shutil.rmtree(checkpointed / "checkpoint-3")
+    flags = [*flags, "--max_steps", "3", "--save_total_limit", "1", "--resume_from_checkpoint", "last"]
+    recipe(*flags, output_dir=checkpointed, task=task)
+    assert [path.name for path in checkpointed.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 @pytest.fixture
