@@ -10,8 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import distributed
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.getLogger(__name__)
@@ -63,17 +67,57 @@ def _steps_of(folder: Path) -> dict[Path, int]:
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not whole; None where it is."""
+    """Why a checkpoint is not whole; None if it is."""
     try:
         sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"it has no {MARKER}, which is written last"
+    if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
+        return f"its {MARKER} does not list files and their sizes"
     for name, size in sizes.items():
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             return f"{name} is missing" if found is None else f"{name} has {found} bytes of {size}"
     return None
+
+
+def require_readable_state(checkpoint: Path) -> None:
+    """Raises: ValueError if a file that a resumed run reads cannot be read.
+
+    Tensors are not read but mapped: it takes milliseconds, before weights are loaded. No pickle can run code, for
+    weights_only allows nothing but tensors, numbers and the like.
+    """
+    for file in sorted(checkpoint.iterdir()):
+        with explain_unreadable(file), safe_globals():
+            if file.name == TRAINER_STATE_NAME:
+                state = TrainerState.load_from_json(str(file))
+                if not isinstance(state.global_step, int):
+                    raise ValueError(f"global_step must be a number, found {state.global_step!r}")
+            elif file.suffix == ".safetensors":
+                safe_open(file, "pt").keys()
+            elif file.suffix in (".pt", ".pth"):
+                torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+@contextmanager
+def explain_unreadable(path: Path | str) -> Iterator[None]:
+    """What readers raise on broken or hostile content, which can be anything, ends in one message.
+
+    path: a file, or the checkpoint with it. Raises: ValueError.
+    """
+    try:
+        yield
+    except (OSError, torch.OutOfMemoryError, distributed.DistError):
+        raise
+    except Exception as error:
+        if "gloo" in str(error):  # a process is lost, see below
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path} is damaged, or was not written by this program, and cannot be read: {said}\nResume from another "
+            "checkpoint: --resume_from_checkpoint CHECKPOINT"
+        ) from error
 
 
 @contextmanager

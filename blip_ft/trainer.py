@@ -54,9 +54,11 @@ from blip_ft.checkpoints import (
     BUILDING,
     explain_full_disk,
     explain_lost_process,
+    explain_unreadable,
     finish_checkpoint,
     newest_checkpoint,
     remove_old_checkpoints,
+    require_readable_state,
     what_is_missing,
 )
 from blip_ft.collators import IGNORED, open_image
@@ -326,6 +328,10 @@ class BlipTrainer(Trainer):
         with _explain_other_run(checkpoint):
             super()._load_from_checkpoint(checkpoint, model)
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with explain_unreadable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _explain_other_run(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -480,6 +486,7 @@ def _choose_checkpoint(
             f"{checkpoint} was saved with --save_only_model and has no optimizer state, so it cannot be resumed. Start "
             f"a new run from its weights: --model_name_or_path {checkpoint}, with another output_dir."
         )
+    require_readable_state(checkpoint)
     check_saved_engine(checkpoint, args)
     _require_same_adapter(checkpoint, peft_args)
     return checkpoint
@@ -521,9 +528,10 @@ def check_run(args: BlipTrainingArguments, rows: Dataset | StreamedRows, outline
 def _explain_other_run(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:
         if not any(sign in str(error) for sign in ("size mismatch", "parameter group", "Missing key")):
-            raise
+            with explain_unreadable(checkpoint):
+                raise
         raise ValueError(
             f"{checkpoint} is of a run with another model, --image_size, --freeze, --lora_target_modules or --optim. "
             f"Go on with that run's settings, or begin in another output_dir.\n{error}"

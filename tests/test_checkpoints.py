@@ -1,8 +1,10 @@
 """Nothing is lost: what a kill, a signal or a full disk leaves behind, and that the run goes on from it exactly."""
 
+import io
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -242,6 +244,59 @@ def test_best_checkpoint_is_kept_and_known_by_its_own_name(recipe, flags_of, tmp
     assert kept.parent == folder and what_is_missing(kept) is None
     a, b = load_file(kept / "model.safetensors"), load_file(folder / "model.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Pickled:
+    """Pickled, it makes a file when it is read by what trusts pickles."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def write_over(file: Path, content: bytes) -> None:
+    """And tell the marker, as one who means harm would."""
+    file.write_bytes(content)
+    marker = file.parent / "complete.json"
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), file.name: len(content)}))
+
+
+def as_torch_saves(content) -> bytes:
+    torch.save(content, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+def test_checkpoint_with_content_of_another_kind_ends_in_one_message_and_runs_nothing(
+    recipe, flags_of, checkpointed, tmp_path, caplog
+):
+    task, flags = flags_of("full")
+    flags = [*flags, "--max_steps", "3", "--resume_from_checkpoint"]
+    hostile = Pickled(tmp_path / "ran")
+    pickles = {"zip": as_torch_saves(hostile), "plain": pickle.dumps(hostile), "broken": b"PK none", "empty": b""}
+    bad = {name: {**pickles, "list": as_torch_saves([])} for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")}
+    bad["trainer_state.json"] = {"list": b"[]", "broken": b"{", "key": b'{"a": 1}', "step": b'{"global_step": "1"}'}
+    bad["model.safetensors"] = {"broken": b"none"}
+    bad["complete.json"] = {"list": b"[]", "text": b'"a"', "kind": b'{"config.json": "large"}', "null": b"null"}
+    for name, contents in bad.items():
+        for kind, content in contents.items():
+            changed = tmp_path / f"checkpoint-2 {kind} {name}"
+            shutil.copytree(checkpointed / "checkpoint-2", changed)
+            if name == "complete.json":
+                (changed / name).write_bytes(content)
+            else:
+                write_over(changed / name, content)
+            with pytest.raises(SystemExit) as stopped:
+                recipe(*flags, str(changed), output_dir=checkpointed, task=task)
+            assert stopped.value.code == 1 and str(changed) in caplog.messages[-1], caplog.messages[-1]
+            wanted = "does not list files and their sizes" if name == "complete.json" else "cannot be read"
+            assert wanted in caplog.messages[-1] and "--debug shows where" in caplog.messages[-1]
+    changed = tmp_path / "checkpoint-2"
+    shutil.copytree(checkpointed / "checkpoint-2", changed)
+    write_over(changed / "training_args.bin", pickles["zip"])
+    recipe(*flags, str(changed), output_dir=checkpointed, task=task)
+    assert not hostile.file.exists()
 
 
 @pytest.mark.parametrize(
