@@ -530,6 +530,13 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         default=50.0,
         metadata={"help": "Of all features kept under HF_HOME. A picture of 384 pixels takes 0.9 MB in bf16."},
     )
+    allow_changed_settings: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although settings, data or base checkpoint are not those that the checkpoint was saved "
+            "with; the differences are listed. Default: refused."
+        },
+    )
     sample_steps: int = field(
         default=500,
         metadata={"help": "Log a few predictions every so many steps. 0: never; retrieval has none."},
@@ -615,6 +622,7 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
             **dict.fromkeys(of_optim, f"beside --optim {optim}"),
             **by_step,
             **({"eval_delay": "without --eval_strategy epoch or steps"} if self.eval_strategy == "no" else {}),
+            **({} if self.resume_from_checkpoint else {"allow_changed_settings": "without --resume_from_checkpoint"}),
         }
 
 

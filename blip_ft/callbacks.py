@@ -22,7 +22,6 @@ from transformers.integrations.integration_utils import (
     WandbCallback,
     default_logdir,
 )
-from transformers.trainer_callback import ExportableState
 
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.collators import open_image
@@ -71,35 +70,12 @@ class ContrastiveCallback(TrainerCallback):
                 safe_set_full_fp32_param(contrastive.temperature, contrastive.temperature.detach())
 
 
-def stream_order(args: BlipTrainingArguments, rows: Any) -> dict[str, Any]:
-    """What the order of a stream, and the place that a step has reached in it, depend on.
-
-    rows: data_pipeline's StreamedRows.
-    """
-    numbers = ("dataloader_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
-    return {
-        "processes": args.world_size,
-        **{name: getattr(args, name) for name in numbers},
-        **{name: getattr(rows.args, name) for name in ("shuffle_buffer", "max_train_samples", "group_questions")},
-    }
-
-
-class StreamCallback(TrainerCallback, ExportableState):
+class StreamCallback(TrainerCallback):
     """Lets a resumed run go on at the row that its stream had reached."""
-
-    def __init__(self, order: dict[str, Any]) -> None:
-        self.order = order
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {"order": self.order}, "attributes": {}}
 
     def on_train_begin(
         self, args: BlipTrainingArguments, state: Any, control: Any, train_dataloader: DataLoader, **kwargs: Any
     ) -> None:
-        order = stream_order(args, train_dataloader.dataset)
-        saved = state.stateful_callbacks.get(type(self).__name__, {"args": {"order": "no stream"}})["args"]["order"]
-        if saved != order:
-            raise ValueError(f"A stream goes on where it stopped with the same settings only: {saved}; now {order}.")
         train_dataloader.dataset.first_batch = state.global_step * args.gradient_accumulation_steps
 
     def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:

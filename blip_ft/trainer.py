@@ -47,11 +47,11 @@ from blip_ft.callbacks import (
     outlive_signals,
     release_sigterm,
     samples_of,
-    stream_order,
     write_curves,
 )
 from blip_ft.checkpoints import (
     BUILDING,
+    SETTINGS_FILE,
     explain_full_disk,
     explain_lost_process,
     explain_unreadable,
@@ -111,6 +111,7 @@ class BlipTrainer(Trainer):
         eval_collator: default data_collator. Either may add `readable` (rows,), False where a picture cannot be read.
         predict, describe: for a few lines every sample_steps; describe puts a row and its prediction into words.
         group: keep the rows of a picture in one batch.
+        run_settings: kept in each checkpoint, see settle_settings.
     After evaluate(), `results` holds what evaluate_rows gave for each row of the evaluation set, in its order.
     Until `card` is there, nothing that goes wrong on the Hub stops the training.
     """
@@ -125,10 +126,11 @@ class BlipTrainer(Trainer):
         predict: Predict | None = None,
         describe: Callable[[dict, dict], str] | None = None,
         group: bool = True,
+        run_settings: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.evaluate_rows, self.group = evaluate_rows, group
+        self.evaluate_rows, self.group, self.run_settings = evaluate_rows, group, run_settings
         self.eval_collator = eval_collator or self.data_collator
         self.results: list[dict[str, Any] | None] = []
         # the Trainer has set it once more; with it, generate() waits at each token for the other processes
@@ -153,7 +155,7 @@ class BlipTrainer(Trainer):
         self.add_callback(TrackerCallback(self))
         if isinstance(self.train_dataset, StreamedRows):
             self.args.ignore_data_skip = True  # the callback skips rows, the Trainer would decode each picture
-            self.add_callback(StreamCallback(stream_order(self.args, self.train_dataset)))
+            self.add_callback(StreamCallback())
         if self.args.sample_steps and predict and describe:
             self.add_callback(SampleCallback(self, predict, describe))
         self.add_callback(StopCallback(self))  # last: what the step leaves behind belongs to the checkpoint
@@ -318,6 +320,9 @@ class BlipTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if args.should_save:
             self.state.save_to_json(str(building / final.name / "trainer_state.json"))
+            if self.run_settings:
+                text = json.dumps(self.run_settings, indent=2)
+                (building / final.name / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
             finish_checkpoint(building / final.name, final)
             remove_old_checkpoints(final, self.state.best_model_checkpoint, args.save_total_limit)
         self.accelerator.wait_for_everyone()
@@ -488,7 +493,7 @@ def _choose_checkpoint(
         )
     require_readable_state(checkpoint)
     check_saved_engine(checkpoint, args)
-    _require_same_adapter(checkpoint, peft_args)
+    _require_same_kind(checkpoint, peft_args)
     return checkpoint
 
 
@@ -496,20 +501,11 @@ def _base_of(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def _require_same_adapter(checkpoint: Path, args: PeftArguments) -> None:
+def _require_same_kind(checkpoint: Path, args: PeftArguments) -> None:
     file = checkpoint / "adapter_config.json"
     if file.exists() != args.use_peft:
         kind, flag = ("an adapter", "Add") if file.exists() else ("a whole model", "Leave out")
         raise ValueError(f"{checkpoint} holds {kind}. {flag} --use_peft, or begin in another output_dir.")
-    if not args.use_peft:
-        return
-    config = json.loads(file.read_text(encoding="utf-8"))
-    for flag, name in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
-        if config[name] != getattr(args, flag):
-            raise ValueError(
-                f"{checkpoint} holds an adapter of {flag} {config[name]}, found {getattr(args, flag)}. Go on with "
-                f"--{flag} {config[name]}, or begin in another output_dir."
-            )
 
 
 def check_run(args: BlipTrainingArguments, rows: Dataset | StreamedRows, outline: torch.nn.Module) -> None:

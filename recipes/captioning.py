@@ -23,6 +23,7 @@ from blip_ft.arguments import (
     parse,
     start_recipe,
 )
+from blip_ft.checkpoints import settle_settings
 from blip_ft.collators import CaptionCollator, PictureCollator, require_room_for_captions
 from blip_ft.data_pipeline import load_captions
 from blip_ft.metrics import CaptionScores, caption_exact_match, caption_rouge_l, most_frequent_answer
@@ -70,6 +71,8 @@ def main() -> None:
     )
     train_rows, eval_rows = load_captions(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
     check_run(training_args, train_rows, planned)
+    parts, rows = (model_args, data_args, caption_args, peft_args), {"train": train_rows, "eval": eval_rows}
+    settings = settle_settings(checkpoint, training_args, parts, rows, planned)
 
     model, processor = load_for_training("conditional_generation", model_args, peft_args, training_args)
 
@@ -121,6 +124,7 @@ def main() -> None:
         predict=predict,
         describe=describe,
         group=data_args.group_questions is not False,
+        run_settings=settings,
     )
     run(
         trainer,

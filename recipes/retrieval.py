@@ -27,6 +27,7 @@ from blip_ft.arguments import (
     parse,
     start_recipe,
 )
+from blip_ft.checkpoints import settle_settings
 from blip_ft.collators import PictureCollator, RetrievalCollator, clean_caption, encode_texts
 from blip_ft.contrastive import Contrastive
 from blip_ft.data_pipeline import load_captions
@@ -71,6 +72,8 @@ def main() -> None:
     planned = outline("image_text_retrieval", model_args, peft_args, retrieval_args, training_args)
     train_rows, eval_rows = load_captions(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
     check_run(training_args, train_rows, planned)
+    parts, rows = (model_args, data_args, retrieval_args, peft_args), {"train": train_rows, "eval": eval_rows}
+    settings = settle_settings(checkpoint, training_args, parts, rows, planned)
 
     model, processor = load_for_training("image_text_retrieval", model_args, peft_args, training_args)
     model.config.itm_start_token = retrieval_args.itm_start_token
@@ -105,6 +108,7 @@ def main() -> None:
         processing_class=processor,
         evaluate_rows=evaluate,
         group=bool(data_args.group_questions),
+        run_settings=settings,
     )
     trainer.blip.contrastive = Contrastive(
         trainer.blip, retrieval_args.queue_size, retrieval_args.momentum, retrieval_args.alpha

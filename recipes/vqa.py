@@ -26,6 +26,7 @@ from blip_ft.arguments import (
     read_text,
     start_recipe,
 )
+from blip_ft.checkpoints import settle_settings
 from blip_ft.collators import VqaCollator
 from blip_ft.data_pipeline import load_vqa
 from blip_ft.metrics import VqaAccuracy, answer_type, answer_without_images, scoring_rule, vqa_accuracy
@@ -67,6 +68,8 @@ def main() -> None:
     planned = outline("vqa", model_args, peft_args, vqa_args, training_args)
     train_rows, eval_rows = load_vqa(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
     check_run(training_args, train_rows, planned)
+    parts, rows = (model_args, data_args, vqa_args, peft_args), {"train": train_rows, "eval": eval_rows}
+    settings = settle_settings(checkpoint, training_args, parts, rows, planned)
 
     model, processor = load_for_training("vqa", model_args, peft_args, training_args)
     model.config.question_start_token = vqa_args.question_start_token
@@ -119,6 +122,7 @@ def main() -> None:
         predict=predict,
         describe=describe,
         group=data_args.group_questions is not False,
+        run_settings=settings,
     )
     run(
         trainer,

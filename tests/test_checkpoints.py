@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RECIPES
-from safetensors.torch import load_file
-from transformers import Trainer
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, Trainer
 
 from blip_ft import data_pipeline
 from blip_ft.arguments import BlipTrainingArguments
-from blip_ft.checkpoints import newest_checkpoint, remove_old_checkpoints, what_is_missing
+from blip_ft.checkpoints import _require_same_settings, newest_checkpoint, remove_old_checkpoints, what_is_missing
 from blip_ft.outputs import LOCK, claim, release_folders
 from blip_ft.trainer import _choose_output_dir
 
@@ -297,6 +297,63 @@ def test_checkpoint_with_content_of_another_kind_ends_in_one_message_and_runs_no
     write_over(changed / "training_args.bin", pickles["zip"])
     recipe(*flags, str(changed), output_dir=checkpointed, task=task)
     assert not hostile.file.exists()
+
+
+def test_resuming_with_other_settings_or_data_is_refused_with_all_differences(
+    recipe, flags_of, checkpointed, checkpoints, picture_folder, tmp_path, caplog, monkeypatch
+):
+    task, flags = flags_of("full")
+    flags = [*flags, "--max_steps", "3", "--resume_from_checkpoint", "last"]
+    moved = shutil.copytree(picture_folder, tmp_path / "moved")
+    edited = shutil.copytree(picture_folder, tmp_path / "edited")
+    rows = (edited / "metadata.jsonl").read_text()
+    (edited / "metadata.jsonl").write_text(rows.replace('"answer": "red"', '"answer": "blue"'))
+    other_base = shutil.copytree(checkpoints[task], tmp_path / "base")
+    weights = load_file(other_base / "model.safetensors")
+    name = min(weights)
+    save_file({**weights, name: weights[name] + 1}, other_base / "model.safetensors", {"format": "pt"})
+    both = {"rows_to_train", "rows_to_eval"}
+    changed = (
+        (["--seed", "7"], {"seed"}, "seed: 42 -> 7"),
+        (["--learning_rate", "1e-3", "--dropout", "0.2"], {"learning_rate", "dropout"}, "dropout: 0.1 -> 0.2"),
+        (["--max_steps", "6"], {"max_steps"}, "max_steps: 3 -> 6"),
+        (["--per_device_train_batch_size", "4"], {"rows_a_step"}, "rows_a_step: 2 -> 4"),
+        (["--question_column", "caption"], {"question_column", *both}, 'question_column: "question" -> "caption"'),
+        (["--max_train_samples", "6"], {"max_train_samples", "rows_to_train"}, ' -> "6 rows, '),
+        (["--max_question_tokens", "9"], {"max_question_tokens"}, "max_question_tokens: 35 -> 9"),
+        (["--dataset_name", str(edited)], both, 'rows_to_train: "8 rows, '),
+        (["--model_name_or_path", str(other_base)], {"base_checkpoint"}, "base_checkpoint: "),
+    )
+    with monkeypatch.context() as patch:
+        patch.delattr(PreTrainedModel, "from_pretrained")
+        for more, names, line in changed:
+            with pytest.raises(SystemExit):
+                recipe(*flags, *more, output_dir=checkpointed, task=task)
+            message = caplog.messages[-1]
+            assert "or accept the difference with --allow_changed_settings" in message and line in message
+            listed = [text.strip().partition(": ")[0] for text in message.splitlines() if text.startswith("  ")]
+            assert set(listed) == names and len(listed) == len(names)
+    # what changes no result, and the same data elsewhere
+    free = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--logging_steps", "7"]
+    free += ["--per_device_eval_batch_size", "3", "--save_total_limit", "4", "--gradient_checkpointing"]
+    shutil.rmtree(checkpointed / "checkpoint-3")
+    recipe(*flags, *free, "--dataset_name", str(moved), output_dir=checkpointed, task=task)
+    assert "with other settings" not in caplog.messages[-1]
+
+
+def test_changed_settings_are_accepted_with_a_warning_if_asked_for(recipe, flags_of, checkpointed, caplog):
+    task, flags = flags_of("full")
+    flags = [*flags, "--max_steps", "4", "--seed", "7", "--resume_from_checkpoint", "last", "--allow_changed_settings"]
+    recipe(*flags, output_dir=checkpointed, task=task)
+    (warning,) = (message for message in caplog.messages if "other settings (saved -> now)" in message)
+    assert "  max_steps: 3 -> 4\n  seed: 42 -> 7\nThey are accepted" in warning
+    # and stand in the next checkpoint
+    assert json.loads((checkpointed / "checkpoint-4" / "run_settings.json").read_text())["seed"] == 7
+    assert what_is_missing(checkpointed / "checkpoint-4") is None
+    # one of an earlier version
+    (checkpointed / "checkpoint-4" / "run_settings.json").unlink()
+    _require_same_settings(checkpointed / "checkpoint-4", {"seed": 3}, allow=False)
+    assert "does not say with which settings it was saved" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(

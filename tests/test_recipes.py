@@ -408,21 +408,22 @@ def test_mistake_ends_in_one_message_that_helps_before_the_model_loads(recipe, d
 def test_other_adapter_than_the_checkpoints_is_refused(recipe, data, tmp_path, caplog):
     folder = recipe(*data, "--use_peft", "--lora_r", "4", "--max_steps", "1")
     for flags, message in (
-        (["--use_peft", "--lora_r", "8"], "holds an adapter of lora_r 4, found 8. Go on with --lora_r 4"),
-        (["--use_peft", "--lora_r", "4", "--lora_alpha", "8"], "holds an adapter of lora_alpha 32, found 8"),
-        (["--use_peft", "--lora_r", "4", "--lora_target_modules", "query"], "Go on with that run's settings"),
+        (["--use_peft", "--lora_r", "8"], "lora_r: 4 -> 8"),
+        (["--use_peft", "--lora_r", "4", "--lora_alpha", "8"], "lora_alpha: 32 -> 8"),
+        (["--use_peft", "--lora_r", "4", "--lora_target_modules", "query"], 'lora_target_modules: null -> ["query"]'),
         ([], "holds an adapter. Add --use_peft"),
     ):
         with pytest.raises(SystemExit):
-            recipe(*data, *flags, "--resume_from_checkpoint", "last", output_dir=folder)
+            recipe(*data, *flags, "--max_steps", "1", "--resume_from_checkpoint", "last", output_dir=folder)
         assert message in caplog.messages[-1]
 
 
-def test_other_run_than_the_checkpoints_is_refused(recipe, data, caplog):
+def test_checkpoint_that_does_not_fit_is_refused_also_with_changed_settings_allowed(recipe, data, caplog):
     folder = recipe(*data, "--max_steps", "1")
     for flags in (["--freeze", "vision_model"], ["--optim", "sgd"], ["--image_size", "16"]):
+        resume = ["--max_steps", "1", "--resume_from_checkpoint", "last", "--allow_changed_settings"]
         with pytest.raises(SystemExit):
-            recipe(*data, *flags, "--resume_from_checkpoint", "last", output_dir=folder)
+            recipe(*data, *flags, *resume, output_dir=folder)
         assert "Go on with that run's settings" in caplog.messages[-1]
 
 
