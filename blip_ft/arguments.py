@@ -23,6 +23,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
 from blip_ft.hub import hide_secrets
@@ -225,6 +226,16 @@ class DataArguments(Settings):
     eval_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on. Default: eval_fraction of the pictures of train_split."}
     )
+    test_split: str | None = field(
+        default=None,
+        metadata={"help": "Split that the final model is evaluated on once, beside those rows that may choose it."},
+    )
+    test_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Another source of the same kinds for this. Default: dataset_name, if a test_split is named."
+        },
+    )
     eval_fraction: float = field(
         default=0.1, metadata={"help": "Share of the pictures (not rows) held out where there is no eval_split."}
     )
@@ -246,7 +257,9 @@ class DataArguments(Settings):
         default=None, metadata={"help": "Strings or lists of strings. Default: `captions`, else `caption`."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first rows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first rows only."})
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use the first rows only, of those to test on too."}
+    )
     check_images: Literal["full", "header"] = field(
         default="full",
         metadata={
@@ -282,6 +295,11 @@ class DataArguments(Settings):
             raise ValueError("Give dataset_name or questions_file, not both.")
         if self.eval_dataset_name and not self.dataset_name:
             raise ValueError("eval_dataset_name goes with dataset_name; for VQA v2 files give eval_questions_file.")
+        if (self.test_split or self.test_dataset_name) and not self.dataset_name:
+            raise ValueError(
+                "test_split and test_dataset_name go with dataset_name. To test on VQA v2 files, evaluate the result "
+                "afterwards: --model_name_or_path OUTPUT_DIR --do_train false --eval_questions_file FILE"
+            )
         for questions, answers in (
             ("questions_file", "annotations_file"),
             ("eval_questions_file", "eval_annotations_file"),
@@ -298,7 +316,7 @@ class DataArguments(Settings):
             raise ValueError("eval_questions_file goes with questions_file; for other data give eval_dataset_name.")
 
     def unread(self) -> dict[str, str]:
-        names = (self.dataset_name, self.eval_dataset_name)
+        names = (self.dataset_name, self.eval_dataset_name, self.test_dataset_name)
         of_hub = any(name not in (None, "demo") and not Path(name).expanduser().exists() for name in names)
         to_evaluate = (self.eval_split, self.eval_dataset_name, self.eval_questions_file)
         return {
@@ -309,7 +327,14 @@ class DataArguments(Settings):
         }
 
     def require_end(self, training_args: BlipTrainingArguments) -> None:
-        """Raise ValueError where rows are streamed and training_args do not go with that."""
+        """Settle what depends on both: steps in place of epochs for a stream, and which rows may be the same.
+
+        Raises: ValueError if rows are streamed and training_args do not go with that.
+        """
+        # nothing is trained on the rows to train on
+        self.allow_image_overlap |= not training_args.do_train
+        if self.streaming:
+            training_args.go_by_steps()
         if self.streaming and training_args.max_steps < 1:
             raise ValueError("A stream has no end: --streaming needs --max_steps, the optimiser steps to train for.")
         for name in changed_settings(training_args) if self.streaming else ():
@@ -340,6 +365,13 @@ class DataArguments(Settings):
         if self.eval_split or self.dataset_name == "demo":
             return f"split {self.eval_split or 'validation'}"
         return f"{self.eval_fraction:.0%} of the pictures of {self.train_split}"
+
+    @property
+    def tested_on(self) -> str | None:
+        """What the final model is evaluated on once, in words; None if nothing is named."""
+        if self.test_dataset_name:
+            return Path(self.test_dataset_name).name + (f", split {self.test_split}" if self.test_split else "")
+        return f"split {self.test_split}" if self.test_split else None
 
 
 @dataclass
@@ -497,6 +529,13 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
     # of questions, also for DataPipeline; each recipe sets its own
     per_device_train_batch_size: int = 16
     per_device_eval_batch_size: int = 64
+    do_train: bool = field(
+        default=True,
+        metadata={
+            "help": "false: evaluate model_name_or_path, on the rows to evaluate on and those to test on; nothing is "
+            "trained, and no weights are written."
+        },
+    )
     do_eval: bool = True
     include_num_input_tokens_seen: str = "no"  # as a bool, which the parser would make of it, it is not its default
     # train_vqa.py: AdamW(lr, weight_decay=0.05) on all parameters, no clipping, cosine
@@ -506,8 +545,22 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
     )
     lr_scheduler_type: str = "cosine"
     logging_steps: float = 50
-    save_strategy: str = "epoch"
+    eval_strategy: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate while training: no, epoch or steps. Default: with each checkpoint under "
+            "load_best_model_at_end, else no."
+        },
+    )
+    save_strategy: str | None = None  # as eval_strategy under load_best_model_at_end, else epoch
     save_total_limit: int | None = 2
+    load_best_model_at_end: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate with each checkpoint, and end with the best of them instead of the last one. Default: as "
+            "the originals, on for captions (CIDEr-D) and retrieval (mean recall), off for questions."
+        },
+    )
     dataloader_num_workers: int = field(
         default_factory=lambda: min(4, os.cpu_count() or 1),
         metadata={"help": "Processes that read and resize pictures. Default: one a core, at most 4."},
@@ -544,10 +597,18 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
 
     def __post_init__(self) -> None:
         self.output_dir_was_given = self.output_dir is not None
+        self.strategy_was_given = bool(self.eval_strategy or self.save_strategy)
+        self._settle_strategies()
         self.check_values()
         self.require_effect()
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise ValueError("save_strategy best saves after an evaluation. Add --eval_strategy epoch or steps.")
+        for name in ("push_to_hub", "resume_from_checkpoint"):
+            if not self.do_train and getattr(self, name):
+                raise ValueError(
+                    f"{name} has no effect with --do_train false, which evaluates model_name_or_path and saves no "
+                    "weights. Leave it out; a checkpoint-... folder can be the --model_name_or_path."
+                )
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise ValueError("dataloader_persistent_workers needs workers: set --dataloader_num_workers above 0.")
         needs_bf16 = self.bf16 and not self.use_cpu
@@ -603,6 +664,39 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
             raise ValueError(
                 f"report_to takes tensorboard, trackio, wandb or none, each installed with pip: {error}"
             ) from error
+
+    def _settle_strategies(self) -> None:
+        """Evaluate and save at the same steps if the best checkpoint is to be the result.
+
+        Raises: ValueError if it could not be: an evaluation of weights that are not kept may be the best one.
+        """
+        if not self.load_best_model_at_end:
+            self.eval_strategy, self.save_strategy = self.eval_strategy or "no", self.save_strategy or "epoch"
+            return
+        if self.eval_strategy is None:
+            self.eval_strategy = "epoch" if self.save_strategy in (None, "best") else self.save_strategy
+        by_steps = self.eval_strategy == "steps"
+        if by_steps:
+            self.eval_steps = self.eval_steps or self.save_steps
+        if self.save_strategy is None:
+            self.save_strategy = self.eval_strategy
+            if by_steps and self.save_steps == type(self).save_steps:
+                self.save_steps = self.eval_steps
+        together = self.eval_strategy == self.save_strategy and (not by_steps or self.eval_steps == self.save_steps)
+        if self.eval_strategy == "no" or not (together or self.save_strategy == "best"):
+            evaluated = f"{self.eval_strategy}{f' ({self.eval_steps})' if by_steps else ''}"
+            saved = f"{self.save_strategy}{f' ({self.save_steps})' if self.save_strategy == 'steps' else ''}"
+            raise ValueError(
+                "load_best_model_at_end ends with the best checkpoint, so each one must be both evaluated and kept. "
+                f"Found eval_strategy {evaluated} and save_strategy {saved}. Name one of the two alone, and the other "
+                "follows; or add --load_best_model_at_end false, to end with the last weights."
+            )
+
+    def go_by_steps(self) -> None:
+        """For a stream, which is one epoch: evaluate and save ten times in a run, if the best is to be the result."""
+        if self.load_best_model_at_end and not self.strategy_was_given:
+            self.eval_strategy, self.save_strategy = IntervalStrategy.STEPS, SaveStrategy.STEPS
+            self.eval_steps = self.save_steps = 0.1  # of max_steps
 
     def unread(self) -> dict[str, str]:
         cache = () if self.cache_image_features else ("cache_dtype", "cache_limit_gb")
@@ -868,7 +962,8 @@ ALIASES = {
         ("model", "model_name", "model_id", "model_path", "checkpoint", "base_model"), "model_name_or_path"
     ),
     **dict.fromkeys(("dataset", "data", "data_path", "data_dir", "dataset_path", "train_file"), "dataset_name"),
-    **dict.fromkeys(("eval_dataset", "eval_data", "validation_file", "val_data", "test_data"), "eval_dataset_name"),
+    **dict.fromkeys(("eval_dataset", "eval_data", "validation_file", "val_data"), "eval_dataset_name"),
+    **dict.fromkeys(("test_data", "test_dataset", "test_file"), "test_dataset_name"),
     **dict.fromkeys(("val_split", "validation_split"), "eval_split"),
     **dict.fromkeys(("val_fraction", "test_size", "val_size"), "eval_fraction"),
     **dict.fromkeys(("image_dir", "images_dir", "image_root", "img_dir"), "image_folder"),

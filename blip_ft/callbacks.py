@@ -22,11 +22,13 @@ from transformers.integrations.integration_utils import (
     WandbCallback,
     default_logdir,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.collators import open_image
 from blip_ft.data_pipeline import number_pictures
 from blip_ft.metrics import answer_type
+from blip_ft.outputs import decided_by_main
 from blip_ft.report import THUMBNAIL_PIXELS, Sample, draw_curves
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,21 @@ class StreamCallback(TrainerCallback):
 
     def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / state.max_steps  # the Trainer counts from where it resumed
+
+
+class BestCallback(TrainerCallback):
+    """Lets a resumed run end with the best checkpoint: in output_dir, wherever that was when the run began."""
+
+    def on_train_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.best_global_step is None:
+            return
+        best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        is_there = decided_by_main(best.is_dir)
+        if args.load_best_model_at_end and not is_there:
+            logger.warning("The best checkpoint so far, %s, is gone. The best is chosen among those to come.", best)
+        state.best_model_checkpoint = str(best) if is_there else None
+        if not is_there:
+            state.best_metric = state.best_global_step = None
 
 
 class Stopped(Exception):
@@ -178,6 +195,8 @@ class CurvesCallback(TrainerCallback):
         self.before_training: list[dict[str, Any]] = []
 
     def on_evaluate(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if not args.do_train:
+            return
         if state.global_step == 0:
             self.before_training = list(state.log_history)
         write_curves(args, state)
@@ -202,8 +221,8 @@ class TrackerCallback(TrainerCallback):
         callbacks = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, trackers)]
         if not callbacks or not state.is_world_process_zero:
             return
-        chosen = choose_rows(self.trainer.eval_dataset, self.num_rows)
-        rows = self.trainer.eval_dataset.select(chosen)
+        chosen = choose_rows(self.trainer.evaluated_rows, self.num_rows)
+        rows = self.trainer.evaluated_rows.select(chosen)
         samples = samples_of(rows, [self.trainer.results[position] for position in chosen])
         shown = [position for position, sample in enumerate(samples) if sample.readable]
         pictures = [open_image(rows[position]["image"], THUMBNAIL_PIXELS) for position in shown]

@@ -34,7 +34,7 @@ SETTINGS_FILE = "run_settings.json"
 FREE = (
     *("output_dir", "logging_", "log_", "disable_tqdm", "report_to", "run_name", "project", "trackio_", "sample_steps"),
     *("save_", "push_to_hub", "hub_", "resume_from_checkpoint", "restore_callback_states", "enable_jit_checkpoint"),
-    *("per_device_eval_batch_size", "eval_on_start", "do_", "dataloader_", "debug", "skip_", "allow_"),
+    *("per_device_eval_batch_size", "eval_on_start", "test_", "do_", "dataloader_", "debug", "skip_", "allow_"),
     *("use_cpu", "local_rank", "ddp_", "full_determinism", "accelerator_config", "torch_compile", "torch_empty_cache"),
     *("gradient_checkpointing", "activation_checkpointing", "cache_image_features", "cache_limit_gb"),
     # check_saved_engine knows which of these cannot go on

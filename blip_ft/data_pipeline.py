@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import chain, count, groupby, islice
+from itertools import chain, combinations, count, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -139,13 +139,8 @@ def load_vqa(
     Raises: ValueError for a source, column or split that is not there, if more than max_bad_fraction is bad, and if the
         same rows are to be trained and evaluated on without allow_image_overlap.
     """
-    rows, identity = _load(_VqaSchema, args, bad_rows_file, seed)
-    for name, part in rows.items():
-        if isinstance(part, Dataset):
-            _warn_of_repeated_ids(part, name)
-    train, evaluation = _first(rows["train"], args.max_train_samples), _first(rows["eval"], args.max_eval_samples)
-    evaluation.image_overlap = _find_image_overlap(train, evaluation, identity, args)
-    return train, evaluation
+    rows = load_splits("vqa", replace(args, test_split=None, test_dataset_name=None), bad_rows_file, seed)
+    return rows.train, rows.evaluation
 
 
 def load_captions(
@@ -157,11 +152,49 @@ def load_captions(
     What a picture's rows in the source say is put together, each caption once. Bad rows, image_overlap and errors as in
     load_vqa.
     """
-    rows, identity = _load(_CaptionSchema, args, bad_rows_file, seed)
-    train = rows["train"] if args.streaming else CaptionRows(rows["train"], args.max_train_samples)
+    rows = load_splits("captions", replace(args, test_split=None, test_dataset_name=None), bad_rows_file, seed)
+    return rows.train, rows.evaluation
+
+
+class Splits(NamedTuple):
+    """The rows of a run. Those to evaluate and test on have the attribute image_overlap, those to test on also
+    overlap_with_evaluation; test may be None."""
+
+    train: Dataset | CaptionRows | StreamedRows
+    evaluation: Dataset
+    test: Dataset | None
+
+
+def load_splits(
+    kind: Literal["vqa", "captions"], args: DataArguments, bad_rows_file: Path | None = None, seed: int = 42
+) -> Splits:
+    """What load_vqa or load_captions gives, and the rows of test_split or test_dataset_name, which are like those to
+    evaluate on. Images to test on that are also evaluated on are named in a warning.
+
+    Raises: ValueError as they do, and if the same rows are to be tested and trained or evaluated on.
+    """
+    rows, identity = _load(_VqaSchema if kind == "vqa" else _CaptionSchema, args, bad_rows_file, seed)
+    if kind == "vqa":
+        for name, part in rows.items():
+            if isinstance(part, Dataset):
+                _warn_of_repeated_ids(part, name)
+    if kind == "vqa" or args.streaming:
+        train = _first(rows["train"], args.max_train_samples)
+    else:
+        train = CaptionRows(rows["train"], args.max_train_samples)
     evaluation = _first(rows["eval"], args.max_eval_samples)
-    evaluation.image_overlap = _find_image_overlap(train, evaluation, identity, args)
-    return train, evaluation
+    evaluation.image_overlap = _find_image_overlap(
+        {"train": train, "eval": evaluation}, identity, is_one_source=not args.eval_dataset_name
+    )
+    if "test" not in rows:
+        return Splits(train, evaluation, None)
+    test = _first(rows["test"], args.max_eval_samples)
+    of_one_source = not args.test_dataset_name
+    test.image_overlap = _find_image_overlap({"train": train, "test": test}, identity, is_one_source=of_one_source)
+    test.overlap_with_evaluation = _find_image_overlap(
+        {"eval": evaluation, "test": test}, identity, is_one_source=of_one_source and not args.eval_dataset_name
+    )
+    return Splits(train, evaluation, test)
 
 
 def load_to_predict(args: DataArguments, task: str) -> tuple[Dataset, list[Row]]:
@@ -218,7 +251,7 @@ def column_names(args: DataArguments) -> list[str]:
 def _load(
     schema: type[_Schema], args: DataArguments, bad_rows_file: Path | None, seed: int
 ) -> tuple[dict[str, Dataset | StreamedRows], dict[str, dict[str, int]]]:
-    """The good rows of `train` and `eval`, and of each _Part.identity."""
+    """The good rows of `train`, `eval` and, where it is named, `test`, and of each _Part.identity."""
     sources = {
         name: (table, schema(args, _columns_of(table), folder, name))
         for name, (table, folder) in _read_splits(args).items()
@@ -251,28 +284,30 @@ def _first(rows: Dataset | StreamedRows, limit: int | None) -> Dataset | Streame
     return rows.select(range(min(limit, len(rows))))
 
 
+VERBS = {"train": "trained", "eval": "evaluated", "test": "tested"}
+
+
 def _find_image_overlap(
-    train: Dataset | CaptionRows | StreamedRows,
-    evaluation: Dataset,
-    identity: dict[str, dict[str, int]],
-    args: DataArguments,
+    parts: dict[str, Dataset | CaptionRows | StreamedRows], identity: dict[str, dict[str, int]], is_one_source: bool
 ) -> ImageOverlap | None:
-    """Shared are images of the same file or content and, within one source, of the same image_id."""
-    if isinstance(train, StreamedRows):
+    """Images of the second part that are also in the first: of the same file or content and, within one source, of the
+    same image_id."""
+    (name, rows), (eval_name, eval_rows) = parts.items()
+    if isinstance(rows, StreamedRows):
         return None
-    if isinstance(train, CaptionRows):
-        train = train.pictures.select(np.unique(train.picture))
-    trained, evaluated = (_dictionary(rows, "image_id").dictionary.to_pylist() for rows in (train, evaluation))
-    images = {identity["train"][image_id] for image_id in trained}
-    ids = set() if args.eval_dataset_name else set(trained)  # another source may count its images from 0 too
-    shared = [image_id for image_id in evaluated if image_id in ids or identity["eval"][image_id] in images]
+    if isinstance(rows, CaptionRows):
+        rows = rows.pictures.select(np.unique(rows.picture))
+    first, second = (_dictionary(part, "image_id").dictionary.to_pylist() for part in (rows, eval_rows))
+    images = {identity[name][image_id] for image_id in first}
+    ids = set(first) if is_one_source else set()  # another source may count its images from 0 too
+    shared = [image_id for image_id in second if image_id in ids or identity[eval_name][image_id] in images]
     if shared:
         logger.warning(
-            "%d of %d images to evaluate on are also trained on, e.g. %s. Scores on these say little about new images. "
+            "%d of %d images to %s on are also %s on, e.g. %s. Scores on these say little about new images. "
             "Take them out of one of the two.",
-            *(len(shared), len(evaluated), shared[0]),
+            *(len(shared), len(second), "evaluate" if eval_name == "eval" else "test", VERBS[name], shared[0]),
         )
-    return ImageOverlap(len(shared), len(evaluated), shared[0] if shared else None)
+    return ImageOverlap(len(shared), len(second), shared[0] if shared else None)
 
 
 def _warn_of_repeated_ids(rows: Dataset, name: str) -> None:
@@ -555,37 +590,53 @@ class DataPipeline:
 
 
 def _read_splits(args: DataArguments) -> dict[str, tuple[Table, Path | None]]:
-    """Raw rows of `train` and, where they are named, of `eval`, with the folder that their picture paths start from."""
+    """Raw rows of `train` and, where they are named, of `eval` and `test`, with the folder that their picture paths
+    start from."""
     _require_separate_rows(args)
     tables, folder = _read(args)
+    test = {}
+    if args.test_dataset_name or args.test_split:
+        sources = (tables, folder)
+        if args.test_dataset_name:
+            sources = _read(replace(args, dataset_name=args.test_dataset_name))
+        named = replace(args, train_split=args.test_split or "train", eval_split=None, streaming=False)
+        table, _ = _select_splits(sources[0], named)
+        test = {"test": (table, sources[1])}
     if args.eval_dataset_name:
         other, other_folder = _read(replace(args, dataset_name=args.eval_dataset_name))
         train, _ = _select_splits(tables, replace(args, eval_split=None))
         # all of the other source, unless it has splits
         evaluation, _ = _select_splits(other, replace(args, train_split=args.eval_split or "train", eval_split=None))
-        return {"train": (train, folder), "eval": (evaluation, other_folder)}
+        return {"train": (train, folder), "eval": (evaluation, other_folder), **test}
     train, evaluation = _select_splits(tables, args)
     if evaluation is None:
-        _warn_of_unused_splits(tables, args.train_split)
-    return {"train": (train, folder)} | ({} if evaluation is None else {"eval": (evaluation, folder)})
+        _warn_of_unused_splits(tables, args)
+    return {"train": (train, folder), **({} if evaluation is None else {"eval": (evaluation, folder)}), **test}
 
 
 def _require_separate_rows(args: DataArguments) -> None:
-    """Raises: ValueError if the same rows are to be trained and evaluated on, unless allow_image_overlap says so."""
-    if args.questions_file:
-        same = args.eval_split == args.train_split or _same_file(args.questions_file, args.eval_questions_file)
-    else:
-        by_default = "train" if args.eval_dataset_name else "validation" if args.dataset_name == "demo" else None
-        same = (args.eval_split or by_default) == args.train_split and (
-            not args.eval_dataset_name or _same_file(args.dataset_name, args.eval_dataset_name)
-        )
-    if same and not args.allow_image_overlap:
-        raise ValueError(
-            f"The rows to evaluate on are those to train on: {args.dataset_name or args.questions_file}, split "
-            f"{args.train_split}. Scores would say nothing about new images. Name other rows with --eval_split, "
-            "--eval_dataset_name or --eval_questions_file, or none of these to hold out a part of the images; "
-            "--allow_image_overlap allows it."
-        )
+    """Raises: ValueError if the same rows are to be trained, evaluated or tested on without allow_image_overlap."""
+    source, by_default = args.dataset_name or args.questions_file, "validation" if args.dataset_name == "demo" else None
+    # verb -> source and split
+    uses = {"train": (source, args.train_split)}
+    if args.eval_dataset_name:
+        uses["evaluate"] = (args.eval_dataset_name, args.eval_split or "train")
+    elif args.eval_questions_file and args.eval_split != args.train_split:
+        uses["evaluate"] = (args.eval_questions_file, args.train_split)  # a file of VQA v2 has no splits
+    elif args.eval_split or by_default:
+        uses["evaluate"] = (source, args.eval_split or by_default)
+    if args.test_dataset_name or args.test_split:
+        uses["test"] = (args.test_dataset_name or source, args.test_split or "train")
+    for one, other in combinations(uses, 2):
+        (name, split), (other_name, other_split) = uses[one], uses[other]
+        if split == other_split and _same_file(name, other_name) and not args.allow_image_overlap:
+            named = "--eval_split, --eval_dataset_name or --eval_questions_file, or none of these to hold out a part"
+            raise ValueError(
+                f"The rows to {other} on are those to {one} on: {name}, split {split}. Scores would say nothing about "
+                f"new images. Name other rows with "
+                f"{'--test_split or --test_dataset_name' if other == 'test' else f'{named} of the images'}; "
+                "--allow_image_overlap allows it."
+            )
 
 
 def _same_file(one: str, other: str | None) -> bool:
@@ -896,7 +947,7 @@ def _named_splits(tables: dict[str, Table], args: DataArguments) -> tuple[Table,
     return tables[args.train_split], tables[eval_split] if eval_split else None
 
 
-def _warn_of_unused_splits(tables: dict[str, Table], train_split: str) -> None:
+def _warn_of_unused_splits(tables: dict[str, Table], args: DataArguments) -> None:
     if list(tables) == [""]:
         (table,) = tables.values()
         if "split" not in table.column_names:
@@ -904,13 +955,14 @@ def _warn_of_unused_splits(tables: dict[str, Table], train_split: str) -> None:
         counts = Counter(_split_values(table))
     else:
         counts = {name: None if isinstance(table, IterableDataset) else len(table) for name, table in tables.items()}
-    others = [name for name in counts if name != train_split]
+    test_split = None if args.test_dataset_name else args.test_split
+    others = [name for name in counts if name not in (args.train_split, test_split)]
     if others:
         found = ", ".join(name if rows is None else f"{name} ({rows} rows)" for name, rows in counts.items())
         logger.warning(
             "The data has the splits %s. Only %s is used, and a part of its images is held out to evaluate on. To "
             "evaluate on another split: --eval_split %s",
-            *(found, train_split, others[0]),
+            *(found, args.train_split + (f" (and {test_split} to test)" if test_split else ""), others[0]),
         )
 
 

@@ -22,7 +22,9 @@ NOT_PUSHED = 3
 # Without this huggingface_hub waits for ever for an answer.
 SECONDS_TO_WAIT = 60
 # The Hub leaves out of every upload what a folder's .gitignore names: the user's rows, pictures, paths and pickles.
-GITIGNORE = "predictions.jsonl\nbad_rows.jsonl\nreport.html\nevents.out.tfevents.*\ntraining_args.bin\n"
+GITIGNORE = (
+    "predictions.jsonl\ntest_predictions.jsonl\nbad_rows.jsonl\nreport.html\nevents.out.tfevents.*\ntraining_args.bin\n"
+)
 
 # part of a metric's name -> its id on the Hub, and the name that papers give it
 METRICS = {
@@ -82,6 +84,9 @@ def build_model_card(
     facts: dict[str, Any],
     arguments: dict[str, Any],
     baselines: dict[str, float] | None = None,
+    overlap: str = "",
+    tested_on: str | None = None,
+    test_overlap: str = "",
 ) -> ModelCard:
     """What it is, what it reached, how to use it, how it was trained, its limits and licence.
 
@@ -89,8 +94,10 @@ def build_model_card(
         repository: id on the Hub, or a name to choose one from.
         task: the Hub's pipeline tag, e.g. visual-question-answering; None if it has none.
         base_model, dataset_id: Hub ids; None for what is local or new, which the Hub would reject.
-        held_out: what was evaluated on, in words.
-        scores: name -> value in percent, of CIDEr-D x 100. baselines: those of a guess, as far as there are.
+        held_out: what was evaluated on, in words. tested_on: what the final model was evaluated on once, if at all.
+        scores: name -> value in percent, of CIDEr-D x 100; eval_... of held_out, test_... of tested_on. The Hub's
+            results are the latter where there are any. baselines: those of a guess, as far as there are.
+        overlap, test_overlap: sentences on which images of the two were also trained on.
         notes: what belongs beside them, e.g. the scoring rule.
         facts: about the run, in words. arguments: all of them; folders and the Hub's own are left out.
     """
@@ -98,6 +105,7 @@ def build_model_card(
     licence, commit = _read_base(base_model, revision) if base_model else (None, None)
     words = TASKS[stock_class]
     tag = task or words.replace(" ", "-")
+    by_prefix = {prefix: _with_prefix(scores, prefix) for prefix in ("eval_", "test_")}
     results = [
         EvalResult(
             task_type=tag,
@@ -107,7 +115,9 @@ def build_model_card(
             metric_name=metric_words,
             metric_value=round(value, 2),
         )
-        for (metric, metric_words), value in ((official_name(key), value) for key, value in scores.items())
+        for (metric, metric_words), value in (
+            (official_name(key), value) for key, value in (by_prefix["test_"] or by_prefix["eval_"]).items()
+        )
     ]
     data = ModelCardData(
         license=licence,
@@ -128,8 +138,10 @@ def build_model_card(
         f"BLIP for {words}, {'a LoRA adapter on' if is_adapter else 'fine-tuned from'} {origin}"
         f"{f' (revision {_plain(revision)}{at_commit})' if base_model else ''}. Data: {_plain(dataset)}.\n\n"
         "## Results\n\n"
-        f"On {_plain(held_out)}, not trained on. {_units(scores)}\n\n"
-        + _results_table(scores, baselines or {})
+        + f"On {_plain(held_out)}. {overlap} {_units(scores)}\n\n"
+        + _results_table(by_prefix["eval_"], baselines or {})
+        + (f"\nOn {_plain(tested_on)}, once, with the final model. {test_overlap}\n\n" if tested_on else "")
+        + (_results_table(by_prefix["test_"], baselines or {}) if tested_on else "")
         + "".join(f"\n{_plain(key.replace('_', ' '))}: {_plain(value)}\n" for key, value in notes.items())
         + f"\n## Use\n\n{_usage(repository, stock_class, is_adapter, base_model, arguments)}\n"
         "## Training\n\n"
@@ -151,7 +163,7 @@ def build_model_card(
 
 def official_name(metric: str) -> tuple[str, str]:
     """The Hub's id of a metric of ours, and its name in words: eval_bleu4 is bleu, BLEU-4."""
-    metric = metric.removeprefix("eval_")
+    metric = metric.removeprefix("eval_").removeprefix("test_")
     part = next((part for part in METRICS if part in metric), metric)
     identifier, words = METRICS.get(part, (metric, metric))
     return identifier, metric.replace(part, words).replace("_", " ")
@@ -295,6 +307,10 @@ def _results_table(scores: dict[str, float], baselines: dict[str, float]) -> str
         baseline = f"{baselines[name]:.2f}" if name in baselines else ""
         rows.append((official_name(name)[1], f"{value:.2f}", baseline)[: len(head)])
     return _table(head, rows)
+
+
+def _with_prefix(scores: dict[str, float], prefix: str) -> dict[str, float]:
+    return {name: value for name, value in scores.items() if name.startswith(prefix)}
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:

@@ -34,6 +34,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments
 from blip_ft.callbacks import (
+    BestCallback,
     ContrastiveCallback,
     CurvesCallback,
     EpochCallback,
@@ -62,7 +63,7 @@ from blip_ft.checkpoints import (
     what_is_missing,
 )
 from blip_ft.collators import IGNORED, open_image
-from blip_ft.data_pipeline import GroupedSampler, StreamedRows, number_pictures, require_whole_batch
+from blip_ft.data_pipeline import GroupedSampler, ImageOverlap, StreamedRows, number_pictures, require_whole_batch
 from blip_ft.engines import (
     SHARDED,
     check_engine,
@@ -112,7 +113,7 @@ class BlipTrainer(Trainer):
         predict, describe: for a few lines every sample_steps; describe puts a row and its prediction into words.
         group: keep the rows of a picture in one batch.
         run_settings: kept in each checkpoint, see settle_settings.
-    After evaluate(), `results` holds what evaluate_rows gave for each row of the evaluation set, in its order.
+    After evaluate(), `results` holds what evaluate_rows gave for each row of `evaluated_rows`, in their order.
     Until `card` is there, nothing that goes wrong on the Hub stops the training.
     """
 
@@ -133,6 +134,7 @@ class BlipTrainer(Trainer):
         self.evaluate_rows, self.group, self.run_settings = evaluate_rows, group, run_settings
         self.eval_collator = eval_collator or self.data_collator
         self.results: list[dict[str, Any] | None] = []
+        self.evaluated_rows: Dataset | None = None
         # the Trainer has set it once more; with it, generate() waits at each token for the other processes
         unset_hf_deepspeed_config()
         self.class_name = type(self.blip).__name__  # FSDP2 renames the class
@@ -149,6 +151,7 @@ class BlipTrainer(Trainer):
         self.building: str | None = None  # where a checkpoint is being written
         self.has_targets = False  # whether a batch had a token to learn
         self.loss_parts: list[torch.Tensor] = []  # since the last log, (3,) each: LOSS_PARTS
+        self.add_callback(BestCallback())
         self.add_callback(EpochCallback(self))
         self.add_callback(ContrastiveCallback(self))
         self.add_callback(CurvesCallback())
@@ -378,6 +381,7 @@ class BlipTrainer(Trainer):
         def collect(predict: Predict, description: str) -> list[dict[str, Any] | None]:
             return self._collect(dataloader, predict, description)
 
+        self.evaluated_rows = rows
         self.results, metrics = self.evaluate_rows(rows, collect)
         if unreadable := self.results.count(None):
             metrics["unreadable_pictures"] = unreadable
@@ -509,10 +513,12 @@ def _require_same_kind(checkpoint: Path, args: PeftArguments) -> None:
 
 
 def check_run(args: BlipTrainingArguments, rows: Dataset | StreamedRows, outline: torch.nn.Module) -> None:
-    """Refuse, before weights are loaded, what cannot be trained on these rows or kept of this model.
+    """Refuse, before weights are loaded, what cannot be trained on these rows or kept of this model, if it is trained.
 
     outline: the model without its weights. Raises: ValueError.
     """
+    if not args.do_train:
+        return
     if args.cache_image_features:
         require_constant_features(_base_of(outline))
     _require_optimizer(args, outline)
@@ -605,8 +611,11 @@ def run(
     more_args: Sequence[Any],
     result_notes: dict[str, Any],
     baseline: Baseline | None = None,
+    test_rows: Dataset | None = None,
 ) -> dict[str, Any]:
     """Train, save, evaluate, write what a run leaves behind into output_dir, and push it where push_to_hub is set.
+
+    Under `do_train: false` evaluate only, and write no weights and no card.
 
     Args:
         checkpoint: folder to resume from.
@@ -614,6 +623,7 @@ def run(
         more_args: the recipe's other dataclasses, for the model card.
         result_notes: what belongs beside the numbers in all_results.json, e.g. the scoring rule.
         baseline: all_results.json, log, card and report have it beside the scores. A stream is not read for it.
+        test_rows: what the final model is evaluated on once, and nothing is chosen by.
     Returns: the content of all_results.json.
     Raises: SystemExit(NOT_PUSHED) if all is written and the push fails.
     """
@@ -627,7 +637,7 @@ def run(
         logger.info("%s", note)
     if trainer.is_world_process_zero():
         (folder / ".gitignore").write_text(GITIGNORE, encoding="utf-8")
-    if args.cache_image_features:
+    if args.cache_image_features and args.do_train:
         if checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             # train() would load it too late for a vision model that is new in each run; those two load it wrapped
             trainer._load_from_checkpoint(checkpoint)
@@ -636,65 +646,142 @@ def run(
             trainer.blip, trainer.processing_class, trainer.train_dataset, args, trainer.signals.stop_if_received
         )
         trainer.data_collator = replace(trainer.data_collator, look_up=pictures)
-    if args.eval_on_start and checkpoint is None:
+    if args.eval_on_start and args.do_train and checkpoint is None:
         # before the clock of training starts; the Trainer's own would run inside it
         results |= trainer.evaluate(metric_key_prefix="before_training")
         logger.info("Results before training:\n%s", json.dumps(results, indent=2))
     args.eval_on_start = False
-    trained = trainer.train(resume_from_checkpoint=checkpoint)
-    results |= trained.metrics
-    trainer.save_model(_internal_call=True)
-    if hasattr(trainer.model, "peft_config") and trainer.is_world_process_zero():
-        # an adapter's folder tells nothing else of picture size and start tokens
-        trainer.blip.config.save_pretrained(folder)
-    trainer.save_state()
+    if args.do_train:
+        results |= _train(trainer, checkpoint)
+    best_step, last_step = _best_step(trainer), trainer.state.global_step
+    if best_step:  # the step whose weights these are, for the curves and trackers
+        trainer.state.global_step = best_step
     results |= trainer.evaluate()
+    eval_results, test_results = trainer.results, []
+    if test_rows is not None:
+        results |= trainer.evaluate(test_rows, metric_key_prefix="test")
+        test_results = trainer.results
+    trainer.state.global_step = last_step
     if trainer.is_world_process_zero():
         rows = trainer.eval_dataset
-        unreadable = {"prediction": "", "unreadable_picture": True}
-        pairs = zip(rows.remove_columns("image"), trainer.results, strict=True)
-        write_lines(folder / "predictions.jsonl", ({**row, **(result or unreadable)} for row, result in pairs))
-        is_stream = isinstance(trainer.train_dataset, StreamedRows)
+        _write_predictions(folder / "predictions.jsonl", rows, eval_results)
+        parts = {"eval": rows}
+        if test_rows is not None:
+            _write_predictions(folder / "test_predictions.jsonl", test_rows, test_results)
+            parts["test"] = test_rows
         scores, baselines = _scores_of(results), {}
-        if baseline and not is_stream:
-            baselines = {f"eval_{name}": value for name, value in baseline.score(rows).items()}
-            results |= {name.replace("eval_", "baseline_", 1): value for name, value in baselines.items()}
+        if baseline and not isinstance(trainer.train_dataset, StreamedRows):
+            for part, own in parts.items():
+                baselines |= {f"{part}_{name}": value for name, value in baseline.score(own).items()}
             result_notes = {**result_notes, "baseline": baseline.words}
+        results |= {_name_baseline(name): value for name, value in baselines.items()}
+        if args.do_train:
+            result_notes = {**result_notes, "checkpoint": _describe_choice(trainer, best_step, data_args)}
+            notes = [*notes, f"Checkpoint: {result_notes['checkpoint']}."]
+            for part, own in parts.items():
+                results |= _count_overlap(part, own.image_overlap)
+                where = data_args.held_out if part == "eval" else f"{data_args.tested_on} (the final model, once)"
+                notes.append(f"Evaluated on {where}. {_describe_overlap(own, data_args)}")
+            if test_rows is not None:
+                results["test_images_evaluated_on"] = test_rows.overlap_with_evaluation.num_shared
         write_report(
             folder / "report.html",
             f"{folder.resolve().name}: {data_args.label}",
             scores=scores,
-            samples=samples_of(rows, trainer.results),
+            samples=samples_of(rows, eval_results),
             open_picture=lambda position: open_image(rows[position]["image"], THUMBNAIL_PIXELS),
-            log_history=trainer.state.log_history,
+            log_history=trainer.state.log_history if args.do_train else (),
             baselines=baselines,
             notes=[*notes, *([f"Baseline: {baseline.words}."] if baselines else [])],
         )
         results = {name: value for name, value in results.items() if name != "epoch"} | result_notes
         (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        trainer.card = build_model_card(
-            trainer.hub_model_id or args.hub_model_id or folder.resolve().name,
-            task=pipeline_tag,
-            stock_class=trainer.class_name,
-            is_adapter=hasattr(trainer.model, "peft_config"),
-            base_model=model_args.hub_id,
-            revision=model_args.model_revision,
-            dataset=data_args.label,
-            dataset_id=data_args.hub_id,
-            held_out=data_args.held_out,
-            scores=scores,
-            baselines=baselines,
-            notes=result_notes,
-            facts={**_describe_model(trainer, parameters), **_describe_training(trainer, results, checkpoint)},
-            arguments=arguments,
-        )
-        trainer.create_model_card()
+        if args.do_train:
+            trainer.card = build_model_card(
+                trainer.hub_model_id or args.hub_model_id or folder.resolve().name,
+                task=pipeline_tag,
+                stock_class=trainer.class_name,
+                is_adapter=hasattr(trainer.model, "peft_config"),
+                base_model=model_args.hub_id,
+                revision=model_args.model_revision,
+                dataset=data_args.label,
+                dataset_id=data_args.hub_id,
+                held_out=data_args.held_out,
+                overlap=_describe_overlap(rows, data_args),
+                tested_on=data_args.tested_on,
+                test_overlap=_describe_overlap(test_rows, data_args) if test_rows is not None else "",
+                scores=scores,
+                baselines=baselines,
+                notes=result_notes,
+                facts={**_describe_model(trainer, parameters), **_describe_training(trainer, results, checkpoint)},
+                arguments=arguments,
+            )
+            trainer.create_model_card()
         logger.info("Results, %s:\n%s", folder / "all_results.json", json.dumps(results, indent=2))
         if baselines:
             logger.info("%s", _beside_baseline(scores, baselines, baseline.words))
     if args.push_to_hub:
         _push(trainer)
     return results
+
+
+def _train(trainer: BlipTrainer, checkpoint: str | None) -> dict[str, float]:
+    """Train and save weights and state, of the best checkpoint under load_best_model_at_end."""
+    trained = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(_internal_call=True)
+    if hasattr(trainer.model, "peft_config") and trainer.is_world_process_zero():
+        # an adapter's folder tells nothing else of picture size and start tokens
+        trainer.blip.config.save_pretrained(trainer.args.output_dir)
+    trainer.save_state()
+    return trained.metrics
+
+
+def _best_step(trainer: BlipTrainer) -> int | None:
+    """The step of the checkpoint that training ended with, if it was chosen."""
+    chosen = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
+    return trainer.state.best_global_step if chosen else None
+
+
+def _describe_choice(trainer: BlipTrainer, best_step: int | None, data_args: DataArguments) -> str:
+    last = trainer.state.global_step
+    if best_step is None:
+        return f"the last, step {last}; no score chose it"
+    metric = trainer.args.metric_for_best_model.removeprefix("eval_")
+    return f"step {best_step} of {last}, the best by {metric} on {data_args.held_out}"
+
+
+def _write_predictions(path: Path, rows: Dataset, results: list[dict[str, Any] | None]) -> None:
+    unreadable = {"prediction": "", "unreadable_picture": True}
+    pairs = zip(rows.remove_columns("image"), results, strict=True)
+    write_lines(path, ({**row, **(result or unreadable)} for row, result in pairs))
+
+
+def _name_baseline(score: str) -> str:
+    """baseline_cider for eval_cider, baseline_test_cider for test_cider."""
+    return f"baseline_{score.removeprefix('eval_')}"
+
+
+def _count_overlap(part: str, overlap: ImageOverlap | None) -> dict[str, int | None]:
+    """part: eval or test. None, as images of a stream to train on are not counted, says so."""
+    return {
+        f"{part}_images": overlap.num_eval if overlap else None,
+        f"{part}_images_trained_on": overlap.num_shared if overlap else None,
+    }
+
+
+def _describe_overlap(rows: Dataset, data_args: DataArguments) -> str:
+    """For card and report: how many images of rows to evaluate or test on were also trained, or evaluated, on."""
+    overlap, more = rows.image_overlap, ""
+    also_evaluated = getattr(rows, "overlap_with_evaluation", None)
+    if also_evaluated and also_evaluated.num_shared:
+        more = f" {also_evaluated.num_shared:,} of them were also evaluated on, and may have chosen the checkpoint."
+    if overlap is None:
+        return "Whether its images were also trained on was not checked, as those were streamed." + more
+    if overlap.num_shared:
+        words = f"{overlap.num_shared:,} of its {overlap.num_eval:,} images were also trained on"
+        return f"{words}: they say little about new images.{more}"
+    compared = "" if data_args.check_images == "full" else ", by the paths of their files; contents were not compared"
+    return f"None of its {overlap.num_eval:,} images was trained on in this run{compared}.{more}"
 
 
 def _push(trainer: BlipTrainer) -> None:
@@ -787,5 +874,6 @@ def _scores_of(results: dict[str, Any]) -> dict[str, float]:
     return {
         name: value
         for name, value in results.items()
-        if name.startswith("eval_") and is_score(name.removeprefix("eval_"))
+        for prefix in ("eval_", "test_")
+        if name.startswith(prefix) and is_score(name.removeprefix(prefix))
     }

@@ -25,7 +25,7 @@ from blip_ft.arguments import (
 )
 from blip_ft.checkpoints import settle_settings
 from blip_ft.collators import CaptionCollator, PictureCollator, require_room_for_captions
-from blip_ft.data_pipeline import load_captions
+from blip_ft.data_pipeline import load_splits
 from blip_ft.metrics import CaptionScores, caption_exact_match, caption_rouge_l, most_frequent_answer
 from blip_ft.models import load_for_training, load_processor, outline
 from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
@@ -44,6 +44,7 @@ class Training(BlipTrainingArguments):
     # configs/caption_coco.yaml of the original: 8 GPUs x 32 pictures, 1e-5, 5 epochs; 3 beams, 5 to 20 tokens
     learning_rate: float = 1e-5
     num_train_epochs: float = 5
+    load_best_model_at_end: bool = True  # train_caption.py: of the epochs, there by CIDEr + BLEU-4
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Captions a step and device."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Pictures at once."})
     generation_max_length: int = field(default=20, metadata={"help": "Tokens of a caption, prompt included."})
@@ -60,7 +61,6 @@ def main() -> None:
     )
     data_args.require_end(training_args)
     checkpoint = prepare_output_dir(training_args, "captioning", peft_args)
-    output_dir = Path(training_args.output_dir)
     planned = outline("conditional_generation", model_args, peft_args, caption_args, training_args)
     require_room_for_captions(
         caption_args.prompt,
@@ -69,7 +69,8 @@ def main() -> None:
         training_args.generation_max_length,
         caption_args.max_caption_tokens,
     )
-    train_rows, eval_rows = load_captions(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
+    bad_rows_file = Path(training_args.output_dir) / "bad_rows.jsonl"
+    train_rows, eval_rows, test_rows = load_splits("captions", data_args, bad_rows_file, training_args.seed)
     check_run(training_args, train_rows, planned)
     parts, rows = (model_args, data_args, caption_args, peft_args), {"train": train_rows, "eval": eval_rows}
     settings = settle_settings(checkpoint, training_args, parts, rows, planned)
@@ -134,6 +135,7 @@ def main() -> None:
         data_args,
         (caption_args, peft_args),
         baseline=Baseline("the most frequent training caption, for every image", baseline),
+        test_rows=test_rows,
         result_notes={"prompt": caption_args.prompt},
     )
 

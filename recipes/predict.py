@@ -67,7 +67,8 @@ class Data(DataArguments):
             ),
             "Leave it out: nothing is trained.",
         ),
-        "eval_dataset_name": "Give that data as --dataset_name.",
+        **dict.fromkeys(("eval_dataset_name", "test_dataset_name"), "Give that data as --dataset_name."),
+        "test_split": "Give that split as --eval_split.",
         "eval_questions_file": "Give that file as --questions_file.",
         "eval_annotations_file": "Give that file as --annotations_file.",
     }

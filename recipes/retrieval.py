@@ -30,7 +30,7 @@ from blip_ft.arguments import (
 from blip_ft.checkpoints import settle_settings
 from blip_ft.collators import PictureCollator, RetrievalCollator, clean_caption, encode_texts
 from blip_ft.contrastive import Contrastive
-from blip_ft.data_pipeline import load_captions
+from blip_ft.data_pipeline import load_splits
 from blip_ft.metrics import chance_scores, retrieval_scores, same_caption
 from blip_ft.models import load_for_training, outline
 from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
@@ -53,6 +53,7 @@ class Training(BlipTrainingArguments):
     # configs/retrieval_coco.yaml of the original: 8 GPUs x 32 pairs, 1e-5, 6 epochs
     learning_rate: float = 1e-5
     num_train_epochs: float = 6
+    load_best_model_at_end: bool = True  # train_retrieval.py: of the epochs, by the mean recall
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Pairs a step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures at once."})
 
@@ -67,10 +68,11 @@ def main() -> None:
     )
     if data_args.streaming:
         raise ValueError("streaming is for questions and captions: in retrieval a picture's captions must be together.")
+    data_args.require_end(training_args)
     checkpoint = prepare_output_dir(training_args, "retrieval", peft_args)
-    output_dir = Path(training_args.output_dir)
     planned = outline("image_text_retrieval", model_args, peft_args, retrieval_args, training_args)
-    train_rows, eval_rows = load_captions(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
+    bad_rows_file = Path(training_args.output_dir) / "bad_rows.jsonl"
+    train_rows, eval_rows, test_rows = load_splits("captions", data_args, bad_rows_file, training_args.seed)
     check_run(training_args, train_rows, planned)
     parts, rows = (model_args, data_args, retrieval_args, peft_args), {"train": train_rows, "eval": eval_rows}
     settings = settle_settings(checkpoint, training_args, parts, rows, planned)
@@ -121,6 +123,7 @@ def main() -> None:
         data_args,
         (retrieval_args, peft_args),
         baseline=Baseline("chance, a random order", lambda rows: chance_scores(texts_of(rows)[-1])),
+        test_rows=test_rows,
         result_notes={
             "scores": "ranked by the matching head; itc_: by cosine alone",
             "identical_captions": "are right for each of their pictures",

@@ -28,7 +28,7 @@ from blip_ft.arguments import (
 )
 from blip_ft.checkpoints import settle_settings
 from blip_ft.collators import VqaCollator
-from blip_ft.data_pipeline import load_vqa
+from blip_ft.data_pipeline import load_splits
 from blip_ft.metrics import VqaAccuracy, answer_type, answer_without_images, scoring_rule, vqa_accuracy
 from blip_ft.models import load_for_training, outline
 from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
@@ -47,6 +47,8 @@ class Training(BlipTrainingArguments):
     # configs/vqa.yaml of the original: 16 GPUs x 16 pictures, 2e-5, 10 epochs
     learning_rate: float = 2e-5
     num_train_epochs: float = 10
+    # train_vqa.py takes the last epoch, and to answer VQA v2's 214,000 questions ten times would cost hours
+    load_best_model_at_end: bool = False
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Questions a step and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Questions at once."})
     generation_max_length: int = field(default=10, metadata={"help": "Tokens of an answer, with [DEC] and [SEP]."})
@@ -64,9 +66,9 @@ def main() -> None:
     data_args.require_end(training_args)
     checkpoint = prepare_output_dir(training_args, "vqa", peft_args)
     candidates = read_answer_list(vqa_args.answer_list)
-    output_dir = Path(training_args.output_dir)
     planned = outline("vqa", model_args, peft_args, vqa_args, training_args)
-    train_rows, eval_rows = load_vqa(data_args, output_dir / "bad_rows.jsonl", training_args.seed)
+    bad_rows_file = Path(training_args.output_dir) / "bad_rows.jsonl"
+    train_rows, eval_rows, test_rows = load_splits("vqa", data_args, bad_rows_file, training_args.seed)
     check_run(training_args, train_rows, planned)
     parts, rows = (model_args, data_args, vqa_args, peft_args), {"train": train_rows, "eval": eval_rows}
     settings = settle_settings(checkpoint, training_args, parts, rows, planned)
@@ -132,8 +134,10 @@ def main() -> None:
         data_args,
         (vqa_args, peft_args),
         baseline=Baseline("the most frequent training answer to the same words, without the image", baseline),
+        test_rows=test_rows,
         result_notes={
             "scoring_rule": scoring_rule(eval_rows["answers"][:]),
+            **({"test_scoring_rule": scoring_rule(test_rows["answers"][:])} if test_rows else {}),
             "answer_types": "of the data" if "answer_type" in eval_rows.column_names else "by rule",
         },
     )

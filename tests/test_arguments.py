@@ -261,8 +261,8 @@ def names_read_by(name: str) -> set[str]:
     return read.union(*(names_read(folder / f"{module}.py") for module in more))
 
 
-# answer_list says as much, and arguments.py sees to it that they agree; do_train is the recipe's whole run
-CHECKED_ALONE = {"answer_mode", "do_train"}
+# answer_list says as much, and arguments.py sees to it that they agree
+CHECKED_ALONE = {"answer_mode"}
 
 
 @pytest.mark.parametrize("name", ["vqa", "captioning", "retrieval", "predict"])
@@ -415,3 +415,59 @@ def test_help_says_what_is_true_here(capsys):
 
 def test_settings_that_were_changed_are_those_that_differ_from_their_default():
     assert changed_settings(PeftArguments(use_peft=True, lora_r=16)) == {"use_peft": True}
+
+
+BEST = ["--load_best_model_at_end", "--use_cpu", "--output_dir", "x"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "evaluated", "saved"),
+    [
+        ([], ("epoch", None), ("epoch", 500)),
+        (["--save_strategy", "steps"], ("steps", 500), ("steps", 500)),
+        (["--save_strategy", "steps", "--save_steps", "7"], ("steps", 7), ("steps", 7)),
+        (["--eval_strategy", "steps", "--eval_steps", "3"], ("steps", 3), ("steps", 3)),
+        (["--eval_strategy", "steps"], ("steps", 500), ("steps", 500)),
+        (["--eval_strategy", "epoch"], ("epoch", None), ("epoch", 500)),
+        (["--save_strategy", "best"], ("epoch", None), ("best", 500)),
+        (["--save_strategy", "best", "--eval_strategy", "steps", "--eval_steps", "3"], ("steps", 3), ("best", 500)),
+        (["--load_best_model_at_end", "false"], ("no", None), ("epoch", 500)),
+        (["--load_best_model_at_end", "false", "--save_strategy", "no"], ("no", None), ("no", 500)),
+    ],
+)
+def test_evaluations_and_checkpoints_come_together_if_the_best_is_kept(flags, evaluated, saved):
+    args = parse(BlipTrainingArguments, argv=[*BEST, *flags])[0]
+    assert ((args.eval_strategy, args.eval_steps), (args.save_strategy, args.save_steps)) == (evaluated, saved)
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (["--save_strategy", "no"], "eval_strategy no and save_strategy no"),
+        (["--eval_strategy", "no"], "eval_strategy no and save_strategy no"),
+        (
+            ["--eval_strategy", "steps", "--save_strategy", "epoch"],
+            r"eval_strategy steps \(500\) and save_strategy epoch",
+        ),
+        # the checkpoint of an evaluation at step 3 would never be there
+        (
+            ["--eval_strategy", "steps", "--eval_steps", "3", "--save_strategy", "steps", "--save_steps", "6"],
+            r"eval_strategy steps \(3.0\) and save_strategy steps \(6.0\)",
+        ),
+    ],
+)
+def test_best_checkpoint_that_would_not_be_kept_is_refused(flags, found):
+    with pytest.raises(ValueError, match=f"{found}. Name one of the two alone.*--load_best_model_at_end false"):
+        parse(BlipTrainingArguments, argv=[*BEST, *flags])
+
+
+@pytest.mark.parametrize(("name", "metric"), [("captioning", "cider"), ("retrieval", "recall_mean"), ("vqa", None)])
+def test_best_checkpoint_is_the_default_of_captions_and_retrieval(name, metric):
+    args = parse(*recipe_classes(name), argv=["--use_cpu", "--output_dir", "x"])[-1]
+    assert (args.load_best_model_at_end, args.metric_for_best_model) == (metric is not None, metric)
+
+
+def test_test_rows_of_vqa_v2_files_are_refused_with_what_to_do_instead():
+    files = {"questions_file": "q.json", "annotations_file": "a.json", "image_folder": "."}
+    with pytest.raises(ValueError, match="go with dataset_name.*--do_train false --eval_questions_file"):
+        DataArguments(**files, test_split="test")

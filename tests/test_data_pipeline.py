@@ -22,6 +22,7 @@ from blip_ft.data_pipeline import (
     GroupedSampler,
     ImageOverlap,
     load_captions,
+    load_splits,
     load_to_predict,
     load_vqa,
     number_pictures,
@@ -770,3 +771,51 @@ def test_image_id_column_that_is_not_there_is_named(folder):
     write_metadata(folder, ROWS)
     with pytest.raises(ValueError, match="Set image_id_column"):
         load_vqa(DataArguments(dataset_name=str(folder), image_id_column="foo"))
+
+
+@pytest.mark.parametrize("kind", ["vqa", "captions"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_to_test_on_are_those_of_their_split_or_source(folder, tmp_path, kind, streaming, caplog):
+    splits = zip(ROWS[1:], ("train", "val", "final"), strict=True)
+    rows = [{**row, "captions": ["a dog"], "split": split} for row, split in splits]
+    write_metadata(folder, rows)
+    args = DataArguments(dataset_name=str(folder), eval_split="val", streaming=streaming, test_split="final")
+    _, evaluation, test = load_splits(kind, args)
+    assert (evaluation["image_id"][:], test["image_id"][:]) == (["b.png"], ["c.png"])
+    assert set(test.column_names) == set(evaluation.column_names)
+    assert test.image_overlap == (None if streaming else ImageOverlap(0, 1, None))
+    # another source, whose first image is trained on and its second evaluated on
+    write_metadata(folder, [{**rows[0], "file_name": f"{name}.png"} for name in "ab"], "other.jsonl")
+    args = DataArguments(
+        dataset_name=str(folder), eval_split="val", streaming=streaming, test_dataset_name=str(folder / "other.jsonl")
+    )
+    test = load_splits(kind, args).test
+    assert test["image_id"][:] == ["a.png", "b.png"]
+    assert test.image_overlap == (None if streaming else ImageOverlap(1, 2, "a.png"))
+    assert test.overlap_with_evaluation == ImageOverlap(1, 2, "b.png")
+    assert "1 of 2 images to test on are also evaluated on, e.g. b.png" in caplog.text
+    assert load_splits(kind, DataArguments(dataset_name=str(folder), eval_split="val")).test is None
+
+
+def test_held_out_images_and_rows_to_test_on_are_apart_and_both_are_known(folder, caplog):
+    write_metadata(folder, [{**row, "split": "final" if row is ROWS[3] else "train"} for row in ROWS])
+    train, evaluation, test = load_splits("vqa", DataArguments(dataset_name=str(folder), test_split="final"))
+    assert len({*train["image_id"], *evaluation["image_id"]}) == 2 and test["image_id"][:] == ["c.png"]
+    assert "To evaluate on another split" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"test_split": "train"}, "The rows to test on are those to train on"),
+        ({"test_split": "test"}, "The rows to test on are those to evaluate on"),
+        ({"test_dataset_name": "{folder}/metadata.jsonl"}, "The rows to test on are those to train on"),
+        ({"test_dataset_name": "{folder}", "test_split": "test"}, "The rows to test on are those to evaluate on"),
+    ],
+)
+def test_rows_to_test_on_that_serve_otherwise_are_refused_unless_asked_for(folder, flags, message):
+    write_metadata(folder, [{**row, "split": split} for row in ROWS for split in ("train", "test")])
+    flags = {name: value.format(folder=folder) for name, value in flags.items()} | {"eval_split": "test"}
+    with pytest.raises(ValueError, match=f"{message}.*Name other rows with --test_split or --test_dataset_name"):
+        load_splits("vqa", DataArguments(dataset_name=str(folder), **flags))
+    assert len(load_splits("vqa", DataArguments(dataset_name=str(folder), allow_image_overlap=True, **flags)).test) == 4

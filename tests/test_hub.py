@@ -392,3 +392,19 @@ def test_code_of_a_checkpoint_is_trusted_nowhere():
     assert not [path for path in yamls if "trust_remote_code" in path.read_text()]
     with pytest.raises(ValueError, match="unknown key 'trust_remote_code'"):
         parse(ModelArguments, argv=["--trust_remote_code"])
+
+
+def test_card_has_the_scores_of_the_test_rows_apart_and_gives_them_to_the_hub():
+    scores = {"eval_vqa_accuracy": 60.0, "test_vqa_accuracy": 55.0}
+    card = card_of(
+        scores=scores, baselines={"test_vqa_accuracy": 40.0}, tested_on="split final",
+        overlap="None of its 9 images was trained on in this run.",
+        test_overlap="2 of its 3 images were also trained on.",
+    )  # fmt: skip
+    evaluated, tested = card.text.split("On split final, once, with the final model.")
+    assert "On split test. None of its 9 images was trained on in this run." in evaluated
+    assert "| VQA accuracy | 60.00 |" in evaluated and "55.00" not in evaluated
+    assert tested.startswith(" 2 of its 3 images were also trained on.")
+    assert "| VQA accuracy | 55.00 | 40.00 |" in tested and "60.00" not in tested
+    assert [result.metric_value for result in card.data.eval_results] == [55.0]
+    assert front_matter_errors(str(card)) == []

@@ -38,6 +38,7 @@ BY_HEART = {
 def test_eight_rows_are_learned_by_heart_and_every_file_is_written(recipe, data_of, task):
     epochs, wanted = BY_HEART[task]
     flags = ["--num_train_epochs", str(epochs), "--logging_steps", "1", "--sample_steps", "20"]
+    flags += ["--load_best_model_at_end", "false"]  # the last epoch is the best too, and takes no evaluation before it
     folder = recipe(*data_of(task), *flags, task=task)
     assert results_of(folder).items() >= wanted.items()
     losses = [entry["loss"] for entry in history_of(folder)]
@@ -564,3 +565,158 @@ def test_answer_list_that_is_none_is_refused_before_the_model_loads(
         with pytest.raises(SystemExit):
             recipe(*data, "--answer_mode", "rank", "--answer_list", str(path))
         assert part in caplog.messages[-1]
+
+
+# ---- the best checkpoint, the test rows, and evaluation alone ----
+
+
+@pytest.fixture
+def three_splits(picture_folder, tmp_path):
+    """The rows of picture_folder, of its fourth image to test on and of the third to evaluate on."""
+    folder = shutil.copytree(picture_folder, tmp_path / "three")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    splits = {"2.png": "val", "3.png": "test"}
+    rows = [{**row, "split": splits.get(row["file_name"], "train")} for row in rows if row["split"] == "train"]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--dataset_name", str(folder), "--eval_split", "val", "--per_device_train_batch_size", "4"]
+
+
+def evaluations_of(folder: Path, name: str) -> dict[int, float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry[f"eval_{name}"] for entry in history if f"eval_{name}" in entry}
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"), [("captioning", "cider"), ("captioning lora", "cider"), ("retrieval", "recall_mean")]
+)
+def test_captions_and_retrieval_end_with_the_best_epoch(recipe, data_of, tmp_path, monkeypatch, task, metric):
+    """The second of three epochs scores best, whatever the weights are."""
+    task, *lora = task.split()
+    scored = iter([1.0, 3.0, 2.0, 3.0])
+    monkeypatch.setattr(
+        *(BlipTrainer, "evaluation_loop"),
+        lambda self, *args, run=BlipTrainer.evaluation_loop, **kwargs: (
+            lambda output: output._replace(metrics={**output.metrics, f"eval_{metric}": next(scored)})
+        )(run(self, *args, **kwargs)),
+    )
+    flags = [*data_of(task), *(["--use_peft"] if lora else [])]
+    folder = recipe(*flags, "--num_train_epochs", "3", "--save_total_limit", "1", task=task)
+    assert evaluations_of(folder, metric) == {1: 1.0, 2: 3.0, 3: 2.0}
+    results = results_of(folder)
+    assert results[f"eval_{metric}"] == 3.0
+    assert results["checkpoint"] == f"step 2 of 3, the best by {metric} on split test"
+    for page in ("report.html", "README.md"):
+        assert f"step 2 of 3, the best by {metric} on split test" in (folder / page).read_text().replace("\\", "")
+    weights = "adapter_model.safetensors" if lora else "model.safetensors"
+    kept, result = (load_file(path / weights) for path in (folder / "checkpoint-2", folder))
+    assert all(torch.equal(kept[name], result[name]) for name in kept)
+    monkeypatch.undo()
+    # the predictions are of these weights too
+    alone = ["--model_name_or_path", str(folder), "--do_train", "false"]
+    again = recipe(*data_of(task), *alone, output_dir=tmp_path / "again", task=task)
+    assert [row["prediction"] for row in predictions_of(again)] == [row["prediction"] for row in predictions_of(folder)]
+
+
+def test_last_epoch_is_the_result_if_asked_for_and_of_questions(recipe, data_of, tmp_path):
+    flags = ["--num_train_epochs", "2", "--load_best_model_at_end", "false"]
+    for task, more in (("captioning", flags), ("vqa", flags[:2])):
+        folder = recipe(*data_of(task), *more, output_dir=tmp_path / task, task=task)
+        assert evaluations_of(folder, "exact_match") == {}
+        assert results_of(folder)["checkpoint"] == "the last, step 2; no score chose it"
+        last, result = (load_file(path / "model.safetensors") for path in (folder / "checkpoint-2", folder))
+        assert all(torch.equal(last[name], result[name]) for name in last)
+
+
+def test_stream_of_captions_keeps_the_best_of_ten_evaluations(recipe, data_of):
+    flags = [*data_of("captioning"), "--streaming", "--max_steps", "20", "--generation_num_beams", "1"]
+    folder = recipe(*flags, task="captioning")
+    scores = evaluations_of(folder, "cider")
+    assert list(scores) == list(range(2, 21, 2))
+    assert results_of(folder)["eval_cider"] == pytest.approx(max(scores.values()))
+    assert results_of(folder)["eval_images_trained_on"] is None
+    assert "was not checked, as those were streamed" in (folder / "README.md").read_text()
+
+
+def test_resumed_run_ends_with_the_best_checkpoint_of_its_own_folder(recipe, data_of, tmp_path, monkeypatch, caplog):
+    """The first epoch scores best. The folder is moved before the run is resumed, or has lost that checkpoint."""
+    flags = [*data_of("captioning"), "--num_train_epochs", "3", "--save_total_limit", "9"]
+    loop = BlipTrainer.evaluation_loop
+
+    def scores(self, *args, **kwargs):
+        output = loop(self, *args, **kwargs)
+        output.metrics["eval_cider"] = 10.0 - self.state.global_step
+        return output
+
+    monkeypatch.setattr(BlipTrainer, "evaluation_loop", scores)
+    whole = recipe(*flags, output_dir=tmp_path / "whole", task="captioning")
+    shutil.rmtree(whole / "checkpoint-3")
+    for lost, best in ((), 1), ((1,), 3):
+        cut = shutil.copytree(whole, tmp_path / f"lost {len(lost)}")
+        for step in lost:
+            shutil.rmtree(cut / f"checkpoint-{step}")
+        again = recipe(*flags, "--resume_from_checkpoint", "last", output_dir=cut, task="captioning")
+        kept, result = (load_file(path / "model.safetensors") for path in (again / f"checkpoint-{best}", again))
+        assert all(torch.equal(kept[name], result[name]) for name in kept)
+        assert results_of(again)["checkpoint"].startswith(f"step {best} of 3")
+    assert f"The best checkpoint so far, {cut / 'checkpoint-1'}, is gone" in caplog.text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_final_model_is_evaluated_once_on_the_test_rows(recipe, data_of, three_splits, task):
+    folder = recipe(*data_of(task), *three_splits, "--test_split", "test", "--num_train_epochs", "2", task=task)
+    results = results_of(folder)
+    metrics = {name.removeprefix("eval_") for name in results if name.startswith("eval_")}
+    assert metrics == {name.removeprefix("test_") for name in results if name.startswith("test_")} - {"scoring_rule"}
+    assert results["test_images"] == 1 and results["test_images_trained_on"] == 0
+    assert {name for name in results if name.startswith("baseline_test_")}
+    lines = (folder / "test_predictions.jsonl").read_text().splitlines()
+    assert {json.loads(line)["image_id"] for line in lines} == {"3.png"}
+    assert {row["image_id"] for row in predictions_of(folder)} == {"2.png"}
+    assert "test_predictions.jsonl" in (folder / ".gitignore").read_text()
+    card, report = (folder / "README.md").read_text(), (folder / "report.html").read_text()
+    assert "On split val. None of its 1 images was trained on in this run." in card
+    assert "On split test, once, with the final model. None of its 1 images was trained on in this run." in card
+    assert "split test (the final model, once)" in report
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert not any(name.startswith("test_") for entry in history for name in entry)
+
+
+def test_images_that_are_also_trained_on_are_counted_in_results_card_and_report(recipe, data, picture_folder):
+    flags = ["--test_dataset_name", str(picture_folder), "--test_split", "train", "--allow_image_overlap"]
+    folder = recipe(*data, *flags, "--max_steps", "1", "--max_eval_samples", "3")
+    results = results_of(folder)
+    assert results["eval_images_trained_on"] == results["eval_images"] == 2
+    assert results["test_images_trained_on"] == 2
+    for page in ("README.md", "report.html"):
+        text = (folder / page).read_text()
+        assert text.count("2 of its 2 images were also trained on: they say little about new images.") == 2
+        assert "not trained on" not in text
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("start", ["checkpoint", "adapter"])
+def test_without_do_train_a_run_evaluates_only(recipe, data_of, checkpoints, tmp_path, monkeypatch, task, start):
+    flags, model = data_of(task), checkpoints[task]
+    if start == "adapter":
+        model = recipe(*flags, "--use_peft", "--max_steps", "2", output_dir=tmp_path / "adapter", task=task)
+    monkeypatch.setattr(BlipTrainer, "train", None)
+    # more rows a step than there are, as evaluation takes none
+    alone = ["--model_name_or_path", str(model), "--do_train", "false", "--per_device_train_batch_size", "64"]
+    folder = recipe(*flags, *alone, "--eval_on_start", output_dir=tmp_path / "alone", task=task)
+    written = {path.name for path in folder.iterdir()}
+    assert written == {".gitignore", "all_results.json", "predictions.jsonl", "report.html"}
+    results = results_of(folder)
+    assert not any(name.startswith(("train", "before_training")) or "trained_on" in name for name in results)
+    if start == "adapter":
+        trained = results_of(model)
+        names = [name for name in trained if "recall" in name or "cider" in name or "accuracy" in name]
+        assert {name: results[name] for name in names} == pytest.approx({name: trained[name] for name in names})
+
+
+def test_evaluation_alone_takes_the_rows_that_were_trained_on_and_no_push(recipe, data, caplog):
+    folder = recipe(*data, "--do_train", "false", "--eval_split", "train")
+    assert len(predictions_of(folder)) == 8
+    for flags in (["--push_to_hub"], ["--resume_from_checkpoint", "last"]):
+        with pytest.raises(SystemExit):
+            recipe(*data, "--do_train", "false", *flags, output_dir=folder.with_name("other"))
+        assert f"{flags[0][2:]} has no effect with --do_train false" in caplog.messages[-1]

@@ -41,7 +41,7 @@ ARROWS = {
     "checkpoints": set(),
     "engines": set(),
     "outputs": set(),
-    "callbacks": {"arguments", "collators", "data_pipeline", "metrics", "report"},
+    "callbacks": {"arguments", "collators", "data_pipeline", "metrics", "outputs", "report"},
     "predictions": {"metrics", "outputs", "report"},
     "trainer": {
         "arguments",
