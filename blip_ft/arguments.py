@@ -492,6 +492,7 @@ WITHOUT_EFFECT = {
     "parallelism_config": "Leave it out: BLIP is not cut up among devices.",
     "label_smoothing_factor": "It would smooth the wrong tokens, for the Trainer does not shift BLIP's labels. Use "
     "--label_smoothing, which goes into the model's own loss.",
+    "logging_nan_inf_filter": "Leave it out: a loss that is not finite stops the run.",
     "remove_unused_columns": "It would drop image, question and answers. Leave it off.",
     "hub_token": "It would be pickled into training_args.bin. Set the environment variable HF_TOKEN instead.",
 }
@@ -545,6 +546,7 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
     )
     lr_scheduler_type: str = "cosine"
     logging_steps: float = 50
+    logging_nan_inf_filter: bool = False  # it would hide them, and wait for the device in each step
     eval_strategy: str | None = field(
         default=None,
         metadata={

@@ -154,10 +154,10 @@ def draw_negatives(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
     Source: BLIP models/blip_retrieval.py, which takes the softmax before the mask: the same odds, but there all weights
     can round to 0, and torch.multinomial raises.
     """
-    weights = logits.masked_fill(same, -torch.inf).softmax(1)
-    alone = same.all(1)
-    drawn = weights.masked_fill(alone[:, None], 1.0).multinomial(1).squeeze(1)
-    return drawn.masked_fill(alone, -1)
+    # NaN in a row without another column, and of weights that have become NaN, which multinomial would raise for (on a
+    # GPU the process could not go on after it): there the loss says so, and the trainer stops
+    weights = logits.masked_fill(same, -torch.inf).softmax(1).nan_to_num(1.0)
+    return weights.multinomial(1).squeeze(1).masked_fill(same.all(1), -1)
 
 
 def nearest_is_right(similarities: Sequence[torch.Tensor], same: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,7 @@ from blip_ft.collators import (
     open_image,
 )
 from blip_ft.models import load_processor
+from blip_ft.outputs import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -427,7 +428,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 logger.warning("train row %d (%s) is skipped: %s", position, bad["image_id"], reason)
                 if self.bad_rows_file is not None:
                     with self.bad_rows_file.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(bad) + "\n")
+                        file.write(to_json(bad) + "\n")
             self._require_few(num_bad, max(position + 1, 1000), bad)
         if num_bad:
             self._require_few(num_bad, position + 1, bad)
@@ -1469,7 +1470,7 @@ def _picture_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None
 def _report_bad_rows(bad: list[Row], total: int, max_fraction: float, file: Path | None) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in bad), encoding="utf-8")
+        file.write_text("".join(to_json(row) + "\n" for row in bad), encoding="utf-8")
     first = "\n".join(f"  {row['split']} row {row['row']} ({row['image_id']}): {row['reason']}" for row in bad[:5])
     summary = f"{len(bad)} of {total} rows cannot be used" + (f", all listed in {file}" if file else "") + f":\n{first}"
     if len(bad) / total > max_fraction:  # as the advice below rounds; 0.29 * 100 is less than 29

@@ -74,6 +74,13 @@ def _engine_that_saved(checkpoint: Path) -> Engine:
     return "ZeRO-2" if any("optim" in path.name for path in states) else "ZeRO-0"
 
 
+def own_part(parameter: nn.Parameter) -> torch.Tensor:
+    """What this process holds of a parameter: all of it, unless it is sharded."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.detach()  # DeepSpeed's, under ZeRO-3
+
+
 @contextmanager
 def whole_weight(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
     """All of a parameter, of which this process may hold a part. A collective: all processes enter together."""

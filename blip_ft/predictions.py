@@ -16,7 +16,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from blip_ft import metrics
-from blip_ft.outputs import claim, decided_by_main, is_free, numbered_folders, require_claim, write_lines
+from blip_ft.outputs import claim, decided_by_main, is_free, numbered_folders, require_claim, to_json, write_lines
 from blip_ft.report import Sample
 
 Line = dict[str, Any]
@@ -84,7 +84,7 @@ def append_part(folder: Path, batches: Iterable[dict[int, Line]]) -> None:
     with (folder / f"predictions.part{PartialState().process_index}.jsonl").open("a", encoding="utf-8") as file:
         for batch in batches:
             for position, line in batch.items():
-                file.write(json.dumps({"position": position, **line}, ensure_ascii=False) + "\n")
+                file.write(to_json({"position": position, **line}, ensure_ascii=False) + "\n")
             file.flush()
 
 

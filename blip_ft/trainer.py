@@ -70,6 +70,7 @@ from blip_ft.engines import (
     check_saved_engine,
     embeddings_in_the_root_group,
     engine_of,
+    own_part,
     whole_weight,
 )
 from blip_ft.feature_store import require_constant_features, store_pictures
@@ -77,12 +78,22 @@ from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_
 from blip_ft.metrics import smoothing_floor
 from blip_ft.modeling import BlipForImageTextRetrieval, BlipForQuestionAnswering
 from blip_ft.models import count_parameters
-from blip_ft.outputs import claim, decided_by_main, is_free, names_in, numbered_folders, require_claim, write_lines
+from blip_ft.outputs import (
+    claim,
+    decided_by_main,
+    is_free,
+    names_in,
+    numbered_folders,
+    require_claim,
+    to_json,
+    write_lines,
+)
 from blip_ft.report import THUMBNAIL_PIXELS, is_score, write_report
 
 logger = logging.getLogger(__name__)
 
 CONTRASTIVE_FILE = "contrastive.safetensors"
+NEVER = torch.iinfo(torch.long).max  # a step that no run reaches
 LOSS_PARTS = ("loss_itc", "loss_itm", "in_batch_accuracy")  # of retrieval, logged with its loss
 
 Batch = dict[str, torch.Tensor]
@@ -151,6 +162,7 @@ class BlipTrainer(Trainer):
         self.building: str | None = None  # where a checkpoint is being written
         self.has_targets = False  # whether a batch had a token to learn
         self.loss_parts: list[torch.Tensor] = []  # since the last log, (3,) each: LOSS_PARTS
+        self.first_bad_step = torch.tensor(NEVER)  # the first step of this process with a loss that is not finite
         self.add_callback(BestCallback())
         self.add_callback(EpochCallback(self))
         self.add_callback(ContrastiveCallback(self))
@@ -261,7 +273,47 @@ class BlipTrainer(Trainer):
             self.loss_parts.append(torch.stack([outputs[name].float() for name in LOSS_PARTS]).detach())
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # remembered on the device: to ask for the value here would wait for it in each step
+        self.first_bad_step = self.first_bad_step.to(loss.device)
+        step = torch.full_like(self.first_bad_step, self.state.global_step + 1)
+        self.first_bad_step = torch.where(loss.isfinite(), self.first_bad_step, self.first_bad_step.minimum(step))
+        return loss
+
+    def require_finite(self, weights: bool) -> None:
+        """Stop all processes together if a loss since the start, or a trained weight now, is NaN or infinite.
+
+        A collective that waits for the device once. It is called where the loss is logged, and with weights (each of
+        them is read) before an evaluation, a checkpoint and the final save.
+        Raises: ValueError that names the step, the last complete checkpoint, and what to try.
+        """
+        step, device = self.state.global_step, self.args.device
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad] if weights else []
+        if weights and self.blip.contrastive:
+            trained.append(self.blip.contrastive.temperature)
+        finite = [own_part(parameter).isfinite().all().to(device) for parameter in trained]
+        is_good = torch.stack(finite).all() if finite else torch.tensor(True, device=device)
+        found = torch.stack([self.first_bad_step.to(device), torch.where(is_good, NEVER, step)])
+        # (processes, 2)
+        loss_step, weights_step = self.accelerator.gather(found[None]).amin(0).tolist()
+        if loss_step == weights_step == NEVER:
+            return
+        args, last = self.args, newest_checkpoint(Path(self.args.output_dir))
+        is_loss = loss_step <= weights_step
+        raise ValueError(
+            f"Training stopped: the {'loss' if is_loss else 'weights'} of step {min(loss_step, weights_step)} "
+            f"{'is' if is_loss else 'are'} not finite (NaN or infinity). Nothing of that state is saved; "
+            f"{f'{last} is the last complete checkpoint' if last else 'no checkpoint had been written before'}. "
+            f"Start anew with a lower --learning_rate (now {args.learning_rate:g})"
+            + ("" if args.max_grad_norm else ", or with --max_grad_norm 1")
+            + (", or with --bf16 instead of --fp16" if args.fp16 else "")
+            + "."
+        )
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.require_finite(weights=False)
         if "loss" in logs and self.loss_parts:
             parts = self.accelerator.reduce(torch.stack(self.loss_parts).mean(0), "mean").tolist()
             logs |= dict(zip(LOSS_PARTS, parts, strict=True))
@@ -305,6 +357,7 @@ class BlipTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As the Trainer's, but under its own name only when all files of all processes are there."""
+        self.require_finite(weights=True)
         args = self.args
         building = Path(args.output_dir) / BUILDING
         final = building.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -377,6 +430,8 @@ class BlipTrainer(Trainer):
     ) -> EvalLoopOutput:
         """What evaluate_rows keeps of a row travels between processes, never picture features."""
         rows = dataloader.dataset.dataset
+        if self.is_in_train:
+            self.require_finite(weights=True)
 
         def collect(predict: Predict, description: str) -> list[dict[str, Any] | None]:
             return self._collect(dataloader, predict, description)
@@ -649,7 +704,7 @@ def run(
     if args.eval_on_start and args.do_train and checkpoint is None:
         # before the clock of training starts; the Trainer's own would run inside it
         results |= trainer.evaluate(metric_key_prefix="before_training")
-        logger.info("Results before training:\n%s", json.dumps(results, indent=2))
+        logger.info("Results before training:\n%s", to_json(results, indent=2))
     args.eval_on_start = False
     if args.do_train:
         results |= _train(trainer, checkpoint)
@@ -695,7 +750,7 @@ def run(
             notes=[*notes, *([f"Baseline: {baseline.words}."] if baselines else [])],
         )
         results = {name: value for name, value in results.items() if name != "epoch"} | result_notes
-        (folder / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        (folder / "all_results.json").write_text(to_json(results, indent=2) + "\n", encoding="utf-8")
         if args.do_train:
             trainer.card = build_model_card(
                 trainer.hub_model_id or args.hub_model_id or folder.resolve().name,
@@ -717,7 +772,7 @@ def run(
                 arguments=arguments,
             )
             trainer.create_model_card()
-        logger.info("Results, %s:\n%s", folder / "all_results.json", json.dumps(results, indent=2))
+        logger.info("Results, %s:\n%s", folder / "all_results.json", to_json(results, indent=2))
         if baselines:
             logger.info("%s", _beside_baseline(scores, baselines, baseline.words))
     if args.push_to_hub:
@@ -728,6 +783,7 @@ def run(
 def _train(trainer: BlipTrainer, checkpoint: str | None) -> dict[str, float]:
     """Train and save weights and state, of the best checkpoint under load_best_model_at_end."""
     trained = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.require_finite(weights=True)
     trainer.save_model(_internal_call=True)
     if hasattr(trainer.model, "peft_config") and trainer.is_world_process_zero():
         # an adapter's folder tells nothing else of picture size and start tokens

@@ -42,7 +42,7 @@ from blip_ft.collators import (
 )
 from blip_ft.data_pipeline import list_pictures, load_to_predict, number_pictures, why_unreadable
 from blip_ft.models import TASK_OF_CLASS, load_model, require_positions
-from blip_ft.outputs import write_lines
+from blip_ft.outputs import to_json, write_lines
 from blip_ft.report import THUMBNAIL_PIXELS, write_report
 
 logger = logging.getLogger("blip_ft.predict")
@@ -319,14 +319,14 @@ def write_results(
         lambda position: open_image(rows[position]["image"], THUMBNAIL_PIXELS),
     )
     if scores:
-        (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-        logger.info("Scores: %s", json.dumps(scores, indent=2))
+        (folder / "scores.json").write_text(to_json(scores, indent=2) + "\n", encoding="utf-8")
+        logger.info("Scores: %s", to_json(scores, indent=2))
     if bad_rows:
         write_lines(folder / "bad_rows.jsonl", bad_rows)
         logger.warning("%d rows have no prediction: %s", len(bad_rows), folder / "bad_rows.jsonl")
     if args.format:
         results = predictions.official_results(args.format, ids, lines)
-        (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+        (folder / "results.json").write_text(to_json(results), encoding="utf-8")
     predictions.finish(folder, lines)
     more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     logger.info("Predicted:\n%s%s", "\n".join(map(in_words, lines[:SHOWN])), more)

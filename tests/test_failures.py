@@ -1,0 +1,111 @@
+"""Runs that cannot go well: they stop early, with one message, and leave nothing behind that looks like a result."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RECIPES
+from safetensors.torch import load_file
+
+from blip_ft.outputs import to_json
+
+
+def message_of(caplog) -> str:
+    """What a run that ended with exit code 1 said last."""
+    return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"][-1]
+
+
+def fails(recipe, *flags: str, **kwargs) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        recipe(*flags, **kwargs)
+    assert stopped.value.code == 1
+
+
+def all_finite(path) -> bool:
+    return all(tensor.isfinite().all() for tensor in load_file(path).values() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize("task", ["vqa", "captioning", "retrieval"])
+def test_run_stops_at_the_first_step_whose_loss_is_not_finite(recipe, data_of, tmp_path, caplog, task):
+    flags = ["--learning_rate", "1e30", "--max_steps", "4", "--warmup_steps", "0", "--save_strategy", "no"]
+    fails(recipe, *data_of(task), *flags, task=task)
+    said = message_of(caplog)
+    assert (
+        "step 2 is not finite" in said and "--max_grad_norm 1" in said and "lower --learning_rate (now 1e+30)" in said
+    )
+    assert "Traceback" not in caplog.text and "no checkpoint had been written" in said
+    assert (
+        not list((tmp_path / "run").glob("**/*.safetensors")) and not (tmp_path / "run" / "all_results.json").exists()
+    )
+
+
+@pytest.mark.parametrize("last_step", [["--save_strategy", "no"], ["--save_steps", "1", "--save_strategy", "steps"]])
+def test_weights_that_only_the_last_step_broke_are_not_saved(recipe, data_of, tmp_path, caplog, last_step, monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def break_at_third(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        self.taken = getattr(self, "taken", 0) + 1
+        if self.taken == 3:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].view(-1)[0] = torch.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", break_at_third)
+    fails(recipe, *data_of("vqa"), "--max_steps", "3", *last_step)
+    assert "the weights of step 3 are not finite" in message_of(caplog)
+    folder = tmp_path / "run"
+    saved = sorted(path.name for path in folder.glob("checkpoint-*"))
+    assert saved == (["checkpoint-1", "checkpoint-2"] if "steps" in last_step else [])
+    assert ("checkpoint-2 is the last complete checkpoint" in message_of(caplog)) == bool(saved)
+    assert all(all_finite(path) for path in folder.glob("**/model.safetensors"))
+    assert not (folder / "model.safetensors").exists()
+
+
+# a program whose second process alone has a loss that is not finite, and weights that are
+BROKEN_IN_SECOND = """
+import os, runpy, sys
+from blip_ft.trainer import BlipTrainer
+compute_loss = BlipTrainer.compute_loss
+def broken(self, *args, **kwargs):
+    loss = compute_loss(self, *args, **kwargs)
+    return loss + float("nan") if os.environ["RANK"] == "1" and self.state.global_step == 2 else loss
+BlipTrainer.compute_loss = broken
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def on_two(program: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+    flags = [*flags, "--use_cpu", "--dataloader_num_workers", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *flags], capture_output=True, text=True, env=environment, timeout=100)
+
+
+def test_loss_of_one_process_that_is_not_finite_stops_all(data_of, tmp_path):
+    program, folder = tmp_path / "broken.py", tmp_path / "run"
+    program.write_text(BROKEN_IN_SECOND)
+    flags = ["--per_device_train_batch_size", "4", "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2"]
+    ended = on_two(program, str(RECIPES / "vqa.py"), *data_of("vqa"), *flags, "--output_dir", str(folder))
+    assert ended.returncode == 1
+    assert (
+        f"the loss of step 3 is not finite (NaN or infinity). Nothing of that state is saved; {folder}" in ended.stderr
+    )
+    assert "checkpoint-2 is the last complete checkpoint" in ended.stderr
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_json_has_null_for_what_is_not_finite():
+    line = {"loss": float("nan"), "scores": [1.5, float("-inf"), {"deep": float("inf")}], "text": "NaN", "number": 3}
+    assert json.loads(to_json(line)) == {
+        "loss": None,
+        "scores": [1.5, None, {"deep": None}],
+        "text": "NaN",
+        "number": 3,
+    }
