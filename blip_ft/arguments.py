@@ -585,6 +585,13 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         default=50.0,
         metadata={"help": "Of all features kept under HF_HOME. A picture of 384 pixels takes 0.9 MB in bf16."},
     )
+    skip_dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Train at once. Default: first run all stages (loss, evaluation, report, card) on a few rows, so "
+            "that what fails in one of them is found before training. Not if a run is resumed."
+        },
+    )
     allow_changed_settings: bool = field(
         default=False,
         metadata={

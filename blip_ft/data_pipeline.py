@@ -387,6 +387,11 @@ class StreamedRows(torch.utils.data.IterableDataset):
         batches_before = len(range(number, self.first_batch, workers))
         return islice(rows, batches_before * self.batch_size, None)
 
+    def first_rows(self) -> Iterator[Row]:
+        """The rows in their order in the source, to look at; none is listed as bad."""
+        for row in self._good_rows(self.table, listed=False):
+            yield from self.schema.to_train([row])
+
     def read_pass(self, epoch: int, place: int = 0, places: int = 1) -> Iterator[Row]:
         """The rows that one of `places` readers has in a pass, in random order."""
         generator = np.random.default_rng((self.seed, epoch, place))

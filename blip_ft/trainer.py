@@ -11,14 +11,15 @@ import platform
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial, wraps
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,7 @@ from blip_ft.callbacks import (
     Stopped,
     StreamCallback,
     TrackerCallback,
+    choose_rows,
     hold_sigterm,
     outlive_signals,
     release_sigterm,
@@ -63,7 +65,14 @@ from blip_ft.checkpoints import (
     what_is_missing,
 )
 from blip_ft.collators import IGNORED, open_image
-from blip_ft.data_pipeline import GroupedSampler, ImageOverlap, StreamedRows, number_pictures, require_whole_batch
+from blip_ft.data_pipeline import (
+    GroupedSampler,
+    ImageOverlap,
+    StreamedRows,
+    number_pictures,
+    require_whole_batch,
+    why_unreadable,
+)
 from blip_ft.engines import (
     SHARDED,
     check_engine,
@@ -151,6 +160,9 @@ class BlipTrainer(Trainer):
         self.class_name = type(self.blip).__name__  # FSDP2 renames the class
         # made now, while each process holds all weights
         self.eval_copy = copy.deepcopy(self.model).cpu() if engine_of(self.args) in SHARDED else None
+        if self.is_deepspeed_enabled and self.eval_copy is None and self.blip.device.type != self.args.device.type:
+            # the Trainer would place it in train(), and evaluation and the dry run come before
+            self._move_model_to_device(self.model, self.args.device)
         self.signals = Signals()
         if self.args.save_on_each_node:  # transformers 5.23 writes weights in the first process alone
             self.blip.should_save_on_this_rank = lambda is_main_process: is_main_process
@@ -441,10 +453,15 @@ class BlipTrainer(Trainer):
         if unreadable := self.results.count(None):
             metrics["unreadable_pictures"] = unreadable
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        best = (self.args.metric_for_best_model or "").removeprefix("eval_")
-        if self.is_in_train and best and best not in metrics:
-            raise ValueError(f"metric_for_best_model {best} is none of what is measured here: {', '.join(metrics)}.")
+        if self.is_in_train:
+            self.require_best_metric(metrics)
         return EvalLoopOutput(predictions=self.results, label_ids=None, metrics=named, num_samples=len(rows))
+
+    def require_best_metric(self, metrics: Iterable[str]) -> None:
+        """Raise ValueError if metric_for_best_model is none of metrics, whose names have no prefix."""
+        best = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if best and best not in metrics:
+            raise ValueError(f"metric_for_best_model {best} is none of what is measured here: {', '.join(metrics)}.")
 
     def _collect(self, dataloader: DataLoader, predict: Predict, description: str) -> list[dict[str, Any] | None]:
         results, positions = [], iter(dataloader.row_positions)
@@ -692,6 +709,21 @@ def run(
         logger.info("%s", note)
     if trainer.is_world_process_zero():
         (folder / ".gitignore").write_text(GITIGNORE, encoding="utf-8")
+    finish = partial(
+        _evaluate_and_write,
+        trainer,
+        arguments=arguments,
+        parameters=parameters,
+        notes=notes,
+        checkpoint=checkpoint,
+        pipeline_tag=pipeline_tag,
+        model_args=model_args,
+        data_args=data_args,
+        result_notes=result_notes,
+        baseline=baseline,
+    )
+    if args.do_train and checkpoint is None and not args.skip_dry_run:
+        _dry_run(trainer, finish, baseline, test_rows)
     if args.cache_image_features and args.do_train:
         if checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             # train() would load it too late for a vision model that is new in each run; those two load it wrapped
@@ -708,6 +740,29 @@ def run(
     args.eval_on_start = False
     if args.do_train:
         results |= _train(trainer, checkpoint)
+    results = finish(results, test_rows=test_rows)
+    if args.push_to_hub:
+        _push(trainer)
+    return results
+
+
+def _evaluate_and_write(
+    trainer: BlipTrainer,
+    results: dict[str, Any],
+    *,
+    arguments: dict[str, Any],
+    parameters: dict[str, int | float],
+    notes: list[str],
+    checkpoint: str | None,
+    pipeline_tag: str | None,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    result_notes: dict[str, Any],
+    baseline: Baseline | None,
+    test_rows: Dataset | None,
+) -> dict[str, Any]:
+    """What comes after training, as run() has it: results with those of the evaluation, and the files of output_dir."""
+    args, folder = trainer.args, Path(trainer.args.output_dir)
     best_step, last_step = _best_step(trainer), trainer.state.global_step
     if best_step:  # the step whose weights these are, for the curves and trackers
         trainer.state.global_step = best_step
@@ -775,8 +830,6 @@ def run(
         logger.info("Results, %s:\n%s", folder / "all_results.json", to_json(results, indent=2))
         if baselines:
             logger.info("%s", _beside_baseline(scores, baselines, baseline.words))
-    if args.push_to_hub:
-        _push(trainer)
     return results
 
 
@@ -838,6 +891,81 @@ def _describe_overlap(rows: Dataset, data_args: DataArguments) -> str:
         return f"{words}: they say little about new images.{more}"
     compared = "" if data_args.check_images == "full" else ", by the paths of their files; contents were not compared"
     return f"None of its {overlap.num_eval:,} images was trained on in this run{compared}.{more}"
+
+
+def _dry_run(
+    trainer: BlipTrainer, finish: Callable[..., dict[str, Any]], baseline: Baseline | None, test_rows: Dataset | None
+) -> None:
+    """All stages of a run once on a few rows, so that what fails in one of them does so before the first step.
+
+    A loss, an evaluation, its predictions, report and card, in a folder that is removed. Training does not notice: its
+    random numbers, callbacks and state are not touched. All processes enter together.
+    Raises: what a stage raises; ValueError if the loss is not finite, or the best metric is not measured.
+    """
+    args, rows = trainer.args, trainer.eval_dataset
+    few = _few_of(rows, max(2, args.world_size))
+    logger.info("Dry run of all stages on %d rows before training. --skip_dry_run leaves it out.", len(few))
+    level = logger.level
+    with (
+        TemporaryDirectory() as folder,
+        torch.random.fork_rng([args.device] if args.device.type == "cuda" else []),
+        _replaced(args, output_dir=folder, dataloader_num_workers=0),
+        _replaced(trainer, eval_dataset=few, state=copy.deepcopy(trainer.state), results=[], card=None),
+        _replaced(trainer.callback_handler, callbacks=[]),
+    ):
+        _require_finite_loss(trainer)
+        try:
+            logger.setLevel(logging.WARNING)  # its results say nothing
+            results = finish({}, test_rows=None if test_rows is None else _few_of(test_rows, len(few)))
+        finally:
+            logger.setLevel(level)
+    if args.eval_strategy == "no" or isinstance(trainer.train_dataset, StreamedRows):
+        return
+    measured = [name.removeprefix("eval_") for name in results]
+    # a few rows do not have all answer types
+    trainer.require_best_metric(dict.fromkeys(chain(measured, baseline.score(rows) if baseline else ())))
+
+
+def _few_of(rows: Dataset, number: int) -> Dataset:
+    few = rows.select(choose_rows(rows, number))
+    for name in ("image_overlap", "overlap_with_evaluation"):
+        if hasattr(rows, name):  # the second only of rows to test on
+            setattr(few, name, getattr(rows, name))
+    return few
+
+
+def _require_finite_loss(trainer: BlipTrainer) -> None:
+    """The loss of two rows, without a step. Raises: ValueError if it is not finite in a process."""
+    rows = trainer.train_dataset
+    first = rows.first_rows() if isinstance(rows, StreamedRows) else map(rows.__getitem__, range(len(rows)))
+    readable = (row for row in islice(first, 64) if why_unreadable(row["image"]) is None)
+    loss = torch.zeros((), device=trainer.args.device)
+    if few := list(islice(readable, 2)):
+        batch = trainer._prepare_inputs(trainer.data_collator(few))
+        if trainer.model_accepts_loss_kwargs:
+            batch["num_items_in_batch"] = max(1, trainer.blip.count_loss_items(batch))
+        with trainer.unsharded_model() as model, torch.no_grad(), trainer.compute_loss_context_manager():
+            model.eval()  # in training retrieval would fill its queue
+            loss = model(**batch).loss.float()
+    if not trainer.accelerator.gather(loss[None]).isfinite().all():
+        raise ValueError(
+            "The loss is not finite (NaN or infinity) before the first step: the weights of the checkpoint are damaged"
+            + (", or too large for --fp16. Try --bf16" if trainer.args.fp16 else "")
+            + ". Take another checkpoint."
+        )
+
+
+@contextmanager
+def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Other values for attributes of owner, as long as the context lasts."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 def _push(trainer: BlipTrainer) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECIPES
+from conftest import RECIPES, history_of, predictions_of
 from safetensors.torch import load_file
 
 from blip_ft.outputs import to_json
@@ -109,3 +109,90 @@ def test_json_has_null_for_what_is_not_finite():
         "text": "NaN",
         "number": 3,
     }
+
+
+DRY_RUN = "Dry run of all stages"
+
+
+@pytest.mark.parametrize(
+    ("stage", "task"),
+    [
+        ("blip_ft.trainer.build_model_card", "vqa"),
+        ("blip_ft.trainer.write_report", "captioning"),
+        ("blip_ft.trainer.write_lines", "retrieval"),
+        ("blip_ft.inference.answer", "vqa"),
+        ("blip_ft.inference.caption", "captioning"),
+        ("blip_ft.inference.rank_pairs", "retrieval"),
+    ],
+)
+def test_stage_that_fails_does_so_before_the_first_step(recipe, data_of, tmp_path, caplog, monkeypatch, stage, task):
+    def fail(*args, **kwargs):
+        raise ValueError(f"{stage} cannot work")
+
+    monkeypatch.setattr(stage, fail)
+    fails(recipe, *data_of(task), "--max_steps", "2", task=task)
+    assert f"{stage} cannot work" in message_of(caplog) and DRY_RUN in caplog.text
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".gitignore", "bad_rows.jsonl", ".lock"}
+
+
+def test_best_metric_that_is_not_measured_is_refused_before_the_first_step(recipe, data_of, tmp_path, caplog):
+    flags = ["--metric_for_best_model", "vqa_accuracy_animal", "--eval_strategy", "epoch", "--max_steps", "2"]
+    fails(recipe, *data_of("vqa"), *flags)
+    assert "vqa_accuracy_animal is none of what is measured here: vqa_accuracy" in message_of(caplog)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("task", "flags"),
+    [
+        ("vqa", ["--dropout", "0.1", "--eval_on_start"]),
+        ("vqa", ["--cache_image_features", "--freeze", "vision_model", "--cache_dtype", "fp32"]),
+        ("vqa", ["--streaming", "--shuffle_buffer", "4"]),
+        ("captioning", ["--dropout", "0.1", "--streaming", "--use_peft"]),
+        ("retrieval", ["--dropout", "0.1", "--k_test", "500", "--eval_strategy", "steps", "--eval_steps", "2"]),
+    ],
+)
+def test_dry_run_changes_no_number(recipe, data_of, tmp_path, caplog, monkeypatch, task, flags):
+    monkeypatch.setattr("blip_ft.feature_store.HF_CACHE_HOME", str(tmp_path))
+    flags = [*data_of(task), *flags, "--max_steps", "3", "--logging_steps", "1"]
+    dry = recipe(*flags, output_dir=tmp_path / "dry", task=task)
+    assert caplog.text.count(DRY_RUN) == 1
+    at_once = recipe(*flags, "--skip_dry_run", output_dir=tmp_path / "at_once", task=task)
+    assert caplog.text.count(DRY_RUN) == 1
+    one, other = (load_file(next(folder.glob("*model.safetensors")), device="cpu") for folder in (dry, at_once))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    assert predictions_of(dry) == predictions_of(at_once)
+    numbers = [
+        [{name: value for name, value in entry.items() if not name.endswith("second")} for entry in history_of(folder)]
+        for folder in (dry, at_once)
+    ]
+    assert numbers[0] == numbers[1]
+    recipe(*flags, "--max_steps", "4", "--resume_from_checkpoint", "last", output_dir=at_once, task=task)
+    assert caplog.text.count(DRY_RUN) == 1
+
+
+@pytest.mark.parametrize("task", ["vqa", "retrieval"])
+def test_two_processes_run_dry_together(data_of, tmp_path, task):
+    ended = on_two(
+        *(RECIPES / f"{task}.py", *data_of(task), "--max_steps", "1", "--per_device_train_batch_size", "4"),
+        *("--output_dir", str(tmp_path / "run"), "--max_eval_samples", "1"),
+    )
+    assert ended.returncode == 0 and ended.stderr.count(DRY_RUN) == 1
+    assert (tmp_path / "run" / "all_results.json").exists()
+
+
+def test_checkpoint_with_a_loss_that_is_not_finite_is_refused_before_the_first_step(
+    recipe, data_of, monkeypatch, caplog, tmp_path
+):
+    from blip_ft.modeling import BlipForQuestionAnswering
+
+    forward = BlipForQuestionAnswering.forward
+
+    def broken(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.loss = output.loss + torch.nan
+        return output
+
+    monkeypatch.setattr(BlipForQuestionAnswering, "forward", broken)
+    fails(recipe, *data_of("vqa"), "--max_steps", "1")
+    assert "before the first step: the weights of the checkpoint are damaged" in message_of(caplog)
