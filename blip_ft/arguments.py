@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
+from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
@@ -829,14 +830,16 @@ def start_recipe(main: Callable[[], None]) -> None:
             raise
         logger.error("\n%s: %s\n(--debug shows where)", type(error).__name__, hide_secrets(str(error)))
         sys.exit(1)
-    except torch.OutOfMemoryError as error:
-        if debug:
+    except (MemoryError, RuntimeError) as error:
+        # of the CPU torch says so in a RuntimeError, numpy and Python in a MemoryError
+        if debug or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
             raise
         logger.error(
-            "\nThe device has too little memory. Lower --per_device_train_batch_size and raise "
+            "\nThere is too little memory. Lower --per_device_train_batch_size and raise "
             "--gradient_accumulation_steps by as much, which gives the same steps; or add --gradient_checkpointing, "
-            "--bf16, --use_peft. Checkpoints are kept: --resume_from_checkpoint last\n%s",
-            error,
+            "--bf16, --use_peft; in evaluation lower --per_device_eval_batch_size. Checkpoints are kept: "
+            "--resume_from_checkpoint last\n%s",
+            str(error).partition("\n")[0] or type(error).__name__,
         )
         sys.exit(1)
     except KeyboardInterrupt:

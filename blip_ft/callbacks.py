@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,39 @@ def outlive_signals(worker: int, init: Callable[[int], None] | None = None) -> N
         threading.Thread(target=_end_by_parent, daemon=True).start()
     if init:
         init(worker)
+
+
+@contextmanager
+def explain_lost_worker(how_to_resume: Callable[[], str]) -> Iterator[None]:
+    """A loader's worker that was killed, or failed, ends in one message.
+
+    how_to_resume: sentences for its end. Raises: ChildProcessError; ValueError for a mistake of the user's.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        if "DataLoader worker" not in text:
+            raise
+        kind: type[Exception] = ChildProcessError
+        # torch gives a worker's own exception with its traceback
+        if " in DataLoader worker process" not in text:
+            reason = (
+                f"A worker process that loads images has ended ({text.splitlines()[0].strip()}). Usually the system "
+                "has killed it for want of memory: lower --dataloader_num_workers, or the batch size"
+            )
+        elif "/torch_" in text and "No space left" in text:
+            reason = (
+                "The worker processes that load images have too little shared memory (/dev/shm). Give the container "
+                "more (docker run --shm-size), or set --dataloader_num_workers 0"
+            )
+        else:
+            kind = ValueError if isinstance(error, ValueError) else kind
+            lines = text.splitlines()
+            place = max(number for number, line in enumerate(lines) if line.startswith('  File "'))
+            said = "\n".join(dropwhile(lambda line: line.startswith(" "), lines[place:])).strip()
+            reason = f"A worker process that loads images failed: {said.removeprefix('ValueError: ').removesuffix('.')}"
+        raise kind(f"{reason}. {how_to_resume()}") from error
 
 
 def _end_by_parent() -> None:

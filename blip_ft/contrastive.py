@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import psutil  # a requirement of accelerate
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
@@ -145,6 +146,20 @@ class Contrastive:
         names = ("image_queue", "text_queue", "id_queue", "num_queued")
         weights = {f"momentum.{name}": weight for name, weight in self.momentum_weights.items()}
         return {name: getattr(self, name) for name in names} | {"temperature": self.temperature.detach()} | weights
+
+
+def require_memory_for_queue(queue_size: int, width: int, device: torch.device) -> None:
+    """Raise ValueError if a queue of features of this width is larger than all memory of the device."""
+    needed = queue_size * (2 * width * 4 + 8)  # image and text in float32, and an id
+    if device.type == "cuda":
+        name, has = str(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        name, has = "this machine", psutil.virtual_memory().total
+    if needed > has:
+        raise ValueError(
+            f"queue_size {queue_size:,} needs {needed / 1e9:,.1f} GB of memory, and {name} has {has / 1e9:,.1f} GB. "
+            "Lower --queue_size; the paper has 57600."
+        )
 
 
 def draw_negatives(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,7 @@ from blip_ft.callbacks import (
     StreamCallback,
     TrackerCallback,
     choose_rows,
+    explain_lost_worker,
     hold_sigterm,
     outlive_signals,
     release_sigterm,
@@ -657,7 +658,18 @@ def _stopping_cleanly(function: Callable) -> Callable:
     @wraps(function)
     def run_on(trainer: BlipTrainer, *args: Any, **kwargs: Any) -> Any:
         folder = Path(trainer.args.output_dir)
-        with trainer.signals, explain_full_disk(folder), explain_lost_process(folder):
+
+        def how_to_resume() -> str:
+            last = newest_checkpoint(folder)
+            kept = f"{last} is the last complete checkpoint" if last else "No checkpoint had been written"
+            return f"{kept}. Resume with: --output_dir {folder} --resume_from_checkpoint last"
+
+        with (
+            trainer.signals,
+            explain_full_disk(folder),
+            explain_lost_process(folder),
+            explain_lost_worker(how_to_resume),
+        ):
             try:
                 return function(trainer, *args, **kwargs)
             except Stopped:

@@ -33,6 +33,7 @@ from transformers import BlipProcessor
 
 from blip_ft import inference, predictions
 from blip_ft.arguments import DataArguments, Settings, changed_settings, parse, read_text, start_recipe
+from blip_ft.callbacks import explain_lost_worker
 from blip_ft.collators import (
     clean_caption,
     encode_row_images,
@@ -168,7 +169,8 @@ def main() -> None:
     share = np.array_split(order[~np.isin(order, list(done))], state.num_processes)[state.process_index]
     with torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16), torch.no_grad():
         predict = make_predict(model, processor, args, task, texts)
-        predictions.append_part(folder, predict_rows(rows, share.tolist(), predict, processor, args))
+        with explain_lost_worker(lambda: "Start the same command again: it resumes."):
+            predictions.append_part(folder, predict_rows(rows, share.tolist(), predict, processor, args))
     state.wait_for_everyone()
     if state.is_main_process:
         predicted = predictions.read_parts(folder)

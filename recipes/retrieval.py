@@ -29,7 +29,7 @@ from blip_ft.arguments import (
 )
 from blip_ft.checkpoints import settle_settings
 from blip_ft.collators import PictureCollator, RetrievalCollator, clean_caption, encode_texts
-from blip_ft.contrastive import Contrastive
+from blip_ft.contrastive import Contrastive, require_memory_for_queue
 from blip_ft.data_pipeline import load_splits
 from blip_ft.metrics import chance_scores, retrieval_scores, same_caption
 from blip_ft.models import load_for_training, outline
@@ -71,6 +71,8 @@ def main() -> None:
     data_args.require_end(training_args)
     checkpoint = prepare_output_dir(training_args, "retrieval", peft_args)
     planned = outline("image_text_retrieval", model_args, peft_args, retrieval_args, training_args)
+    width = planned.config.image_text_hidden_size
+    require_memory_for_queue(retrieval_args.queue_size, width, training_args.device)
     bad_rows_file = Path(training_args.output_dir) / "bad_rows.jsonl"
     train_rows, eval_rows, test_rows = load_splits("captions", data_args, bad_rows_file, training_args.seed)
     check_run(training_args, train_rows, planned)

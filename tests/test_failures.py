@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import RECIPES, history_of, predictions_of
 from safetensors.torch import load_file
 
+from blip_ft.arguments import start_recipe
+from blip_ft.callbacks import explain_lost_worker
+from blip_ft.contrastive import require_memory_for_queue
 from blip_ft.outputs import to_json
 
 
@@ -196,3 +200,83 @@ def test_checkpoint_with_a_loss_that_is_not_finite_is_refused_before_the_first_s
     monkeypatch.setattr(BlipForQuestionAnswering, "forward", broken)
     fails(recipe, *data_of("vqa"), "--max_steps", "1")
     assert "before the first step: the weights of the checkpoint are damaged" in message_of(caplog)
+
+
+@pytest.mark.parametrize("at", ["first step", "evaluation"])
+def test_killed_worker_ends_in_one_message_that_says_how_to_resume(data_of, tmp_path, at):
+    """Workers are killed as the system does that has no memory left, in training or in an evaluation."""
+    folder, program = tmp_path / "run", tmp_path / "killed.py"
+    program.write_text(
+        "import os, runpy, signal, sys\n"
+        "from blip_ft import collators\n"
+        "from torch.utils.data import get_worker_info\n"
+        "read = collators.encode_row_images\n"
+        "def kill(rows, *args):\n"
+        f"    if get_worker_info() and ({at == 'first step'} or os.path.isdir({str(folder / 'checkpoint-1')!r})):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return read(rows, *args)\n"
+        "collators.encode_row_images = kill\n"
+        "del sys.argv[0]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    flags = ["--max_steps", "1", "--dataloader_num_workers", "1", "--use_cpu", "--output_dir", str(folder)]
+    command = [sys.executable, str(program), str(RECIPES / "vqa.py"), *data_of("vqa"), *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "A worker process that loads images has ended" in ended.stderr
+    assert f"Resume with: --output_dir {folder} --resume_from_checkpoint last" in ended.stderr
+    last = "No checkpoint had been written" if at == "first step" else f"{folder}/checkpoint-1 is the last complete"
+    assert last in ended.stderr
+
+
+class Rows(list):
+    """A data set whose second row cannot be read."""
+
+    def __getitem__(self, position):
+        if position == 1:
+            raise super().__getitem__(position)
+        return position
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (ValueError("The column is gone.\nAdd it."), ValueError, "failed: The column is gone.\nAdd it. Go on."),
+        (KeyError("image"), ChildProcessError, "failed: KeyError: 'image'. Go on."),
+        (
+            RuntimeError("unable to write to file </torch_7_1>: No space left on device (28)"),
+            ChildProcessError,
+            "--shm-size), or set --dataloader_num_workers 0. Go on.",
+        ),
+    ],
+)
+def test_failure_in_a_worker_gives_its_own_message_without_traceback(error, kind, message):
+    loader = torch.utils.data.DataLoader(Rows([0, error]), num_workers=1)
+    with pytest.raises(kind) as raised, explain_lost_worker(lambda: "Go on."):
+        list(loader)
+    assert str(raised.value).endswith(message) and "File" not in str(raised.value)
+
+
+def test_queue_larger_than_all_memory_is_refused_before_weights_load(recipe, data_of, caplog, monkeypatch):
+    def load(*args):
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr("blip_ft.models.load_for_training", load)
+    fails(recipe, *data_of("retrieval"), "--queue_size", "1000000000000", task="retrieval")
+    assert "queue_size 1,000,000,000,000 needs" in message_of(caplog)
+    with pytest.raises(ValueError, match=r"queue_size 1,000,000,000 needs 2,056.0 GB of memory, and this machine has"):
+        require_memory_for_queue(10**9, 256, torch.device("cpu"))
+    require_memory_for_queue(57600, 256, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [lambda: torch.empty(2**50), lambda: np.empty(2**55), lambda: bytearray(2**60)],
+    ids=["torch", "numpy", "python"],
+)
+def test_memory_that_cannot_be_had_ends_in_one_message(caplog, monkeypatch, allocate):
+    monkeypatch.setattr(sys, "argv", ["recipe"])
+    with pytest.raises(SystemExit) as stopped:
+        start_recipe(allocate)
+    assert stopped.value.code == 1
+    assert "There is too little memory. Lower --per_device_train_batch_size" in message_of(caplog)
