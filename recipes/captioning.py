@@ -39,6 +39,13 @@ class Model(ModelArguments):
 
 
 @dataclass
+class Data(DataArguments):
+    without_effect = dict.fromkeys(
+        ("question_column", "answer_column"), "Leave it out: captioning reads captions. Use --caption_column."
+    )
+
+
+@dataclass
 class Training(BlipTrainingArguments):
     metrics = ("cider", "bleu", "rouge_l", "exact_match")
     # configs/caption_coco.yaml of the original: 8 GPUs x 32 pictures, 1e-5, 5 epochs; 3 beams, 5 to 20 tokens
@@ -56,7 +63,7 @@ class Training(BlipTrainingArguments):
 
 def main() -> None:
     model_args, data_args, caption_args, peft_args, training_args = parse(
-        *(Model, DataArguments, CaptioningArguments, PeftArguments, Training),
+        *(Model, Data, CaptioningArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "captioning_demo.yaml",
     )
     data_args.require_end(training_args)

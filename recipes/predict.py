@@ -64,7 +64,7 @@ class Data(DataArguments):
         **dict.fromkeys(
             (
                 *("train_split", "eval_fraction", "max_train_samples", "check_images", "max_bad_fraction"),
-                *("streaming", "shuffle_buffer", "group_questions"),
+                *("streaming", "shuffle_buffer", "group_questions", "allow_image_overlap"),
             ),
             "Leave it out: nothing is trained.",
         ),
@@ -133,10 +133,15 @@ class Prediction(Settings):
     k_test: int = field(default=256, metadata={"help": "Texts of each picture that the matching head ranks."})
     top_texts: int = field(default=10, metadata={"help": "Texts written for each picture."})
 
+    def unread(self) -> dict[str, str]:
+        is_local = Path(self.model_name_or_path).exists()
+        return {"model_revision": "without a checkpoint of the Hub"} if is_local else {}
+
 
 # what only a checkpoint of some tasks reads
 OF_TASKS = {
-    **dict.fromkeys(("question", "max_question_tokens"), ("vqa",)),
+    **dict.fromkeys(("question", "question_column", "answer_column", "max_question_tokens"), ("vqa",)),
+    "caption_column": ("conditional_generation", "image_text_retrieval"),
     **dict.fromkeys(("prompt", "generation_min_length"), ("conditional_generation",)),
     **dict.fromkeys(("generation_max_length", "generation_num_beams"), ("vqa", "conditional_generation")),
     **dict.fromkeys(
@@ -306,7 +311,10 @@ def write_results(
     task: str,
     ids: list[int],
 ) -> None:
-    """report.html, scores.json, bad_rows.jsonl, results.json, and at the end predictions.jsonl."""
+    """report.html, scores.json, bad_rows.jsonl, results.json, and at the end predictions.jsonl.
+
+    Raises: ValueError, when all of that is written, if no image could be read.
+    """
     for position, line in enumerate(lines):
         if "unreadable_picture" in line:
             reason = why_unreadable(rows[position]["image"]) or "picture could not be read at first, and now can"
@@ -333,6 +341,11 @@ def write_results(
     more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     logger.info("Predicted:\n%s%s", "\n".join(map(in_words, lines[:SHOWN])), more)
     logger.info("%d predictions: %s, to look at: %s", len(lines), folder / predictions.FILE, folder / "report.html")
+    if all("unreadable_picture" in line for line in lines):
+        raise ValueError(
+            f"None of the {len(lines)} images can be read; the first: {bad_rows[-len(lines)]['reason']}\n"
+            "Check image_column, image_folder and the files."
+        )
 
 
 def in_words(line: Line) -> str:

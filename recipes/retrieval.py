@@ -45,6 +45,13 @@ class Model(ModelArguments):
 
 
 @dataclass
+class Data(DataArguments):
+    without_effect = dict.fromkeys(
+        ("question_column", "answer_column"), "Leave it out: retrieval reads captions. Use --caption_column."
+    )
+
+
+@dataclass
 class Training(BlipTrainingArguments):
     without_effect = WITHOUT_EFFECT | dict.fromkeys(
         ("generation_max_length", "generation_num_beams"), "Leave it out: retrieval writes no text."
@@ -63,7 +70,7 @@ class Training(BlipTrainingArguments):
 
 def main() -> None:
     model_args, data_args, retrieval_args, peft_args, training_args = parse(
-        *(Model, DataArguments, RetrievalArguments, PeftArguments, Training),
+        *(Model, Data, RetrievalArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "retrieval_demo.yaml",
     )
     if data_args.streaming:

@@ -42,6 +42,11 @@ class Model(ModelArguments):
 
 
 @dataclass
+class Data(DataArguments):
+    without_effect = {"caption_column": "Leave it out: questions have answers. Use --answer_column."}
+
+
+@dataclass
 class Training(BlipTrainingArguments):
     metrics = ("vqa_accuracy", "exact_match", "loss")
     # configs/vqa.yaml of the original: 16 GPUs x 16 pictures, 2e-5, 10 epochs
@@ -60,7 +65,7 @@ class Training(BlipTrainingArguments):
 
 def main() -> None:
     model_args, data_args, vqa_args, peft_args, training_args = parse(
-        *(Model, DataArguments, VqaArguments, PeftArguments, Training),
+        *(Model, Data, VqaArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "vqa_demo.yaml",
     )
     data_args.require_end(training_args)

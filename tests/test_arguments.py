@@ -220,7 +220,7 @@ def recipe_classes(name):
     if name == "predict":
         return (program["Prediction"], program["Data"])
     task = {"vqa": VqaArguments, "captioning": CaptioningArguments, "retrieval": RetrievalArguments}[name]
-    return (program["Model"], DataArguments, task, PeftArguments, program["Training"])
+    return (program["Model"], program["Data"], task, PeftArguments, program["Training"])
 
 
 def names_read(path: Path, leave_out=frozenset()) -> set[str]:
@@ -327,6 +327,22 @@ BESIDE = [
 def test_setting_that_another_leaves_unread_is_refused(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         parsed(tmp_path, "", *(flag.format(folder=tmp_path) for flag in flags))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("vqa", ["--caption_column", "text"], "caption_column has no effect here.*Use --answer_column"),
+        ("captioning", ["--question_column", "q"], "question_column has no effect here.*Use --caption_column"),
+        ("retrieval", ["--answer_column", "a"], "answer_column has no effect here.*Use --caption_column"),
+        ("predict", ["--allow_image_overlap"], "allow_image_overlap has no effect here.*nothing is trained"),
+        ("predict", ["--model_revision", "v2"], "model_revision v2 has no effect without a checkpoint of the Hub"),
+    ],
+)
+def test_setting_that_this_program_does_not_read_is_refused(tmp_path, name, flags, message):
+    local = ["--model_name_or_path", str(tmp_path), "--dataset_name", str(tmp_path)]
+    with pytest.raises(ValueError, match=message):
+        parse(*recipe_classes(name), argv=[*local, *flags])
 
 
 def test_dataset_config_is_for_a_data_set_of_the_hub_even_to_evaluate_on(tmp_path):

@@ -362,3 +362,17 @@ def test_settings_that_the_checkpoint_does_not_read_are_refused(
     with pytest.raises(SystemExit):
         predict(task, "--images", str(picture_folder), *flags)
     assert message in caplog.text and not (tmp_path / "predicted").exists()
+
+
+@pytest.mark.parametrize(("task", "column"), [("vqa", "caption_column"), ("captioning", "question_column")])
+def test_columns_that_the_checkpoint_does_not_read_are_refused(predict, picture_folder, caplog, task, column):
+    with pytest.raises(SystemExit):
+        predict(task, "--dataset_name", str(picture_folder), "--eval_split", "test", f"--{column}", "answer")
+    assert f"--{column} is for a checkpoint of the task" in caplog.text
+
+
+def test_run_in_which_no_image_can_be_read_ends_in_one_message(predict, picture_folder, tmp_path, caplog):
+    with pytest.raises(SystemExit) as stopped:
+        predict("captioning", "--dataset_name", str(picture_folder), "--image_column", "question")
+    assert stopped.value.code == 1 and "None of the" in caplog.text and "Check image_column" in caplog.text
+    assert len(lines_of(tmp_path / "predicted" / "bad_rows.jsonl")) == 2
