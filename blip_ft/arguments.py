@@ -42,9 +42,9 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("label_smoothing", "dropout", "max_bad_fraction", "lora_dropout", "momentum", "alpha"), SHARE),
     **dict.fromkeys(
         (
-            *("image_size", "lora_r", "lora_alpha", "max_train_samples", "max_eval_samples", "shuffle_buffer"),
+            *("image_size", "lora_alpha", "max_train_samples", "max_eval_samples", "shuffle_buffer"),
             *("k_test", "top_texts", "per_device_train_batch_size", "per_device_eval_batch_size"),
-            *("gradient_accumulation_steps", "generation_num_beams"),
+            *("gradient_accumulation_steps", "generation_num_beams", "save_total_limit"),
         ),
         AT_LEAST_ONE,
     ),
@@ -55,10 +55,11 @@ RANGES: dict[str, tuple[float, float]] = {
         (
             *("queue_size", "sample_steps", "dataloader_num_workers", "learning_rate", "weight_decay"),
             *("cache_limit_gb", "max_grad_norm", "warmup_steps", "logging_steps", "eval_steps", "eval_delay"),
-            "adam_epsilon",
         ),
         NOT_NEGATIVE,
     ),
+    "lora_r": (1, 1024),  # the width of the largest BLIP; above it an adapter holds more than its layer
+    "adam_epsilon": (1e-20, math.inf),  # at 0 the step of a weight without gradient is 0 / 0
     "num_train_epochs": (1e-6, math.inf),
     "save_steps": (1e-6, math.inf),
     "seed": (0, 2**32 - 1),
@@ -611,6 +612,8 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         self._settle_strategies()
         self.check_values()
         self.require_effect()
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps must be at least 1, or -1 to train num_train_epochs; found {self.max_steps}.")
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise ValueError("save_strategy best saves after an evaluation. Add --eval_strategy epoch or steps.")
         for name in ("push_to_hub", "resume_from_checkpoint"):
@@ -837,8 +840,8 @@ def start_recipe(main: Callable[[], None]) -> None:
         logger.error(
             "\nThere is too little memory. Lower --per_device_train_batch_size and raise "
             "--gradient_accumulation_steps by as much, which gives the same steps; or add --gradient_checkpointing, "
-            "--bf16, --use_peft; in evaluation lower --per_device_eval_batch_size. Checkpoints are kept: "
-            "--resume_from_checkpoint last\n%s",
+            "--bf16, --use_peft, or take a smaller --image_size or --queue_size if these were raised; in evaluation lower "
+            "--per_device_eval_batch_size. Checkpoints are kept: --resume_from_checkpoint last\n%s",
             str(error).partition("\n")[0] or type(error).__name__,
         )
         sys.exit(1)

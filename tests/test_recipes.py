@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import RECIPES, TASKS, history_of, predictions_of, results_of
@@ -461,14 +462,27 @@ def test_several_gpus_and_one_process_say_how_to_launch(recipe, data, monkeypatc
     assert "accelerate launch --multi_gpu" in caplog.text
 
 
-def test_too_little_memory_says_what_to_lower(recipe, data, monkeypatch, caplog):
-    def run_out(*args, **kwargs):
+def run_out_of_memory(where: str) -> None:
+    if where == "2.00 GiB":  # on a GPU
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    np.empty(10**16) if where == "PiB" else torch.empty(10**16)
 
-    monkeypatch.setattr(BlipTrainer, "training_step", run_out)
+
+@pytest.mark.parametrize("where", ["2.00 GiB", "PiB", "40000000000000000 bytes"])
+def test_too_little_memory_says_what_to_lower(recipe, data, monkeypatch, caplog, where):
+    monkeypatch.setattr(BlipTrainer, "training_step", lambda *args, **kwargs: run_out_of_memory(where))
     with pytest.raises(SystemExit):
         recipe(*data)
-    assert "Lower --per_device_train_batch_size" in caplog.messages[-1] and "2.00 GiB" in caplog.messages[-1]
+    assert "Lower --per_device_train_batch_size" in caplog.messages[-1] and where in caplog.messages[-1]
+
+
+def test_other_errors_of_the_libraries_keep_their_traceback(recipe, data, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(BlipTrainer, "training_step", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        recipe(*data)
 
 
 def test_output_dir_that_cannot_be_made_is_refused_before_the_model_loads(recipe, data, tmp_path, monkeypatch, caplog):
