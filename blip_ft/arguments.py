@@ -840,8 +840,8 @@ def start_recipe(main: Callable[[], None]) -> None:
         logger.error(
             "\nThere is too little memory. Lower --per_device_train_batch_size and raise "
             "--gradient_accumulation_steps by as much, which gives the same steps; or add --gradient_checkpointing, "
-            "--bf16, --use_peft, or take a smaller --image_size or --queue_size if these were raised; in evaluation lower "
-            "--per_device_eval_batch_size. Checkpoints are kept: --resume_from_checkpoint last\n%s",
+            "--bf16, --use_peft, or take a smaller --image_size or --queue_size if these were raised. In evaluation "
+            "lower --per_device_eval_batch_size. Checkpoints are kept: --resume_from_checkpoint last\n%s",
             str(error).partition("\n")[0] or type(error).__name__,
         )
         sys.exit(1)
