@@ -297,7 +297,7 @@ class DataArguments(Settings):
             raise ValueError("Give dataset_name or questions_file, not both.")
         if self.eval_dataset_name and not self.dataset_name:
             raise ValueError("eval_dataset_name goes with dataset_name; for VQA v2 files give eval_questions_file.")
-        if (self.test_split or self.test_dataset_name) and not self.dataset_name:
+        if (self.test_split or self.test_dataset_name) and self.questions_file:
             raise ValueError(
                 "test_split and test_dataset_name go with dataset_name. To test on VQA v2 files, evaluate the result "
                 "afterwards: --model_name_or_path OUTPUT_DIR --do_train false --eval_questions_file FILE"

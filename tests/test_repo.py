@@ -25,7 +25,7 @@ from blip_ft.arguments import (
 
 ROOT = Path(__file__).parent.parent
 ARROWS = {
-    "arguments": {"hub"},
+    "arguments": {"hub", "outputs"},
     "attention": set(),
     "contrastive": set(),
     "collators": set(),
@@ -36,9 +36,9 @@ ARROWS = {
     "modeling": {"attention", "contrastive"},
     "inference": {"collators"},
     "models": {"arguments", "collators", "demo", "hub", "inference", "modeling"},
-    "data_pipeline": {"arguments", "demo", "collators", "models"},
+    "data_pipeline": {"arguments", "demo", "collators", "models", "outputs"},
     "feature_store": {"arguments", "callbacks", "collators", "data_pipeline", "modeling"},
-    "checkpoints": set(),
+    "checkpoints": {"arguments", "data_pipeline", "outputs"},
     "engines": set(),
     "outputs": set(),
     "callbacks": {"arguments", "collators", "data_pipeline", "metrics", "outputs", "report"},
