@@ -320,6 +320,7 @@ BESIDE = [
     (["--adam_beta1", "0.8", "--optim", "sgd"], "beside --optim sgd"),
     (["--optim_args", "rank=4"], "beside --optim adamw_torch_fused"),
     (["--optim_target_modules", "query"], "beside --optim adamw_torch_fused"),
+    (["--allow_changed_settings"], "without --resume_from_checkpoint"),
 ]
 
 
