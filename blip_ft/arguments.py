@@ -54,7 +54,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
         (
             *("queue_size", "sample_steps", "dataloader_num_workers", "learning_rate", "weight_decay"),
-            *("cache_limit_gb", "max_grad_norm", "warmup_steps", "logging_steps", "eval_steps", "eval_delay"),
+            *("cache_limit_gb", "max_grad_norm", "warmup_steps", "logging_steps", "eval_delay"),
         ),
         NOT_NEGATIVE,
     ),
@@ -62,6 +62,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "adam_epsilon": (1e-20, math.inf),  # at 0 the step of a weight without gradient is 0 / 0
     "num_train_epochs": (1e-6, math.inf),
     "save_steps": (1e-6, math.inf),
+    "eval_steps": (1e-6, math.inf),  # 0 would mean logging_steps
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
 }
@@ -612,6 +613,7 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         self._settle_strategies()
         self.check_values()
         self.require_effect()
+        self._check_objects()
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps must be at least 1, or -1 to train num_train_epochs; found {self.max_steps}.")
         if self.save_strategy == "best" and self.eval_strategy == "no":
@@ -711,12 +713,28 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
             self.eval_strategy, self.save_strategy = IntervalStrategy.STEPS, SaveStrategy.STEPS
             self.eval_steps = self.save_steps = 0.1  # of max_steps
 
+    def _check_objects(self) -> None:
+        """Raise ValueError for text in the place of an object, where no file is taken either."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, str) or not (value.startswith("{") or name.endswith("_kwargs")):
+                continue
+            try:
+                is_object = isinstance(json.loads(value), dict)
+            except ValueError:
+                is_object = False
+            if not is_object:
+                raise ValueError(f"{name} needs a JSON object like '{{\"name\": 1}}', found {value!r}.")
+
     def unread(self) -> dict[str, str]:
         cache = () if self.cache_image_features else ("cache_dtype", "cache_limit_gb")
         optim = str(self.optim.value)
         of_optim = ("adam_beta1", "adam_beta2", "adam_epsilon") if optim in NOT_ADAM else ()
         of_optim += ("optim_args",) if optim in ("adamw_torch", "adamw_torch_fused", "adafactor") else ()
         of_optim += () if optim.startswith(("galore", "apollo")) else ("optim_target_modules",)
+        # gradient_checkpointing, the older name, is mirrored in both
+        of_checkpointing = () if self.activation_checkpointing else ("activation_checkpointing_kwargs",)
+        of_trackio = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
         hub = () if self.push_to_hub else ("hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")
         by_step = {
             f"{what}_steps": f"without --{what}_strategy steps"
@@ -726,6 +744,8 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         return {
             **dict.fromkeys(cache, "without --cache_image_features"),
             **dict.fromkeys(hub, "without --push_to_hub"),
+            **dict.fromkeys(of_checkpointing, "without --activation_checkpointing"),
+            **dict.fromkeys(() if "trackio" in self.report_to else of_trackio, "without --report_to trackio"),
             **dict.fromkeys(of_optim, f"beside --optim {optim}"),
             **by_step,
             **({"eval_delay": "without --eval_strategy epoch or steps"} if self.eval_strategy == "no" else {}),
@@ -876,7 +896,7 @@ class _Parser(HfArgumentParser):
         return type(None) in get_args(hints[name])
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. {self.prog} --help lists the flags.")
+        raise ValueError(f"{message.rstrip('.')}. {self.prog} --help lists the flags.")
 
 
 class _Loader(yaml.BaseLoader):

@@ -83,7 +83,7 @@ def test_value_of_the_wrong_type_is_refused(tmp_path):
 
 def test_values_within_a_yaml_dict_have_their_types(tmp_path):
     text = "lr_scheduler_kwargs: {min_lr: 1e-5, num_cycles: 2, mode: cos, last: null}\n"
-    text += "gradient_checkpointing_kwargs: {use_reentrant: False}\n"
+    text += "gradient_checkpointing: true\ngradient_checkpointing_kwargs: {use_reentrant: False}\n"
     args = parsed(tmp_path, text)[-1]
     assert args.lr_scheduler_kwargs == {"min_lr": 1e-5, "num_cycles": 2, "mode": "cos", "last": None}
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
@@ -318,6 +318,9 @@ BESIDE = [
     (["--save_steps", "5"], "without --save_strategy steps"),
     (["--hub_private_repo", "true"], "without --push_to_hub"),
     (["--adam_beta1", "0.8", "--optim", "sgd"], "beside --optim sgd"),
+    (["--activation_checkpointing_kwargs", "{{}}"], "without --activation_checkpointing"),
+    (["--gradient_checkpointing_kwargs", "{{}}"], "without --activation_checkpointing"),
+    (["--trackio_space_id", "a/b"], "without --report_to trackio"),
     (["--optim_args", "rank=4"], "beside --optim adamw_torch_fused"),
     (["--optim_target_modules", "query"], "beside --optim adamw_torch_fused"),
     (["--allow_changed_settings"], "without --resume_from_checkpoint"),
@@ -397,6 +400,9 @@ def test_no_number_is_nan_or_infinite(part, name, value):
         (["--use_peft", "--lora_r", "100000"], "lora_r must be between 1 and 1024, found 100000"),
         (["--adam_epsilon", "0"], "adam_epsilon must be at least 1e-20, found 0"),
         (["--save_total_limit", "-1"], "save_total_limit must be at least 1, found -1"),
+        (["--eval_steps", "0", "--eval_strategy", "steps"], "eval_steps must be at least 1e-06, found 0"),
+        (["--lr_scheduler_kwargs", "min_lr=1"], "lr_scheduler_kwargs needs a JSON object like .*found 'min_lr=1'"),
+        (["--accelerator_config", "{x"], "accelerator_config needs a JSON object"),
         (["--max_steps", "0"], "max_steps must be at least 1, or -1 to train num_train_epochs; found 0"),
         (["--warmup_steps", "nan"], "warmup_steps must be at least 0, found nan"),
         (["--bf16", "--use_cpu", "false"], "bf16 needs a GPU that computes in bfloat16.*add --use_cpu"),

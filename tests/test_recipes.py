@@ -682,6 +682,7 @@ def test_final_model_is_evaluated_once_on_the_test_rows(recipe, data_of, three_s
     metrics = {name.removeprefix("eval_") for name in results if name.startswith("eval_")}
     tested = {name.removeprefix("test_") for name in results if name.startswith("test_")}
     assert metrics == tested - {"scoring_rule", "images_evaluated_on"}
+    assert results["test_images_evaluated_on"] == 0
     assert results["test_images"] == 1 and results["test_images_trained_on"] == 0
     assert {name for name in results if name.startswith("baseline_test_")}
     lines = (folder / "test_predictions.jsonl").read_text().splitlines()
