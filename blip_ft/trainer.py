@@ -55,7 +55,6 @@ from blip_ft.callbacks import (
 )
 from blip_ft.checkpoints import (
     BUILDING,
-    SETTINGS_FILE,
     explain_full_disk,
     explain_lost_process,
     explain_unreadable,
@@ -99,6 +98,7 @@ from blip_ft.outputs import (
     write_lines,
 )
 from blip_ft.report import THUMBNAIL_PIXELS, is_score, write_report
+from blip_ft.run_settings import SETTINGS_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -26,11 +26,11 @@ from blip_ft.arguments import (
     read_text,
     start_recipe,
 )
-from blip_ft.checkpoints import settle_settings
 from blip_ft.collators import VqaCollator
 from blip_ft.data_pipeline import load_splits
 from blip_ft.metrics import VqaAccuracy, answer_type, answer_without_images, scoring_rule, vqa_accuracy
 from blip_ft.models import load_for_training, outline
+from blip_ft.run_settings import settle_settings
 from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
 
 # ---- what to edit ----

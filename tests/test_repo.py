@@ -38,9 +38,10 @@ ARROWS = {
     "models": {"arguments", "collators", "demo", "hub", "inference", "modeling"},
     "data_pipeline": {"arguments", "demo", "collators", "models", "outputs"},
     "feature_store": {"arguments", "callbacks", "collators", "data_pipeline", "modeling"},
-    "checkpoints": {"arguments", "data_pipeline", "outputs"},
+    "checkpoints": set(),
     "engines": set(),
     "outputs": set(),
+    "run_settings": {"arguments", "checkpoints", "data_pipeline", "outputs"},
     "callbacks": {"arguments", "collators", "data_pipeline", "metrics", "outputs", "report"},
     "predictions": {"metrics", "outputs", "report"},
     "trainer": {
@@ -57,6 +58,7 @@ ARROWS = {
         "models",
         "outputs",
         "report",
+        "run_settings",
     },
 }
 
