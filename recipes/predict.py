@@ -133,6 +133,13 @@ class Prediction(Settings):
     k_test: int = field(default=256, metadata={"help": "Texts of each picture that the matching head ranks."})
     top_texts: int = field(default=10, metadata={"help": "Texts written for each picture."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model_name_or_path == "demo":
+            raise ValueError(
+                "The demo model is new and its answers are random. Train it with a recipe, and give its output_dir."
+            )
+
     def unread(self) -> dict[str, str]:
         is_local = Path(self.model_name_or_path).exists()
         return {"model_revision": "without a checkpoint of the Hub"} if is_local else {}
