@@ -655,7 +655,12 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
                 raise ValueError(f"hub_model_id is OWNER/NAME, found {self.hub_model_id!r}. {error}") from error
         # torch warns in each epoch where there is nothing to pin for
         self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except TypeError as error:  # of an object with unknown keys, e.g. accelerator_config
+            raise ValueError(
+                f"The training settings hold an unknown key or a value of the wrong kind: {error}"
+            ) from error
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs a GPU, and this run is on the CPU. Leave it out, or use --bf16 --use_cpu.")
         if follows_metric and self.greater_is_better:

@@ -402,6 +402,7 @@ def test_no_number_is_nan_or_infinite(part, name, value):
         (["--save_total_limit", "-1"], "save_total_limit must be at least 1, found -1"),
         (["--eval_steps", "0", "--eval_strategy", "steps"], "eval_steps must be at least 1e-06, found 0"),
         (["--lr_scheduler_kwargs", "min_lr=1"], "lr_scheduler_kwargs needs a JSON object like .*found 'min_lr=1'"),
+        (["--accelerator_config", '{"x": 1}'], "an unknown key.*unexpected keyword argument 'x'"),
         (["--accelerator_config", "{x"], "accelerator_config needs a JSON object"),
         (["--max_steps", "0"], "max_steps must be at least 1, or -1 to train num_train_epochs; found 0"),
         (["--warmup_steps", "nan"], "warmup_steps must be at least 0, found nan"),
