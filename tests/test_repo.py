@@ -119,9 +119,10 @@ def test_python_of_the_readme_runs(checkpoint, picture_folder, tmp_path, monkeyp
 
 
 README = (ROOT / "README.md").read_text()
+PAGES = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
 # every line of a bash block
 LINES = [
-    line.split(" #")[0] for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.split("\n")
+    line.split(" #")[0] for block in re.findall(r"```bash\n(.*?)```", PAGES, re.DOTALL) for line in block.split("\n")
 ]
 COMMANDS = [line for line in LINES if line]
 
@@ -131,7 +132,7 @@ class Parsed(Exception):
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "recipes/" in line])
-def test_recipe_commands_of_the_readme_parse(command, monkeypatch):
+def test_recipe_commands_of_readme_and_docs_parse(command, monkeypatch):
     words = shlex.split(command)
     script = next(number for number, word in enumerate(words) if word.startswith("recipes/"))
 
@@ -150,7 +151,7 @@ def test_recipe_commands_of_the_readme_parse(command, monkeypatch):
         assert load_config_from_file(words[words.index("--config_file") + 1]).num_processes
 
 
-def test_other_commands_of_the_readme_are_there():
+def test_other_commands_of_readme_and_docs_are_there():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for command in COMMANDS:
         words = shlex.split(command)
