@@ -277,11 +277,7 @@ def _what_to_replace(arguments: dict[str, Any]) -> str:
 
 def _public(arguments: dict[str, Any]) -> dict[str, Any]:
     private = ("hub_", "push_to_hub", "output_dir", "resume_from_checkpoint", "run_name")
-    return {
-        key: value
-        for key, value in arguments.items()
-        if value not in (None, "", [], {}) and not key.startswith(private)
-    }
+    return {key: value for key, value in arguments.items() if not key.startswith(private)}
 
 
 def _without_folders(value: Any) -> Any:

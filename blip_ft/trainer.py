@@ -33,7 +33,7 @@ from transformers import Trainer, get_scheduler
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments
+from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, changed_settings
 from blip_ft.callbacks import (
     BestCallback,
     ContrastiveCallback,
@@ -712,8 +712,12 @@ def run(
     Raises: SystemExit(NOT_PUSHED) if all is written and the push fails.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
-    arguments = {name: value for part in (model_args, data_args, *more_args) for name, value in asdict(part).items()}
-    arguments |= args.to_dict()
+    parts = (model_args, data_args, *more_args)
+    changed = {name for part in (*parts, args) for name in changed_settings(part)}
+    arguments = {name: value for part in parts for name, value in asdict(part).items()} | args.to_dict()
+    # None and "" are left out unless they were asked for, as in `save_total_limit: null`
+    unset = {name for name, value in arguments.items() if value in (None, "") and name not in changed}
+    arguments = {name: value for name, value in arguments.items() if name not in unset and value not in ([], {})}
     results: dict[str, Any] = {}
     parameters = count_parameters(trainer.model)  # training may shard them
     notes = _explain_loss(trainer)

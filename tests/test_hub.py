@@ -280,7 +280,9 @@ def test_card_calls_task_and_units_by_their_names():
 
 
 def test_arguments_on_the_card_are_a_yaml_that_config_takes_without_folders_and_hub(flags, recipe, tmp_path):
-    folder = recipe(*flags, "--max_steps", "1", "--learning_rate", "3e-4", "--hub_model_id", "owner/secret_name")
+    (tmp_path / "all.yaml").write_text("save_total_limit: null\n")
+    few = ["--max_steps", "1", "--learning_rate", "3e-4", "--config", str(tmp_path / "all.yaml")]
+    folder = recipe(*flags, *few, "--hub_model_id", "owner/secret_name")
     card = (folder / "README.md").read_text()
     assert "/tmp" not in card and str(tmp_path) not in card and "owner/secret_name" in card.split("```yaml")[0]
     block = card.split("```yaml\n")[1].split("\n```")[0]
@@ -296,7 +298,7 @@ def test_arguments_on_the_card_are_a_yaml_that_config_takes_without_folders_and_
     types = (ModelArguments, DataArguments, VqaArguments, PeftArguments, BlipTrainingArguments)
     _, data, vqa, _, training = parse(*types, argv=["--config", str(tmp_path / "again.yaml"), "--output_dir", "x"])
     assert (data.eval_split, vqa.question_start_token, training.max_steps) == ("test", "cls", 1)
-    assert training.learning_rate == 3e-4
+    assert training.learning_rate == 3e-4 and training.save_total_limit is None
 
 
 @pytest.mark.parametrize(
