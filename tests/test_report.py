@@ -241,7 +241,7 @@ def test_parts_of_the_retrieval_loss_are_logged(recipe, few):
 
 def test_results_before_training_are_on_the_screen(recipe, few, caplog):
     folder = recipe(*few("vqa"), "--eval_on_start")
-    (said,) = [record.getMessage() for record in caplog.records if "before training" in record.getMessage()]
+    (said,) = [record.getMessage() for record in caplog.records if record.msg.startswith("Results before training")]
     name, value = "before_training_exact_match", json.loads((folder / "all_results.json").read_text())
     assert f'"{name}": {value[name]}' in said
     assert caplog.text.index(said) < caplog.text.index("Results, ")
@@ -313,7 +313,7 @@ def test_wandb_and_trackio_get_a_table(picture_folder, tmp_path):
         setattr(callbacks[-1], name, Package())
     trainer = SimpleNamespace(
         callback_handler=SimpleNamespace(callbacks=callbacks),
-        eval_dataset=rows,
+        evaluated_rows=rows,
         results=[{"prediction": "a", "probability": 0.5, "accuracy": 1.0}, None],
     )
     state = SimpleNamespace(is_world_process_zero=True, global_step=7)
