@@ -657,7 +657,7 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
         try:
             super().__post_init__()
-        except TypeError as error:  # of an object with unknown keys, e.g. accelerator_config
+        except (TypeError, AttributeError) as error:  # of an object with unknown keys, e.g. accelerator_config
             raise ValueError(
                 f"The training settings hold an unknown key or a value of the wrong kind: {error}"
             ) from error

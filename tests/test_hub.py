@@ -189,7 +189,7 @@ def test_push_that_fails_during_training_is_a_warning(local_hub, recipe, flags, 
     monkeypatch.setattr(  # the Hub is well again when training is over
         "blip_ft.trainer.build_model_card", lambda *a, **k: local_hub.answers.clear() or recover(*a, **k)
     )
-    saves = ["--hub_strategy", "every_save", "--save_strategy", "steps", "--save_steps", "1"]
+    saves = ["--skip_dry_run", "--hub_strategy", "every_save", "--save_strategy", "steps", "--save_steps", "1"]
     folder = recipe(*flags, *PUSH, *saves)
     assert "A checkpoint was not pushed; training goes on" in caplog.text
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 2
