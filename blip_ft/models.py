@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import load_peft_weights
+from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -879,6 +880,9 @@ def _fit_processor(processor: BlipProcessor, config: BlipConfig, name: str) -> N
         tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
         images.size = {"height": vision.image_size, "width": vision.image_size}
         vision.image_mean, vision.image_std = list(images.image_mean), list(images.image_std)
+        pixels = images(Image.new("RGB", (8, 8)), return_tensors="pt")["pixel_values"]
+        if not pixels.isfinite().all():
+            raise ValueError("image_mean and image_std turn a black image into numbers that are not finite")
 
 
 def _require_fitting_adapter(model: PreTrainedModel, name: str, base: str, kwargs: dict[str, Any]) -> None:

@@ -579,6 +579,8 @@ CONFIG_VALUES = [
     ("config.json", "quantization_config", 4),
     ("config.json", "auto_map", 3),
     ("processor_config.json", "image_processor", 1),
+    ("processor_config.json", "image_processor__image_std", [1, 2]),
+    ("processor_config.json", "image_processor__image_std", [0, 0, 0]),
     ("tokenizer_config.json", "model_max_length", "x"),
     ("adapter_config.json", "r", "16"),
     ("adapter_config.json", "r", 10**12),
