@@ -614,7 +614,7 @@ def test_captions_and_retrieval_end_with_the_best_epoch(recipe, data_of, tmp_pat
         )(run(self, *args, **kwargs)),
     )
     flags = [*data_of(task), *(["--use_peft"] if lora else [])]
-    folder = recipe(*flags, "--num_train_epochs", "3", "--save_total_limit", "1", task=task)
+    folder = recipe(*flags, "--num_train_epochs", "3", "--save_total_limit", "1", "--skip_dry_run", task=task)
     assert evaluations_of(folder, metric) == {1: 1.0, 2: 3.0, 3: 2.0}
     results = results_of(folder)
     assert results[f"eval_{metric}"] == 3.0
