@@ -22,6 +22,7 @@ import yaml
 from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import distributed
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -853,6 +854,8 @@ def start_recipe(main: Callable[[], None]) -> None:
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()  # a process that ends first would break the connections of the others
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
