@@ -28,7 +28,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import load_peft_weights
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     BatchEncoding,
@@ -245,6 +245,8 @@ class ModelLoader:
             with _blamed_on(f"{CONFIG_NAME} or {GENERATION_CONFIG_NAME}", name):
                 model, info = TASKS[self.task].from_pretrained(name, **settings)
             self._require_own_weights(model, info, name)
+            if not getattr(config, "quantization_config", None):
+                _require_floats(model, name, kwargs)
         if self.image_size and self.image_size != config.vision_config.image_size:
             model.resize_images(self.image_size)
         if self.device.type == "cpu":
@@ -908,6 +910,17 @@ def _require_fitting_adapter(model: PreTrainedModel, name: str, base: str, kwarg
             f"The adapter {name} does not fit its base {base} ({type(model).__name__}): {', and '.join(found)}. Let "
             f"base_model_name_or_path in {ADAPTER_FILE} name the checkpoint that it was trained on."
         )
+
+
+def _require_floats(model: nn.Module, name: str, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for weights saved as whole numbers, which transformers would take as they are, rounded."""
+    if not (file := _download(name, SAFE_WEIGHTS_NAME, kwargs)):
+        return  # in several files, or a pickle
+    with safe_open(file, "pt") as weights:
+        saved = set(weights.keys()) & {key for key, _ in model.named_parameters(remove_duplicate=False)}
+        whole = [key for key in saved if "F" not in weights.get_slice(key).get_dtype()]  # F32, BF16, ...
+    if whole:
+        raise ValueError(f"{name} has its weights of {_listed(sorted(whole))} as whole numbers. Save it as floats.")
 
 
 def _require_finite(model: nn.Module, name: str) -> None:

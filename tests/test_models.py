@@ -560,6 +560,14 @@ def test_every_call_that_loads_says_that_no_code_is_trusted():
     assert loader.kwargs["trust_remote_code"] is False
 
 
+def test_weights_saved_as_whole_numbers_are_refused(copy):
+    weights = load_file(copy / "model.safetensors")
+    name = "text_encoder.encoder.layer.0.output.dense.weight"
+    save_file(weights | {name: weights[name].long()}, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} as whole numbers"):
+        load_model(str(copy))
+
+
 CONFIG_VALUES = [
     ("config.json", "text_config__hidden_size", "768"),
     ("config.json", "text_config__num_attention_heads", 0),
