@@ -662,6 +662,12 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
             raise ValueError(
                 f"The training settings hold an unknown key or a value of the wrong kind: {error}"
             ) from error
+        if self.torch_compile_mode:
+            modes = torch._inductor.list_mode_options()
+            if self.torch_compile_mode not in modes:
+                raise ValueError(
+                    f"torch_compile_mode must be one of {', '.join(sorted(modes))}; found {self.torch_compile_mode!r}."
+                )
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 needs a GPU, and this run is on the CPU. Leave it out, or use --bf16 --use_cpu.")
         if follows_metric and self.greater_is_better:

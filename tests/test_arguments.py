@@ -408,6 +408,7 @@ def test_no_number_is_nan_or_infinite(part, name, value):
         (["--warmup_steps", "nan"], "warmup_steps must be at least 0, found nan"),
         (["--bf16", "--use_cpu", "false"], "bf16 needs a GPU that computes in bfloat16.*add --use_cpu"),
         (["--fp16"], "fp16 needs a GPU"),
+        (["--torch_compile_mode", "x"], "torch_compile_mode must be one of default, .*found 'x'"),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "reduce_lr_on_plateau follows a metric. Add --eval_strategy"),
     ],
 )
