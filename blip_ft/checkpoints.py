@@ -68,6 +68,8 @@ def _steps_of(folder: Path) -> dict[Path, int]:
 
 def what_is_missing(checkpoint: Path) -> str | None:
     """Why a checkpoint is not whole; None if it is."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
     try:
         sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -80,6 +82,13 @@ def what_is_missing(checkpoint: Path) -> str | None:
         if found != size:
             return f"{name} is missing" if found is None else f"{name} has {found} bytes of {size}"
     return None
+
+
+def how_to_resume(output_dir: Path) -> str:
+    """Sentences for the end of a message: the last complete checkpoint, and the flags to resume from it."""
+    last = newest_checkpoint(output_dir)
+    kept = f"{last} is the last complete checkpoint" if last else "No checkpoint had been written"
+    return f"{kept}. Resume with: --output_dir {output_dir} --resume_from_checkpoint last"
 
 
 def require_readable_state(checkpoint: Path) -> None:
@@ -155,9 +164,7 @@ def explain_lost_process(output_dir: Path) -> Iterator[None]:
         # gloo raises a plain RuntimeError with the place in its source
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
-        last = newest_checkpoint(output_dir)
-        kept = f"{last} is complete" if last else "No checkpoint had been written"
         raise ConnectionError(
-            f"Another process of this run has ended; its message, or the launcher's, says why. {kept}. Resume with: "
-            f"--output_dir {output_dir} --resume_from_checkpoint last\n{str(error).splitlines()[0]}"
+            "Another process of this run has ended; its message, or the launcher's, says why. "
+            f"{how_to_resume(output_dir)}\n{str(error).splitlines()[0]}"
         ) from error

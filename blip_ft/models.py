@@ -531,7 +531,7 @@ def unknown_layers(model: nn.Module, names: list[str], trainable_only: bool = Fa
 
 def part_names(model: nn.Module) -> list[str]:
     """The model's largest named parts, e.g. vision_model, text_encoder, text_decoder."""
-    model = _without_adapter(model)
+    model = without_adapter(model)
     return [name for name, _ in model.named_children()]
 
 
@@ -615,7 +615,7 @@ def generate_answer_blip(
         max_length: tokens of an answer, [DEC] and [SEP] among them.
     Raises: ValueError for lists of different lengths, and for a model that answers no questions.
     """
-    blip = _without_adapter(model)
+    blip = without_adapter(model)
     if not isinstance(blip, BlipForQuestionAnswering):
         raise ValueError(
             f"Answering needs blip_ft's BlipForQuestionAnswering, found {type(blip).__module__}.{type(blip).__name__}. "
@@ -661,7 +661,7 @@ def prepare_inputs_for_blip(
 
 def get_model_info(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """Class, task, numbers of parameters, size in MiB, device, dtype and picture size of a model."""
-    blip = _without_adapter(model)
+    blip = without_adapter(model)
     counts = count_parameters(model)
     return {
         "model_class": type(blip).__name__,
@@ -680,7 +680,7 @@ def get_model_info(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
 
 def print_model_summary(model: PreTrainedModel | PeftModel, detailed: bool = False) -> None:
     """Print a table of the model's parts; detailed also shows what each part is made of."""
-    blip = _without_adapter(model)
+    blip = without_adapter(model)
     parts = dict(blip.named_children())
     if detailed:
         parts = {
@@ -723,7 +723,7 @@ def _set_requires_grad(model: nn.Module, names: Sequence[str] | str | None, valu
             parameter.requires_grad = value
 
 
-def _without_adapter(model: nn.Module) -> nn.Module:
+def without_adapter(model: nn.Module) -> nn.Module:
     """The BLIP model itself; an adapter's layers are part of it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -923,16 +923,20 @@ def _require_floats(model: nn.Module, name: str, kwargs: dict[str, Any]) -> None
         raise ValueError(f"{name} has its weights of {_listed(sorted(whole))} as whole numbers. Save it as floats.")
 
 
+def is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """(), True if no number of a tensor is NaN or infinite; on its device, so that asking does not wait for it."""
+    if not tensor.numel():
+        return torch.tensor(True, device=tensor.device)
+    # the least and the greatest number are NaN if any is; twelve times as fast as isfinite on every number
+    return torch.stack(tensor.aminmax()).isfinite().all()
+
+
 def _require_finite(model: nn.Module, name: str) -> None:
     """Raise ValueError for weights that are NaN or infinite: every answer would be empty or wrong."""
-    # the least and the greatest number are NaN if any is; twelve times as fast as isfinite on every number
     broken = [
         key
         for key, tensor in model.state_dict().items()
-        if tensor.is_floating_point()
-        and tensor.numel()
-        and not tensor.is_meta
-        and not torch.stack(tensor.aminmax()).isfinite().all()
+        if tensor.is_floating_point() and not tensor.is_meta and not is_finite(tensor)
     ]
     if broken:
         raise ValueError(

@@ -59,6 +59,7 @@ from blip_ft.checkpoints import (
     explain_lost_process,
     explain_unreadable,
     finish_checkpoint,
+    how_to_resume,
     newest_checkpoint,
     remove_old_checkpoints,
     require_readable_state,
@@ -86,7 +87,7 @@ from blip_ft.feature_store import require_constant_features, store_pictures
 from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_waiting, upload_command
 from blip_ft.metrics import smoothing_floor
 from blip_ft.modeling import BlipForImageTextRetrieval, BlipForQuestionAnswering
-from blip_ft.models import count_parameters
+from blip_ft.models import count_parameters, is_finite, without_adapter
 from blip_ft.outputs import (
     claim,
     decided_by_main,
@@ -191,7 +192,7 @@ class BlipTrainer(Trainer):
     @property
     def blip(self) -> torch.nn.Module:
         """The BLIP model under DDP and PEFT; an adapter's layers are part of it."""
-        return _base_of(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        return without_adapter(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     @contextmanager
     def unsharded_model(self) -> Iterator[torch.nn.Module]:
@@ -207,7 +208,7 @@ class BlipTrainer(Trainer):
         for parameter, copied in zip(sharded.parameters(), self.eval_copy.parameters(), strict=True):
             with whole_weight(parameter) as weight:
                 copied.data = weight.detach().to(self.args.device, copy=True)
-        yield _base_of(self.eval_copy.to(self.args.device))
+        yield without_adapter(self.eval_copy.to(self.args.device))
         self.eval_copy.cpu()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -302,10 +303,9 @@ class BlipTrainer(Trainer):
         Raises: ValueError that names the step, the last complete checkpoint, and what to try.
         """
         step, device = self.state.global_step, self.args.device
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad] if weights else []
-        if weights and self.blip.contrastive:
-            trained.append(self.blip.contrastive.temperature)
-        finite = [own_part(parameter).isfinite().all().to(device) for parameter in trained]
+        with self._temperature_in_model():
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad and weights]
+        finite = [is_finite(own_part(parameter)).to(device) for parameter in trained]
         is_good = torch.stack(finite).all() if finite else torch.tensor(True, device=device)
         found = torch.stack([self.first_bad_step.to(device), torch.where(is_good, NEVER, step)])
         # (processes, 2)
@@ -536,7 +536,7 @@ def prepare_output_dir(args: BlipTrainingArguments, recipe: str, peft_args: Peft
     if checkpoint is None:
         logger.warning("There is no whole checkpoint in %s: starting from the beginning.", args.output_dir)
         return None
-    problem = what_is_missing(checkpoint) if checkpoint.is_dir() else "there is no such folder"
+    problem = what_is_missing(checkpoint)
     # output_dir may lie on a disk of each machine
     problems = gather_object([f"{socket.gethostname()}: {problem}"] if problem else [])
     if problems:
@@ -557,7 +557,7 @@ def _choose_checkpoint(
             return None
     else:
         checkpoint = Path(resume)
-        problem = what_is_missing(checkpoint) if checkpoint.is_dir() else "there is no such folder"
+        problem = what_is_missing(checkpoint)
         if problem:
             raise ValueError(
                 f"resume_from_checkpoint {resume}: {problem}. Give a checkpoint-... folder of an earlier run, or "
@@ -572,10 +572,6 @@ def _choose_checkpoint(
     check_saved_engine(checkpoint, args)
     _require_same_kind(checkpoint, peft_args)
     return checkpoint
-
-
-def _base_of(model: torch.nn.Module) -> torch.nn.Module:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _require_same_kind(checkpoint: Path, args: PeftArguments) -> None:
@@ -593,7 +589,7 @@ def check_run(args: BlipTrainingArguments, rows: Dataset | StreamedRows, outline
     if not args.do_train:
         return
     if args.cache_image_features:
-        require_constant_features(_base_of(outline))
+        require_constant_features(without_adapter(outline))
     _require_optimizer(args, outline)
     if not isinstance(rows, StreamedRows):
         require_whole_batch(len(rows), args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
@@ -658,17 +654,11 @@ def _stopping_cleanly(function: Callable) -> Callable:
     @wraps(function)
     def run_on(trainer: BlipTrainer, *args: Any, **kwargs: Any) -> Any:
         folder = Path(trainer.args.output_dir)
-
-        def how_to_resume() -> str:
-            last = newest_checkpoint(folder)
-            kept = f"{last} is the last complete checkpoint" if last else "No checkpoint had been written"
-            return f"{kept}. Resume with: --output_dir {folder} --resume_from_checkpoint last"
-
         with (
             trainer.signals,
             explain_full_disk(folder),
             explain_lost_process(folder),
-            explain_lost_worker(how_to_resume),
+            explain_lost_worker(partial(how_to_resume, folder)),
         ):
             try:
                 return function(trainer, *args, **kwargs)
