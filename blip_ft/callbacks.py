@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,11 @@ class SampleCallback(TrainerCallback):
     ) -> None:
         self.trainer, self.predict, self.describe = trainer, predict, describe
 
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        rows = self.trainer.eval_dataset
+        return rows.select(choose_rows(rows, 4)).to_list()
+
     def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % args.sample_steps:
             return
@@ -295,15 +301,14 @@ class SampleCallback(TrainerCallback):
         with trainer.unsharded_model() as model:
             if not state.is_world_process_zero:
                 return
-            rows = trainer.eval_dataset.select(choose_rows(trainer.eval_dataset, 4)).to_list()
-            batch = trainer._prepare_inputs(trainer.eval_collator(rows))
+            batch = trainer._prepare_inputs(trainer.eval_collator(self.rows))
             del batch["readable"]
             training = model.training
             model.eval()
             with torch.no_grad(), trainer.compute_loss_context_manager():
-                predicted = self.predict(model, batch, list(range(len(rows))))
+                predicted = self.predict(model, batch, list(range(len(self.rows))))
             model.train(training)
-        lines = [f"  {self.describe(*pair)}" for pair in zip(rows, predicted, strict=True)]
+        lines = [f"  {self.describe(*pair)}" for pair in zip(self.rows, predicted, strict=True)]
         logger.info("Step %d of %d:\n%s", state.global_step, state.max_steps, "\n".join(lines))
 
 
