@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial, wraps
-from itertools import chain, islice
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -458,9 +458,14 @@ class BlipTrainer(Trainer):
             self.require_best_metric(metrics)
         return EvalLoopOutput(predictions=self.results, label_ids=None, metrics=named, num_samples=len(rows))
 
+    @property
+    def best_metric(self) -> str:
+        """metric_for_best_model without its prefix; "" if there is none."""
+        return (self.args.metric_for_best_model or "").removeprefix("eval_")
+
     def require_best_metric(self, metrics: Iterable[str]) -> None:
         """Raise ValueError if metric_for_best_model is none of metrics, whose names have no prefix."""
-        best = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        best = self.best_metric
         if best and best not in metrics:
             raise ValueError(f"metric_for_best_model {best} is none of what is measured here: {', '.join(metrics)}.")
 
@@ -792,12 +797,13 @@ def _evaluate_and_write(
             result_notes = {**result_notes, "baseline": baseline.words}
         results |= {_name_baseline(name): value for name, value in baselines.items()}
         if args.do_train:
+            overlaps = {part: _describe_overlap(own, data_args) for part, own in parts.items()}
             result_notes = {**result_notes, "checkpoint": _describe_choice(trainer, best_step, data_args)}
             notes = [*notes, f"Checkpoint: {result_notes['checkpoint']}."]
             for part, own in parts.items():
                 results |= _count_overlap(part, own.image_overlap)
                 where = data_args.held_out if part == "eval" else f"{data_args.tested_on} (the final model, once)"
-                notes.append(f"Evaluated on {where}. {_describe_overlap(own, data_args)}")
+                notes.append(f"Evaluated on {where}. {overlaps[part]}")
             if test_rows is not None:
                 results["test_images_evaluated_on"] = test_rows.overlap_with_evaluation.num_shared
         write_report(
@@ -823,9 +829,9 @@ def _evaluate_and_write(
                 dataset=data_args.label,
                 dataset_id=data_args.hub_id,
                 held_out=data_args.held_out,
-                overlap=_describe_overlap(rows, data_args),
+                overlap=overlaps["eval"],
                 tested_on=data_args.tested_on,
-                test_overlap=_describe_overlap(test_rows, data_args) if test_rows is not None else "",
+                test_overlap=overlaps.get("test", ""),
                 scores=scores,
                 baselines=baselines,
                 notes=result_notes,
@@ -861,8 +867,7 @@ def _describe_choice(trainer: BlipTrainer, best_step: int | None, data_args: Dat
     last = trainer.state.global_step
     if best_step is None:
         return f"the last, step {last}; no score chose it"
-    metric = trainer.args.metric_for_best_model.removeprefix("eval_")
-    return f"step {best_step} of {last}, the best by {metric} on {data_args.held_out}"
+    return f"step {best_step} of {last}, the best by {trainer.best_metric} on {data_args.held_out}"
 
 
 def _write_predictions(path: Path, rows: Dataset, results: list[dict[str, Any] | None]) -> None:
@@ -928,8 +933,9 @@ def _dry_run(
     if args.eval_strategy == "no" or isinstance(trainer.train_dataset, StreamedRows):
         return
     measured = [name.removeprefix("eval_") for name in results]
-    # a few rows do not have all answer types
-    trainer.require_best_metric(dict.fromkeys(chain(measured, baseline.score(rows) if baseline else ())))
+    if baseline and trainer.best_metric not in ("", *measured):
+        measured += baseline.score(rows)  # a few rows do not have all answer types
+    trainer.require_best_metric(dict.fromkeys(measured))
 
 
 def _few_of(rows: Dataset, number: int) -> Dataset:
