@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from statistics import fmean
 from typing import Any
@@ -436,11 +436,14 @@ def retrieval_scores(
         similarity, right: (num_images, num_texts), as in recall_at_k.
         for_images: another similarity to find pictures by; each direction has candidates of its own.
     """
-    found = {
-        "text": text_recall_at_k(similarity, right),
-        "image": recall_at_k(similarity if for_images is None else for_images, right),
-    }
-    recalls = {f"{what}_{name}": value for what, values in found.items() for name, value in values.items()}
+    found_images = recall_at_k(similarity if for_images is None else for_images, right)
+    return _in_both_directions(text_recall_at_k(similarity, right), found_images)
+
+
+def _in_both_directions(texts: dict[str, float], images: dict[str, float]) -> dict[str, float]:
+    """Recalls named by what is found, and recall_mean."""
+    recalls = {f"text_{name}": value for name, value in texts.items()}
+    recalls |= {f"image_{name}": value for name, value in images.items()}
     return {**recalls, "recall_mean": fmean(recalls.values())}
 
 
@@ -448,7 +451,7 @@ def retrieval_scores(
 
 
 def answer_without_images(
-    questions: Sequence[str], answers: Sequence[Sequence[str]], asked: Sequence[str]
+    questions: Iterable[str], answers: Iterable[Sequence[str]], asked: Sequence[str]
 ) -> list[str]:
     """The answer to each question asked that its words alone suggest.
 
@@ -486,9 +489,7 @@ def chance_scores(right: np.ndarray) -> dict[str, float]:
             recalls[f"recall@{drawn + 1}"] = 100 * float(1 - missed.mean())
         return {f"recall@{k}": recalls[f"recall@{k}"] for k in (1, 5, 10)}
 
-    found = {"text": chance(right), "image": chance(right.T)}
-    recalls = {f"{what}_{name}": value for what, values in found.items() for name, value in values.items()}
-    return {**recalls, "recall_mean": fmean(recalls.values())}
+    return _in_both_directions(chance(right), chance(right.T))
 
 
 def smoothing_floor(num_words: int, label_smoothing: float) -> float:

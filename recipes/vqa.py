@@ -27,7 +27,7 @@ from blip_ft.arguments import (
     start_recipe,
 )
 from blip_ft.collators import VqaCollator
-from blip_ft.data_pipeline import load_splits
+from blip_ft.data_pipeline import load_splits, values_of
 from blip_ft.metrics import VqaAccuracy, answer_type, answer_without_images, scoring_rule, vqa_accuracy
 from blip_ft.models import load_for_training, outline
 from blip_ft.run_settings import settle_settings
@@ -103,7 +103,8 @@ def main() -> None:
         return VqaAccuracy().compute(predictions=texts, references=answers, answer_types=types), types
 
     def baseline(rows):
-        texts = answer_without_images(train_rows["question"][:], train_rows["answers"][:], rows["question"][:])
+        trained_on = (values_of(train_rows, column) for column in ("question", "answers"))
+        texts = answer_without_images(*trained_on, rows["question"][:])
         return score(rows, texts)[0]
 
     def evaluate(rows, collect):
