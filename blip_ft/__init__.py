@@ -1,7 +1,7 @@
 """Fine-tuning BLIP: the original's loss, each picture encoded once, recipes of one page."""
 
 from blip_ft.data_pipeline import DataPipeline
-from blip_ft.metrics import VqaAccuracy, vqa_accuracy
+from blip_ft.metrics.vqa import VqaAccuracy, vqa_accuracy
 from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from blip_ft.models import (
     ModelLoader,

@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.collators import open_image
 from blip_ft.data_pipeline import number_pictures
-from blip_ft.metrics import answer_type
+from blip_ft.metrics.vqa import answer_type
 from blip_ft.outputs import decided_by_main
 from blip_ft.report import THUMBNAIL_PIXELS, Sample, draw_curves
 

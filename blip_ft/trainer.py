@@ -85,7 +85,7 @@ from blip_ft.engines import (
 )
 from blip_ft.feature_store import require_constant_features, store_pictures
 from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_waiting, upload_command
-from blip_ft.metrics import smoothing_floor
+from blip_ft.metrics.baselines import smoothing_floor
 from blip_ft.modeling import BlipForImageTextRetrieval, BlipForQuestionAnswering
 from blip_ft.models import count_parameters, is_finite, without_adapter
 from blip_ft.outputs import (

@@ -25,7 +25,8 @@ from blip_ft.arguments import (
 )
 from blip_ft.collators import CaptionCollator, PictureCollator, require_room_for_captions
 from blip_ft.data_pipeline import load_splits
-from blip_ft.metrics import CaptionScores, caption_exact_match, caption_rouge_l, most_frequent_answer
+from blip_ft.metrics.captions import CaptionScores, caption_exact_match, caption_rouge_l
+from blip_ft.metrics.vqa import most_frequent_answer
 from blip_ft.models import load_for_training, load_processor, outline
 from blip_ft.run_settings import settle_settings
 from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run

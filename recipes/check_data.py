@@ -30,7 +30,7 @@ from blip_ft.arguments import (
     start_recipe,
 )
 from blip_ft.data_pipeline import column_names, load_captions, load_vqa, number_pictures, require_whole_batch
-from blip_ft.metrics import answer_type, most_frequent_answer
+from blip_ft.metrics.vqa import answer_type, most_frequent_answer
 
 
 @dataclass

@@ -30,7 +30,8 @@ from blip_ft.arguments import (
 from blip_ft.collators import PictureCollator, RetrievalCollator, clean_caption, encode_texts
 from blip_ft.contrastive import Contrastive, require_memory_for_queue
 from blip_ft.data_pipeline import load_splits
-from blip_ft.metrics import chance_scores, retrieval_scores, same_caption
+from blip_ft.metrics.baselines import chance_scores
+from blip_ft.metrics.retrieval import retrieval_scores, same_caption
 from blip_ft.models import load_for_training, outline
 from blip_ft.run_settings import settle_settings
 from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run

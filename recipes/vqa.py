@@ -28,7 +28,8 @@ from blip_ft.arguments import (
 )
 from blip_ft.collators import VqaCollator
 from blip_ft.data_pipeline import load_splits, values_of
-from blip_ft.metrics import VqaAccuracy, answer_type, answer_without_images, scoring_rule, vqa_accuracy
+from blip_ft.metrics.baselines import answer_without_images
+from blip_ft.metrics.vqa import VqaAccuracy, answer_type, scoring_rule, vqa_accuracy
 from blip_ft.models import load_for_training, outline
 from blip_ft.run_settings import settle_settings
 from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run

@@ -24,57 +24,47 @@ from blip_ft.arguments import (
 )
 
 ROOT = Path(__file__).parent.parent
-ARROWS = {
-    "arguments": {"hub", "outputs"},
-    "attention": set(),
-    "contrastive": set(),
-    "collators": set(),
+PACKAGE = ROOT / "blip_ft"
+# wing, a folder or module of blip_ft -> the wings that it may import beside itself
+WINGS = {
+    "arguments": set(),
     "metrics": set(),
-    "demo": set(),
-    "hub": set(),
-    "report": set(),
-    "modeling": {"attention", "contrastive"},
-    "inference": {"collators"},
-    "models": {"arguments", "collators", "demo", "hub", "inference", "modeling"},
-    "data_pipeline": {"arguments", "demo", "collators", "models", "outputs"},
-    "feature_store": {"arguments", "callbacks", "collators", "data_pipeline", "modeling"},
-    "checkpoints": set(),
-    "engines": set(),
-    "outputs": set(),
-    "run_settings": {"arguments", "checkpoints", "data_pipeline", "outputs"},
-    "callbacks": {"arguments", "collators", "data_pipeline", "metrics", "outputs", "report"},
-    "predictions": {"metrics", "outputs", "report"},
-    "trainer": {
-        "arguments",
-        "callbacks",
-        "checkpoints",
-        "collators",
-        "data_pipeline",
-        "engines",
-        "feature_store",
-        "hub",
-        "metrics",
-        "modeling",
-        "models",
-        "outputs",
-        "report",
-        "run_settings",
-    },
+    "data": {"arguments"},
+    "modeling": {"arguments", "data"},
+    "results": {"data", "metrics"},
+    "cli": {"arguments", "data", "results"},
+    "models": {"arguments", "data", "modeling"},
+    "data_pipeline": {"arguments", "cli", "data", "modeling", "models"},
+    "training": {"arguments", "data", "metrics", "modeling", "models", "results"},
 }
+MODULES = sorted(PACKAGE.glob("*/**/*.py"))
 
 
-def imports_of(path: Path) -> set[str]:
+def wing_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def wings_imported(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("blip_ft", "recipes"):
-            names = [alias.name for alias in node.names] if node.module in ("blip_ft", "recipes") else [node.module]
-            found |= {name.split(".")[-1] for name in names}
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports name the whole path of a module"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        assert not any(name.split(".")[0] == "recipes" for name in names)
+        found |= {wing_of(name) for name in names if name.split(".")[0] == "blip_ft"}
     return found
 
 
-@pytest.mark.parametrize("module", [path.stem for path in (ROOT / "blip_ft").glob("*.py") if path.stem != "__init__"])
-def test_module_imports_only_what_its_arrows_allow(module):
-    assert imports_of(ROOT / "blip_ft" / f"{module}.py") <= ARROWS[module]
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_module_imports_only_what_the_arrows_of_its_wing_allow(path):
+    wing = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert wings_imported(path) <= {wing} | WINGS[wing]
+
+
+def test_recipes_are_not_imported_by_each_other():
+    for path in (ROOT / "recipes").glob("*.py"):
+        wings_imported(path)
 
 
 TASK_ARGUMENTS = {"vqa": VqaArguments, "captioning": CaptioningArguments, "retrieval": RetrievalArguments}

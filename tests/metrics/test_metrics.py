@@ -4,33 +4,24 @@ import json
 import math
 import socket
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN
 
-from blip_ft import metrics
-from blip_ft.metrics import (
-    CaptionScores,
+from blip_ft.metrics import captions, retrieval, vqa
+from blip_ft.metrics.baselines import answer_without_images, chance_scores, smoothing_floor
+from blip_ft.metrics.captions import CaptionScores, caption_exact_match, caption_scores
+from blip_ft.metrics.retrieval import recall_at_k, retrieval_scores, same_caption, text_recall_at_k
+from blip_ft.metrics.vqa import (
     VqaAccuracy,
     answer_type,
-    answer_without_images,
-    caption_exact_match,
-    caption_scores,
-    chance_scores,
     most_frequent_answer,
     normalize_answer,
-    recall_at_k,
-    retrieval_scores,
-    same_caption,
     scoring_rule,
-    smoothing_floor,
-    text_recall_at_k,
     vqa_accuracy,
 )
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture
@@ -307,7 +298,7 @@ def test_vqa_accuracy_metric_refuses_inputs_that_do_not_fit(metric, inputs, mess
 
 
 def test_vqa_accuracy_scores_10000_questions_in_seconds():
-    metrics._clean.cache_clear()
+    vqa._clean.cache_clear()
     start = time.perf_counter()
     for i in range(10_000):
         vqa_accuracy(f"{i} x-rays", [f"{i + annotator % 3} x-rays" for annotator in range(10)])
@@ -340,8 +331,8 @@ def test_caption_scores_equal_official(name, form):
     ],
 )
 def test_caption_words_are_those_of_the_java_tokenizer(caption, words):
-    assert metrics._caption_words(caption) == words.split()
-    assert metrics._caption_words(words) == words.split()
+    assert captions._caption_words(caption) == words.split()
+    assert captions._caption_words(words) == words.split()
 
 
 def test_caption_scores_of_short_prediction_are_as_worked_out():
@@ -400,8 +391,8 @@ def test_caption_scores_of_1000_pictures_take_seconds():
 def test_caption_scores_metric_equals_function(tmp_path):
     metric = CaptionScores(cache_dir=str(tmp_path))
     predictions, references = ["a dog runs", "two cats"], [["a dog", "the dog runs"], ["two cats sit"]]
-    for prediction, captions in zip(predictions, references, strict=True):
-        metric.add_batch(predictions=[prediction], references=[captions])
+    for prediction, own in zip(predictions, references, strict=True):
+        metric.add_batch(predictions=[prediction], references=[own])
     assert metric.compute() == caption_scores(predictions, references)
     with pytest.raises(ValueError, match="expected a list"):
         metric.compute(predictions=["a dog"], references=["a dog"])
@@ -449,10 +440,10 @@ def test_texts_fit_every_image_that_has_the_same_caption():
 
 
 def test_retrieval_scores_take_pictures_and_texts_from_their_own_ranking():
-    scores = retrieval_scores(SIMILARITY, metrics._right_pairs(SIMILARITY, OWNER))
+    scores = retrieval_scores(SIMILARITY, retrieval._right_pairs(SIMILARITY, OWNER))
     assert scores["image_recall@1"] == 50 and scores["text_recall@1"] == pytest.approx(100 / 3)
     assert scores["recall_mean"] == pytest.approx((50 + 100 * 3 + 100 * 2 + 100 / 3 - 100) / 6)
-    other = retrieval_scores(SIMILARITY, metrics._right_pairs(SIMILARITY, OWNER), for_images=-SIMILARITY)
+    other = retrieval_scores(SIMILARITY, retrieval._right_pairs(SIMILARITY, OWNER), for_images=-SIMILARITY)
     assert other["text_recall@1"] == scores["text_recall@1"] and other["image_recall@1"] == 25
 
 
