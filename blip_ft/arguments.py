@@ -28,7 +28,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
-from blip_ft.hub import hide_secrets
+from blip_ft.data.secrets import hide_secrets
 from blip_ft.outputs import release_folders
 
 logger = logging.getLogger(__name__)

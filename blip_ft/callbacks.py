@@ -28,8 +28,8 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from blip_ft.arguments import BlipTrainingArguments
-from blip_ft.collators import open_image
-from blip_ft.data_pipeline import number_pictures
+from blip_ft.data.images import open_image
+from blip_ft.data.tables import number_images
 from blip_ft.metrics.vqa import answer_type
 from blip_ft.outputs import decided_by_main
 from blip_ft.report import THUMBNAIL_PIXELS, Sample, draw_curves
@@ -314,7 +314,7 @@ class SampleCallback(TrainerCallback):
 
 def choose_rows(rows: Dataset, number: int) -> list[int]:
     """Positions of rows to show, in order: of different images, and of each answer type, as far as there are."""
-    images = number_pictures(rows)
+    images = number_images(rows)
     if "answer_type" in rows.column_names:
         kinds = rows["answer_type"][:]
     else:

@@ -28,8 +28,9 @@ from transformers import BlipProcessor, PreTrainedModel
 
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.callbacks import outlive_signals
-from blip_ft.collators import PictureCollator
-from blip_ft.data_pipeline import ImageHashes, number_pictures
+from blip_ft.data.checks import ImageHashes
+from blip_ft.data.collators import ImageCollator
+from blip_ft.data.tables import number_images
 from blip_ft.modeling import BlipForImageTextRetrieval
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ def store_pictures(
 
     hashes = ImageHashes()
     key_of, row_of_key = {}, {}
-    for position in np.unique(number_pictures(rows), return_index=True)[1].tolist():
+    for position in np.unique(number_images(rows), return_index=True)[1].tolist():
         row = rows[position]
         image_id = row["image_id"]
         try:
@@ -193,7 +194,7 @@ def _encode(
     loader = DataLoader(
         Subset(rows, list(missing.values())),
         args.per_device_eval_batch_size,
-        collate_fn=PictureCollator(processor),
+        collate_fn=ImageCollator(processor),
         num_workers=args.dataloader_num_workers,
         worker_init_fn=outlive_signals,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import logging
 import os
 import re
 import shlex
@@ -17,10 +16,14 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, get_session, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from blip_ft.data.secrets import hide_secrets
+
 # exit code of a run whose result is saved and not pushed
 NOT_PUSHED = 3
+
 # Without this huggingface_hub waits for ever for an answer.
 SECONDS_TO_WAIT = 60
+
 # The Hub leaves out of every upload what a folder's .gitignore names: the user's rows, pictures, paths and pickles.
 GITIGNORE = (
     "predictions.jsonl\ntest_predictions.jsonl\nbad_rows.jsonl\nreport.html\nevents.out.tfevents.*\ntraining_args.bin\n"
@@ -35,12 +38,14 @@ METRICS = {
     "rouge_l": ("rouge", "ROUGE-L"),
     "recall": ("recall", "recall"),
 }
+
 # class -> the task in words
 TASKS = {
     "BlipForQuestionAnswering": "visual question answering",
     "BlipForConditionalGeneration": "image captioning",
     "BlipForImageTextRetrieval": "image-text retrieval",
 }
+
 STOCK_USE = {
     "BlipForQuestionAnswering": """\
 inputs = processor(image, "what is it?", return_tensors="pt")
@@ -53,6 +58,7 @@ inputs = processor(image, "a cat asleep on a sofa", return_tensors="pt")
 print(model(**inputs).itm_score.softmax(1)[0, 1].item())  # probability that they belong together
 print(model(**inputs, use_itm_head=False)[0].item())  # cosine""",
 }
+
 OWN_USE = {
     "BlipForQuestionAnswering": """\
 from blip_ft import generate_answer_blip, load_model
@@ -60,6 +66,7 @@ from blip_ft import generate_answer_blip, load_model
 loaded = load_model({id})
 print(generate_answer_blip(loaded["model"], loaded["processor"], "cat.jpg", ["what is it?", "is it asleep?"]))""",
 }
+
 LIMITS = {
     "BlipForQuestionAnswering": "Answers are short, in the manner of those it was trained on, and it answers questions "
     "that the picture cannot answer too. Stock transformers (4.54 to 5.23) ignores the padding of questions: ask it "
@@ -197,23 +204,6 @@ def explain(error: BaseException) -> str:
         advice = ""
     # hidden before the cut, which could leave half a token
     return hide_secrets(f"{hide_secrets(' '.join(said.split()))[:400].rstrip('.')}. {advice}".strip())
-
-
-def hide_secrets(text: str) -> str:
-    """text without tokens, and without the user and password of any URL in it."""
-    text = re.sub(r"(?<=://)[^/?#\s]*@", "", text)
-    # an HTTP library that finds a header malformed quotes it
-    return re.sub(r"Bearer \S+|hf_\w{30,}", "(token)", text)
-
-
-def _hide_in_record(record: logging.LogRecord) -> bool:
-    record.msg, record.args = hide_secrets(record.getMessage()), ()
-    return True
-
-
-# huggingface_hub logs each failed request with its whole URL; its own handlers come before those of the root
-for _handler in logging.getLogger("huggingface_hub").handlers:
-    _handler.addFilter(_hide_in_record)
 
 
 def _usage(

@@ -10,15 +10,8 @@ import numpy as np
 import torch
 from transformers import BlipProcessor, PreTrainedTokenizerBase
 
-from blip_ft.collators import (
-    decode_texts,
-    encode_images,
-    encode_labels,
-    encode_prompt,
-    encode_texts,
-    longest_side,
-    open_image,
-)
+from blip_ft.data.images import encode_images, longest_side, open_image
+from blip_ft.data.texts import decode_texts, encode_labels, encode_prompt, encode_texts
 
 
 def answer(

@@ -52,10 +52,11 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from blip_ft import demo, inference
+from blip_ft import inference
 from blip_ft.arguments import BlipTrainingArguments, ModelArguments, PeftArguments
-from blip_ft.collators import open_image
-from blip_ft.hub import hide_secrets
+from blip_ft.data import demo, small_model
+from blip_ft.data.images import open_image
+from blip_ft.data.secrets import hide_secrets
 from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 logger = logging.getLogger(__name__)
@@ -331,8 +332,8 @@ def build_small_blip(
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, found {task!r}.")
-    processor = demo.build_small_processor(texts, image_size)
-    config = demo.build_small_config(
+    processor = small_model.build_small_processor(texts, image_size)
+    config = small_model.build_small_config(
         *(processor, patch_size, width, num_heads, vision_layers, text_layers, max_tokens, initializer_range)
     )
     model = _new_model(task, config)
@@ -342,7 +343,7 @@ def build_small_blip(
 
 def _new_model(task: str, config: BlipConfig) -> PreTrainedModel:
     model = TASKS[task](config)
-    demo.set_apart_positions(model)
+    small_model.init_position_embeddings(model)
     return model
 
 

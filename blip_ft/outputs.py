@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -17,6 +15,7 @@ from filelock import FileLock, Timeout
 LOCK = "_in_use.lock"  # the Trainer uploads nothing that begins with _
 
 Result = TypeVar("Result")
+
 # the folders that this process holds, and whether it has made them
 _claimed: list[tuple[FileLock, bool]] = []
 
@@ -88,25 +87,3 @@ def release_folders() -> None:
         if is_new:
             with suppress(OSError):  # not empty
                 file.parent.rmdir()
-
-
-def to_json(value: Any, **options: Any) -> str:
-    """json.dumps in which a number that is not finite is null: JSON has neither NaN nor Infinity."""
-    return json.dumps(_without_nan(value), allow_nan=False, **options)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nan(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """JSON lines: all of them or no file."""
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(to_json(line, ensure_ascii=False) + "\n")
-    unfinished.replace(path)

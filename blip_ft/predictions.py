@@ -16,7 +16,8 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from blip_ft import metrics
-from blip_ft.outputs import claim, decided_by_main, is_free, numbered_folders, require_claim, to_json, write_lines
+from blip_ft.data.tables import to_json, write_lines
+from blip_ft.outputs import claim, decided_by_main, is_free, numbered_folders, require_claim
 from blip_ft.report import Sample
 
 Line = dict[str, Any]

@@ -15,7 +15,8 @@ from datasets import Dataset
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, RetrievalArguments, Settings
 from blip_ft.checkpoints import explain_unreadable
-from blip_ft.data_pipeline import CaptionRows, StreamedRows
+from blip_ft.data.streaming import StreamedRows
+from blip_ft.data.tables import CaptionRows
 from blip_ft.outputs import decided_by_main
 
 logger = logging.getLogger(__name__)

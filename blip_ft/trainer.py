@@ -65,15 +65,13 @@ from blip_ft.checkpoints import (
     require_readable_state,
     what_is_missing,
 )
-from blip_ft.collators import IGNORED, open_image
-from blip_ft.data_pipeline import (
-    GroupedSampler,
-    ImageOverlap,
-    StreamedRows,
-    number_pictures,
-    require_whole_batch,
-    why_unreadable,
-)
+from blip_ft.data.checks import why_unreadable
+from blip_ft.data.images import open_image
+from blip_ft.data.loading import ImageOverlap
+from blip_ft.data.sampling import GroupedSampler, require_whole_batch
+from blip_ft.data.streaming import StreamedRows
+from blip_ft.data.tables import number_images, to_json, write_lines
+from blip_ft.data.texts import IGNORED
 from blip_ft.engines import (
     SHARDED,
     check_engine,
@@ -88,16 +86,7 @@ from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_
 from blip_ft.metrics.baselines import smoothing_floor
 from blip_ft.modeling import BlipForImageTextRetrieval, BlipForQuestionAnswering
 from blip_ft.models import count_parameters, is_finite, without_adapter
-from blip_ft.outputs import (
-    claim,
-    decided_by_main,
-    is_free,
-    names_in,
-    numbered_folders,
-    require_claim,
-    to_json,
-    write_lines,
-)
+from blip_ft.outputs import claim, decided_by_main, is_free, names_in, numbered_folders, require_claim
 from blip_ft.report import THUMBNAIL_PIXELS, is_score, write_report
 from blip_ft.run_settings import SETTINGS_FILE
 
@@ -249,7 +238,7 @@ class BlipTrainer(Trainer):
         args = self.args
         global_batch = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.sampler = GroupedSampler(number_pictures(rows), global_batch, seed, self.group)
+        self.sampler = GroupedSampler(number_images(rows), global_batch, seed, self.group)
         return self.sampler
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | None:
@@ -419,7 +408,7 @@ class BlipTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """This process's rows, each row of the whole in one process only; those of a picture side by side."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        order = np.argsort(number_pictures(rows), kind="stable")
+        order = np.argsort(number_images(rows), kind="stable")
         share = np.array_split(order, self.args.world_size)[self.args.process_index].tolist()
         loader = DataLoader(
             Subset(rows, share),
@@ -1042,13 +1031,13 @@ def _describe_training(trainer: BlipTrainer, results: dict[str, Any], checkpoint
     held_out, seconds = trainer.eval_dataset, round(results.get("train_runtime", 0))
     trained_on = "a stream"
     if not isinstance(rows, StreamedRows):
-        trained_on = f"{len(rows):,} of {number_pictures(rows).max() + 1:,} images"
+        trained_on = f"{len(rows):,} of {number_images(rows).max() + 1:,} images"
     device = f"CPU ({platform.machine()}), torch's threads: {torch.get_num_threads()}"
     if args.device.type != "cpu":
         device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     return {
         "rows trained on": trained_on,
-        "rows evaluated on": f"{len(held_out):,} of {number_pictures(held_out).max() + 1:,} images",
+        "rows evaluated on": f"{len(held_out):,} of {number_images(held_out).max() + 1:,} images",
         "epochs": f"{trainer.state.epoch:.4g}",
         "optimizer steps": f"{trainer.state.global_step:,}",
         "rows a step": f"{args.train_batch_size * args.world_size * args.gradient_accumulation_steps:,}",

@@ -29,15 +29,8 @@ from transformers import BlipProcessor
 
 from blip_ft import inference
 from blip_ft.arguments import Settings, parse, start_recipe
-from blip_ft.collators import (
-    IMAGE_FORMATS,
-    clean_caption,
-    encode_images,
-    encode_prompt,
-    encode_texts,
-    longest_side,
-    open_image,
-)
+from blip_ft.data.images import IMAGE_FORMATS, encode_images, longest_side, open_image
+from blip_ft.data.texts import clean_caption, encode_prompt, encode_texts
 from blip_ft.models import TASK_OF_CLASS, load_model
 
 logger = logging.getLogger("blip_ft.app")

@@ -33,8 +33,10 @@ from transformers import BlipConfig, BlipImageProcessor
 from transformers.models.blip import modeling_blip
 
 from blip_ft.arguments import DataArguments
-from blip_ft.collators import encode_row_images
-from blip_ft.data_pipeline import GroupedSampler, load_vqa, number_pictures
+from blip_ft.data.images import encode_row_images
+from blip_ft.data.loading import load_vqa
+from blip_ft.data.sampling import GroupedSampler
+from blip_ft.data.tables import number_images
 from blip_ft.modeling import BlipForQuestionAnswering
 
 QUESTION_TOKENS, ANSWER_TOKENS = 12, 4
@@ -295,7 +297,7 @@ def memory_with_rows(number: int) -> float:
                 }
                 file.write(json.dumps(row) + "\n")
         rows, _ = load_vqa(DataArguments(dataset_name=name))
-        next(iter(GroupedSampler(number_pictures(rows), 32, seed=0)))
+        next(iter(GroupedSampler(number_images(rows), 32, seed=0)))
         return status_of_process("VmRSS")
 
 

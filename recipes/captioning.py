@@ -23,8 +23,9 @@ from blip_ft.arguments import (
     parse,
     start_recipe,
 )
-from blip_ft.collators import CaptionCollator, PictureCollator, require_room_for_captions
-from blip_ft.data_pipeline import load_splits
+from blip_ft.data.collators import CaptionCollator, ImageCollator
+from blip_ft.data.loading import load_splits
+from blip_ft.data.texts import require_room_for_captions
 from blip_ft.metrics.captions import CaptionScores, caption_exact_match, caption_rouge_l
 from blip_ft.metrics.vqa import most_frequent_answer
 from blip_ft.models import load_for_training, load_processor, outline
@@ -125,7 +126,7 @@ def main() -> None:
         data_collator=CaptionCollator(
             processor, caption_args.prompt, caption_args.max_caption_tokens, caption_args.clean_captions
         ),
-        eval_collator=PictureCollator(processor),
+        eval_collator=ImageCollator(processor),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,

@@ -29,7 +29,10 @@ from blip_ft.arguments import (
     parse,
     start_recipe,
 )
-from blip_ft.data_pipeline import column_names, load_captions, load_vqa, number_pictures, require_whole_batch
+from blip_ft.data.loading import load_captions, load_vqa
+from blip_ft.data.sampling import require_whole_batch
+from blip_ft.data.splits import column_names
+from blip_ft.data.tables import number_images
 from blip_ft.metrics.vqa import answer_type, most_frequent_answer
 
 
@@ -80,7 +83,7 @@ def main() -> None:
     print(f"\nWhat recipes/{task}.py would read of {data_args.label}:\n")
     print(f"{'':12}{'rows':>10}{'pictures':>10}")
     for name, rows in (("train", train), ("evaluate", held_out)):
-        print(f"{name:12}{len(rows):10}{len(np.unique(number_pictures(rows))):10}")
+        print(f"{name:12}{len(rows):10}{len(np.unique(number_images(rows))):10}")
     print(f"\n{'words':12}{'median':>10}{'95 %':>10}{'largest':>10}")
     if task == "vqa":
         answers = train["answers"][:]

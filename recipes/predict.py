@@ -34,16 +34,13 @@ from transformers import BlipProcessor
 from blip_ft import inference, predictions
 from blip_ft.arguments import DataArguments, Settings, changed_settings, parse, read_text, start_recipe
 from blip_ft.callbacks import explain_lost_worker
-from blip_ft.collators import (
-    clean_caption,
-    encode_row_images,
-    encode_texts,
-    open_image,
-    require_room_for_captions,
-)
-from blip_ft.data_pipeline import list_pictures, load_to_predict, number_pictures, why_unreadable
+from blip_ft.data.checks import why_unreadable
+from blip_ft.data.images import encode_row_images, open_image
+from blip_ft.data.loading import load_to_predict
+from blip_ft.data.sources import list_images
+from blip_ft.data.tables import number_images, to_json, write_lines
+from blip_ft.data.texts import clean_caption, encode_texts, require_room_for_captions
 from blip_ft.models import TASK_OF_CLASS, load_model, require_positions
-from blip_ft.outputs import to_json, write_lines
 from blip_ft.report import THUMBNAIL_PIXELS, write_report
 
 logger = logging.getLogger("blip_ft.predict")
@@ -177,7 +174,7 @@ def main() -> None:
     folder, done = predictions.settle_folder(args.output_dir, settings_of(args, data_args, rows, texts))
     if done:
         logger.info("Going on in %s: %d rows are done.", folder, len(done))
-    order = np.argsort(number_pictures(rows), kind="stable")
+    order = np.argsort(number_images(rows), kind="stable")
     share = np.array_split(order[~np.isin(order, list(done))], state.num_processes)[state.process_index]
     with torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16), torch.no_grad():
         predict = make_predict(model, processor, args, task, texts)
@@ -208,7 +205,7 @@ def read_rows(args: Data, task: str) -> tuple[Dataset, list[Line]]:
     if args.images and asks and not args.question:
         raise ValueError('Pictures alone ask nothing. Give --question "what is it?", or --dataset_name with questions.')
     if args.images:
-        rows, bad_rows = list_pictures(args.images), []
+        rows, bad_rows = list_images(args.images), []
     else:
         rows, bad_rows = load_to_predict(args, "vqa" if asks and not args.question else "pictures")
     if args.question:
@@ -279,7 +276,7 @@ def predict_rows(
         num_workers=args.dataloader_num_workers,
     )
     # of the rows of a picture, which stand together
-    is_first = np.diff(number_pictures(rows)[share], prepend=-1) != 0
+    is_first = np.diff(number_images(rows)[share], prepend=-1) != 0
     with tqdm(total=int(is_first.sum()), unit=" pictures", disable=not state.is_local_main_process) as progress:
         for batch in loader:
             readable = batch.pop("readable").tolist()

@@ -27,9 +27,10 @@ from blip_ft.arguments import (
     parse,
     start_recipe,
 )
-from blip_ft.collators import PictureCollator, RetrievalCollator, clean_caption, encode_texts
 from blip_ft.contrastive import Contrastive, require_memory_for_queue
-from blip_ft.data_pipeline import load_splits
+from blip_ft.data.collators import ImageCollator, RetrievalCollator
+from blip_ft.data.loading import load_splits
+from blip_ft.data.texts import clean_caption, encode_texts
 from blip_ft.metrics.baselines import chance_scores
 from blip_ft.metrics.retrieval import retrieval_scores, same_caption
 from blip_ft.models import load_for_training, outline
@@ -114,7 +115,7 @@ def main() -> None:
         model,
         training_args,
         data_collator=RetrievalCollator(processor, retrieval_args.max_caption_tokens, retrieval_args.clean_captions),
-        eval_collator=PictureCollator(processor),
+        eval_collator=ImageCollator(processor),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,

@@ -26,8 +26,9 @@ from blip_ft.arguments import (
     read_text,
     start_recipe,
 )
-from blip_ft.collators import VqaCollator
-from blip_ft.data_pipeline import load_splits, values_of
+from blip_ft.data.collators import VqaCollator
+from blip_ft.data.loading import load_splits
+from blip_ft.data.tables import values_of
 from blip_ft.metrics.baselines import answer_without_images
 from blip_ft.metrics.vqa import VqaAccuracy, answer_type, scoring_rule, vqa_accuracy
 from blip_ft.models import load_for_training, outline

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import distributed
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 
-from blip_ft import data_pipeline
+from blip_ft.data import checks
 from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -43,7 +43,7 @@ def seeded():
 @pytest.fixture
 def own_cache(monkeypatch, tmp_path):
     """Nothing is remembered of the pictures and data sets of other tests."""
-    monkeypatch.setattr(data_pipeline, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(checks, "HF_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache" / "datasets"))
 
 

@@ -18,7 +18,8 @@ from conftest import RECIPES
 from PIL import Image
 
 from blip_ft import inference
-from blip_ft.collators import encode_images, encode_texts, open_image
+from blip_ft.data.images import encode_images, open_image
+from blip_ft.data.texts import encode_texts
 from blip_ft.models import load_model
 
 APP = RECIPES / "app.py"

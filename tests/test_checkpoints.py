@@ -19,9 +19,9 @@ from conftest import RECIPES
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer
 
-from blip_ft import data_pipeline
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.checkpoints import newest_checkpoint, remove_old_checkpoints, what_is_missing
+from blip_ft.data import loading
 from blip_ft.outputs import LOCK, claim, release_folders
 from blip_ft.run_settings import _require_same_settings
 from blip_ft.trainer import _choose_output_dir
@@ -143,7 +143,7 @@ def test_signal_saves_says_how_to_go_on_and_ends_with_its_code(flags_of, tmp_pat
 
 def test_sigterm_while_rows_are_read_is_an_exit_which_removes_temporary_files(recipe, flags_of, monkeypatch):
     task, flags = flags_of("full")
-    monkeypatch.setattr(data_pipeline, "_unreadable_pictures", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(loading, "find_unreadable_images", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         recipe(*flags, task=task)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from blip_ft.arguments import start_recipe
 from blip_ft.callbacks import explain_lost_worker
 from blip_ft.contrastive import require_memory_for_queue
-from blip_ft.outputs import to_json
+from blip_ft.data.tables import to_json
 
 
 def message_of(caplog) -> str:
@@ -209,7 +209,7 @@ def test_killed_worker_ends_in_one_message_that_says_how_to_resume(data_of, tmp_
     folder, program = tmp_path / "run", tmp_path / "killed.py"
     program.write_text(
         "import os, runpy, signal, sys\n"
-        "from blip_ft import collators\n"
+        "from blip_ft.data import collators\n"
         "from torch.utils.data import get_worker_info\n"
         "read = collators.encode_row_images\n"
         "def kill(rows, *args):\n"

@@ -13,9 +13,11 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PillowImage
 from transformers import BlipProcessor
 
-from blip_ft import data_pipeline, feature_store
+from blip_ft import feature_store
 from blip_ft.arguments import BlipTrainingArguments, PeftArguments
-from blip_ft.collators import CaptionCollator, VqaCollator, encode_row_images
+from blip_ft.data import checks
+from blip_ft.data.collators import CaptionCollator, VqaCollator
+from blip_ft.data.images import encode_row_images
 from blip_ft.feature_store import FeatureStore, store_pictures
 from blip_ft.modeling import BlipForImageTextRetrieval, BlipForQuestionAnswering
 from blip_ft.models import add_lora, freeze_model
@@ -25,7 +27,7 @@ ROW_BYTES = 17 * 32 * 2  # 16 patches and [CLS], width 32, bf16
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch, tmp_path):
-    for module in (feature_store, data_pipeline):
+    for module in (feature_store, checks):
         monkeypatch.setattr(module, "HF_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "blip_ft" / "image_features"
 
@@ -115,7 +117,7 @@ def test_only_pictures_that_are_not_stored_are_encoded(load, rows, store, encode
 @pytest.fixture
 def old_files(monkeypatch):
     """As if all image files had been written long ago: the hash of one that has just been is not remembered."""
-    monkeypatch.setattr(data_pipeline.time, "time", lambda real=time.time: real() + 10)
+    monkeypatch.setattr(checks.time, "time", lambda real=time.time: real() + 10)
 
 
 @pytest.mark.parametrize("replace", [shutil.copyfile, os.replace])
@@ -136,7 +138,7 @@ def test_image_replaced_with_equal_size_and_time_is_encoded_anew(
 
 def test_unchanged_images_are_hashed_once(load, rows, store, monkeypatch, old_files):
     store(load(), rows)
-    monkeypatch.setattr(data_pipeline, "content_hash", lambda image: pytest.fail("read again"))
+    monkeypatch.setattr(checks, "content_hash", lambda image: pytest.fail("read again"))
     store(load(), rows)
 
 

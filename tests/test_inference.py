@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from blip_ft.collators import encode_prompt
+from blip_ft.data.texts import encode_prompt
 from blip_ft.inference import caption, embed_texts, rank_pairs, rank_texts, sequence_probabilities
 from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 

@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BlipConfig, PreTrainedModel
 from transformers.models.blip import modeling_blip
 
-from blip_ft import demo, inference
+from blip_ft import inference
 from blip_ft.arguments import ModelArguments, PeftArguments
-from blip_ft.collators import encode_images
+from blip_ft.data import demo
+from blip_ft.data.images import encode_images
 from blip_ft.data_pipeline import DataPipeline
 from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 from blip_ft.models import (

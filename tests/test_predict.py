@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from blip_ft import inference
 from blip_ft.arguments import DataArguments, PeftArguments
-from blip_ft.data_pipeline import load_to_predict
+from blip_ft.data.loading import load_to_predict
 from blip_ft.models import add_lora, generate_answer_blip, load_model, save_model
 from blip_ft.outputs import claim, release_folders
 from blip_ft.predictions import append_part, read_parts, settle_folder

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import BlipProcessor, PreTrainedModel
 from transformers.models.blip import modeling_blip
 
-from blip_ft import collators, feature_store
+from blip_ft import feature_store
 from blip_ft.arguments import BlipTrainingArguments
+from blip_ft.data import texts
 from blip_ft.models import load_model
 from blip_ft.trainer import BlipTrainer
 
@@ -554,7 +555,7 @@ def test_lengths_that_leave_nothing_of_a_caption_are_refused_before_the_model_lo
 
 
 def test_run_whose_batches_hold_no_token_to_learn_is_stopped(recipe, data_of, caplog, monkeypatch):
-    monkeypatch.setattr(collators, "require_room_for_captions", lambda *args: None)
+    monkeypatch.setattr(texts, "require_room_for_captions", lambda *args: None)
     with pytest.raises(SystemExit):
         recipe(*data_of("captioning"), "--max_caption_tokens", "4", task="captioning")
     assert "The batches of a step hold no token to learn" in caplog.messages[-1]

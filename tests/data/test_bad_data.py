@@ -20,10 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
-from blip_ft import data_pipeline
 from blip_ft.arguments import DataArguments
-from blip_ft.collators import CaptionCollator, RetrievalCollator, VqaCollator, clean_caption, open_image
-from blip_ft.data_pipeline import list_pictures, load_captions, load_vqa
+from blip_ft.data import schema, sources
+from blip_ft.data.collators import CaptionCollator, RetrievalCollator, VqaCollator
+from blip_ft.data.images import open_image
+from blip_ft.data.loading import load_captions, load_vqa
+from blip_ft.data.sources import list_images
+from blip_ft.data.texts import clean_caption
 
 COLOR = (200, 90, 10)
 
@@ -120,7 +123,7 @@ def test_no_other_program_is_started_for_an_image(folder, monkeypatch):
     for image in (UNREADABLE["postscript"], folder / "bad.jpg"):
         with pytest.raises(OSError, match="none of the formats JPEG, PNG"):
             open_image(image)
-    assert "bad.eps" not in [Path(row["image"]["path"]).name for row in list_pictures([str(folder)])]
+    assert "bad.eps" not in [Path(row["image"]["path"]).name for row in list_images([str(folder)])]
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "MPO"])
@@ -259,14 +262,14 @@ def test_path_that_is_none_or_leads_elsewhere_is_refused(folder, tmp_path, monke
 
 
 def test_hub_data_set_may_name_no_file_beside_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_pipeline, "HUB_CACHES", (str(tmp_path / "cache"),))
+    monkeypatch.setattr(schema, "HUB_CACHES", (str(tmp_path / "cache"),))
     (tmp_path / "cache").mkdir()
     for name in ("cache/own.png", "private.png"):
         FLAT.save(tmp_path / name)
     images = [{"bytes": None, "path": str(tmp_path / name)} for name in ("cache/own.png", "private.png")]
     features = Features({"image": ImageFeature(), "question": Value("string"), "answer": Value("string")})
     table = Dataset.from_dict({"image": images, "question": ["a", "b"], "answer": ["x", "y"]}, features)
-    monkeypatch.setattr(data_pipeline, "_read_hub", lambda *args: {"train": table, "test": table})
+    monkeypatch.setattr(sources, "_read_hub", lambda *args: {"train": table, "test": table})
     args = DataArguments(dataset_name="owner/pictures", eval_split="test", max_bad_fraction=1.0)
     train, _ = load_vqa(args, tmp_path / "bad.jsonl")
     assert list(train["question"]) == ["a"]

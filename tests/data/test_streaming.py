@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from blip_ft import data_pipeline
 from blip_ft.arguments import DataArguments
-from blip_ft.collators import CaptionCollator, VqaCollator
-from blip_ft.data_pipeline import load_captions, load_vqa
+from blip_ft.data import schema, sources
+from blip_ft.data.collators import CaptionCollator, VqaCollator
+from blip_ft.data.loading import load_captions, load_vqa
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -116,18 +116,16 @@ def test_files_of_the_hub_are_shared_out_or_read_by_all(folder, tmp_path, monkey
         Dataset.from_dict(table, features).to_parquet(tmp_path / f"{number}.parquet")
     paths = [str(tmp_path / f"{number}.parquet") for number in range(files)]
     read = []
-    real = data_pipeline.load_dataset
+    real = sources.load_dataset
     monkeypatch.setattr(
-        *(data_pipeline, "load_dataset"),
+        *(sources, "load_dataset"),
         lambda name, config, streaming: real(
             "parquet", data_files={"train": paths, "test": paths[:1]}, streaming=streaming
         ),
     )
     monkeypatch.setattr(
-        *(data_pipeline._VqaSchema, "convert"),
-        lambda self, row, position, real=data_pipeline._VqaSchema.convert: (
-            read.append(self.name) or real(self, row, position)
-        ),
+        *(schema.VqaSchema, "convert"),
+        lambda self, row, position, real=schema.VqaSchema.convert: read.append(self.name) or real(self, row, position),
     )
     args = DataArguments(
         "owner/pictures", eval_split="test", max_eval_samples=2, max_train_samples=limit, streaming=True

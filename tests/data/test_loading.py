@@ -14,19 +14,13 @@ from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from blip_ft import data_pipeline
 from blip_ft.arguments import DataArguments
-from blip_ft.collators import open_image
-from blip_ft.data_pipeline import (
-    DataPipeline,
-    GroupedSampler,
-    ImageOverlap,
-    load_captions,
-    load_splits,
-    load_to_predict,
-    load_vqa,
-    number_pictures,
-)
+from blip_ft.data import schema
+from blip_ft.data.images import open_image
+from blip_ft.data.loading import ImageOverlap, load_captions, load_splits, load_to_predict, load_vqa
+from blip_ft.data.sampling import GroupedSampler
+from blip_ft.data.tables import number_images
+from blip_ft.data_pipeline import DataPipeline
 from blip_ft.models import load_model
 from blip_ft.predictions import official_ids
 
@@ -126,7 +120,7 @@ def test_official_vqa_pair_gives_ten_answers_types_and_ids(folder, tmp_path):
     ],
 )
 def test_answers_of_every_kind_become_strings(value, answers):
-    assert data_pipeline._as_texts(value, "answer") == answers
+    assert schema._as_texts(value, "answer") == answers
 
 
 def test_answers_of_mixed_kinds_in_one_file(folder):
@@ -652,7 +646,7 @@ def test_captions_of_a_picture_are_put_together_from_all_its_rows(folder, tmp_pa
     assert captions_of(train, evaluation) == CAPTIONS
     assert len(train) == sum(len(captions) for captions in CAPTIONS.values()) - len(evaluation[0]["captions"])
     shown = [row["image_id"] for row in train]
-    assert list(number_pictures(train)) == [list(dict.fromkeys(shown)).index(image_id) for image_id in shown]
+    assert list(number_images(train)) == [list(dict.fromkeys(shown)).index(image_id) for image_id in shown]
 
 
 def test_caption_limits_count_captions_to_train_and_pictures_to_evaluate_on(folder):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip_ft.demo import IMAGE_SIZE, build_demo_config, build_demo_processor, load_demo
+from blip_ft.data.demo import IMAGE_SIZE, build_demo_config, build_demo_processor, load_demo
 
 
 @pytest.fixture(scope="module")

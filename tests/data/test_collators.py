@@ -9,17 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from blip_ft.collators import (
-    CaptionCollator,
-    PictureCollator,
-    RetrievalCollator,
-    VqaCollator,
-    clean_caption,
-    decode_texts,
-    encode_images,
-    encode_labels,
-    open_image,
-)
+from blip_ft.data.collators import CaptionCollator, ImageCollator, RetrievalCollator, VqaCollator
+from blip_ft.data.images import encode_images, open_image
+from blip_ft.data.texts import clean_caption, decode_texts, encode_labels
 
 
 def as_bytes(image, format="PNG", **kwargs):
@@ -192,7 +184,7 @@ def test_captions_are_cleaned_as_in_the_original_unless_asked_not_to(processor):
 
 def test_evaluation_of_pictures_holds_nothing_but_pictures(processor):
     rows = [{"image_id": name, "image": RED, "captions": captions} for name, captions in CAPTIONS.items()]
-    batch = PictureCollator(processor)([*rows, {**rows[0], "image_id": "z", "image": b"broken"}])
+    batch = ImageCollator(processor)([*rows, {**rows[0], "image_id": "z", "image": b"broken"}])
     assert set(batch) == {"pixel_values", "readable"}
     assert len(batch["pixel_values"]) == 3 and batch["readable"].tolist() == [True, True, False]
 

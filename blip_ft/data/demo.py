@@ -1,21 +1,19 @@
-"""The built-in data set, coloured shapes drawn from a seed, and the small BLIP that learns it in minutes on a CPU."""
+"""The built-in data set: coloured shapes drawn from a seed."""
 
 from __future__ import annotations
 
 import io
 import random
-import string
-import tempfile
-from collections.abc import Iterable
-from pathlib import Path
 
-import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PillowImage
 from PIL import ImageDraw
-from transformers import BertTokenizer, BlipConfig, BlipImageProcessor, BlipProcessor, PreTrainedModel
+from transformers import BlipConfig, BlipProcessor
+
+from blip_ft.data.small_model import build_small_config, build_small_processor
 
 IMAGE_SIZE = 64  # pixels a side
+
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
@@ -24,8 +22,11 @@ COLORS = {
     "purple": (150, 60, 180),
     "white": (240, 240, 240),
 }
+
 SHAPES = ("circle", "square", "triangle", "cross")
+
 PLACES = ("top left", "top right", "bottom left", "bottom right")
+
 NUMBERS = ("zero", "one", "two", "three")
 
 # cell -> (color, shape)
@@ -64,76 +65,9 @@ def build_demo_processor() -> BlipProcessor:
     return build_small_processor(words, IMAGE_SIZE)
 
 
-def build_small_processor(words: Iterable[str], image_size: int) -> BlipProcessor:
-    """A processor whose tokenizer knows words, and spells any other word with their characters or those of ASCII."""
-    # as BERT's tokenizer splits and writes texts
-    split = BertTokenizer(vocab={"[UNK]": 0}).backend_tokenizer
-    texts = (split.normalizer.normalize_str(word) for word in words)
-    known = {word for text in texts for word, _ in split.pre_tokenizer.pre_tokenize_str(text)}
-    ascii_characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
-    characters = [*ascii_characters, *sorted(set("".join(known)) - set(ascii_characters))]
-    pieces = [*characters, *(f"##{character}" for character in characters)]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(known - set(characters)), *pieces]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "vocab.txt"
-        path.write_text("\n".join(vocabulary), encoding="utf-8")
-        tokenizer = BertTokenizer(vocab=str(path))
-    return BlipProcessor(BlipImageProcessor(size={"height": image_size, "width": image_size}), tokenizer)
-
-
 def build_demo_config() -> BlipConfig:
     """A BLIP of 2.1 M parameters with four patches, one for each cell of the demo's images."""
     return build_small_config(build_demo_processor(), patch_size=IMAGE_SIZE // 2)
-
-
-def build_small_config(
-    processor: BlipProcessor,
-    patch_size: int,
-    width: int = 128,
-    num_heads: int = 4,
-    vision_layers: int = 3,
-    text_layers: int = 2,
-    max_tokens: int = 64,
-    initializer_range: float = 0.08,
-) -> BlipConfig:
-    """Arguments as of build_small_blip; [DEC] and [ENC] come after the tokenizer's words, as on the Hub."""
-    tokenizer, image_size = processor.tokenizer, processor.image_processor.size["height"]
-    if patch_size < 1 or image_size % patch_size:
-        raise ValueError(f"image_size must be a multiple of patch_size, found {image_size} and {patch_size}.")
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(f"width must be a multiple of num_heads, found {width} and {num_heads}.")
-    return BlipConfig(
-        vision_config={
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_hidden_layers": vision_layers,
-            "num_attention_heads": num_heads,
-            "initializer_range": initializer_range,
-            "layer_norm_eps": 1e-6,
-        },
-        text_config={
-            "vocab_size": len(tokenizer) + 2,
-            "bos_token_id": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "sep_token_id": tokenizer.sep_token_id,
-            "eos_token_id": tokenizer.sep_token_id,
-            "hidden_size": width,
-            "encoder_hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_hidden_layers": text_layers,
-            "num_attention_heads": num_heads,
-            "initializer_range": initializer_range,
-            "max_position_embeddings": max_tokens,
-        },
-        image_text_hidden_size=width,
-    )
-
-
-def set_apart_positions(model: PreTrainedModel) -> None:
-    """New position rows of the size of patch embeddings; at the usual 0.02 the model is slow to tell places apart."""
-    torch.nn.init.normal_(model.vision_model.embeddings.position_embedding)
 
 
 # each in every picture once; the placeholders are filled from the scene

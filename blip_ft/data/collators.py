@@ -1,0 +1,124 @@
+"""Rows to batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import BlipProcessor
+
+from blip_ft.data.images import encode_row_images
+from blip_ft.data.texts import IGNORED, clean_caption, encode_labels, encode_prompt, encode_texts
+
+# rows with image and image_id -> what encode_row_images gives, or image_states in the place of its pixel_values
+LookUp = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
+
+
+@dataclass
+class VqaCollator:
+    """Rows of image, image_id, question and answers to a batch in which each picture stands once.
+
+    Returns pixel_values (I, 3, H, W) uint8; input_ids and attention_mask (Q, Lq); image_index (Q,);
+    labels (A, La); question_index (A,); answer_weights (A,): count / number of that question's answers; readable (Q,).
+    The answers to a picture that cannot be read weigh 0. look_up takes the place of encode_row_images.
+    """
+
+    processor: BlipProcessor
+    max_question_tokens: int = 35
+    max_answer_tokens: int = 30
+    look_up: LookUp | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pictures = self.look_up(rows) if self.look_up else encode_row_images(rows, self.processor.image_processor)
+        answers, question_index, weights = [], [], []
+        for index, (row, readable) in enumerate(zip(rows, pictures["readable"].tolist(), strict=True)):
+            for answer, count in Counter(row["answers"]).items():
+                answers.append(answer)
+                question_index.append(index)
+                weights.append(count / len(row["answers"]) if readable else 0.0)
+        tokenizer = self.processor.tokenizer
+        return {
+            **pictures,
+            **encode_texts([row["question"] for row in rows], tokenizer, self.max_question_tokens),
+            "labels": encode_labels(answers, tokenizer, self.max_answer_tokens),
+            "question_index": torch.tensor(question_index),
+            "answer_weights": torch.tensor(weights),
+        }
+
+
+@dataclass
+class CaptionCollator:
+    """Rows of image, image_id and caption to a batch to train on, in which each picture stands once.
+
+    Returns pixel_values (I, 3, H, W) uint8; image_index (C,); input_ids and attention_mask (C, L) of prompt and
+    caption; labels (C, L), -100 on the prompt, on padding and for a picture that cannot be read; readable (C,).
+    look_up takes the place of encode_row_images.
+    Source: BLIP models/blip.py BLIP_Decoder.forward.
+    """
+
+    processor: BlipProcessor
+    prompt: str = "a picture of "
+    max_tokens: int = 40
+    clean: bool = True
+    look_up: LookUp | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pictures = self.look_up(rows) if self.look_up else encode_row_images(rows, self.processor.image_processor)
+        captions = [clean_caption(row["caption"]) if self.clean else row["caption"] for row in rows]
+        tokenizer = self.processor.tokenizer
+        tokens = encode_texts([self.prompt + caption for caption in captions], tokenizer, self.max_tokens)
+        labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
+        labels[:, : len(encode_prompt(self.prompt, tokenizer))] = IGNORED
+        labels[~pictures["readable"]] = IGNORED
+        return {**pictures, **tokens, "labels": labels}
+
+
+@dataclass
+class RetrievalCollator:
+    """Rows of image, image_id and caption to a batch to train on, in which each picture stands once.
+
+    A row whose picture cannot be read is left out, for it would be a negative to the others.
+
+    Returns pixel_values (I, 3, H, W) uint8; image_index (C,); image_ids (I,) int64, the same in all batches and runs;
+    input_ids and attention_mask (C, L).
+    Raises: ValueError where no picture of the batch can be read.
+    """
+
+    processor: BlipProcessor
+    max_tokens: int = 35
+    clean: bool = True
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pictures = encode_row_images(rows, self.processor.image_processor)
+        if not pictures["readable"].all():
+            rows = [row for row, readable in zip(rows, pictures["readable"].tolist(), strict=True) if readable]
+            if not rows:
+                raise ValueError("No picture of a whole batch can be read any more. Check that the files are there.")
+            pictures = encode_row_images(rows, self.processor.image_processor)
+        captions = [clean_caption(row["caption"]) if self.clean else row["caption"] for row in rows]
+        image_ids = dict.fromkeys(row["image_id"] for row in rows)
+        digests = [hashlib.sha1(image_id.encode()).digest() for image_id in image_ids]
+        return {
+            "pixel_values": pictures["pixel_values"],
+            "image_index": pictures["image_index"],
+            "image_ids": torch.tensor([int.from_bytes(digest[:8], "big", signed=True) for digest in digests]),
+            **encode_texts(captions, self.processor.tokenizer, self.max_tokens),
+        }
+
+
+@dataclass
+class ImageCollator:
+    """Rows of image and image_id to a batch of their pictures alone; no reference can reach the model.
+
+    Returns pixel_values (rows, 3, H, W) uint8, readable (rows,).
+    """
+
+    processor: BlipProcessor
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pictures = encode_row_images(rows, self.processor.image_processor)
+        return {"pixel_values": pictures["pixel_values"][pictures["image_index"]], "readable": pictures["readable"]}

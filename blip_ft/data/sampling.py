@@ -1,0 +1,48 @@
+"""The order in which rows are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+def require_whole_batch(number: int, global_batch_size: int) -> None:
+    """Raises: ValueError where there are fewer rows than one optimiser step takes."""
+    if number < global_batch_size:
+        raise ValueError(
+            f"One step takes {global_batch_size} rows (per_device_train_batch_size x processes x "
+            f"gradient_accumulation_steps) and there are {number}. Choose at most {number}, e.g. "
+            f"--per_device_train_batch_size {number} --gradient_accumulation_steps 1 on one process."
+        )
+
+
+class GroupedSampler(Sampler[int]):
+    """Row positions of one epoch in random order, the rows of a picture side by side, cut to whole global batches.
+
+    Args:
+        pictures: (rows,), the number of each row's picture, as number_images gives it.
+        global_batch_size: rows of one optimiser step: per device x processes x accumulation.
+        group: False shuffles rows, whatever their picture.
+    Source: the original drops the last batch (utils.py create_loader, drop_last); what is cut differs per epoch.
+    """
+
+    def __init__(self, pictures: np.ndarray, global_batch_size: int, seed: int, group: bool = True) -> None:
+        require_whole_batch(len(pictures), global_batch_size)
+        self.pictures = pictures if group else np.arange(len(pictures))
+        self.length = len(pictures) // global_batch_size * global_batch_size
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        place = generator.permutation(int(self.pictures.max()) + 1)[self.pictures]
+        order = np.lexsort((generator.random(len(place)), place))
+        for start in range(0, self.length, 1 << 16):  # all at once, a list of Python's integers is the larger part
+            yield from order[start : min(start + (1 << 16), self.length)].tolist()

@@ -1,0 +1,344 @@
+"""Any columns to ours. No path leaves the image folder, and nothing is fetched from a URL."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import (
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+)
+from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from blip_ft.arguments import DataArguments
+from blip_ft.data.tables import Row, Table, any_bytes, iterate, rows_on_disk
+from blip_ft.data.texts import clean_caption
+
+HUB_CACHES = (HF_DATASETS_CACHE, HF_HUB_CACHE)
+
+COCO_FILE = re.compile(r"COCO_(\w+)_\d{12}\.jpg")
+
+VQA_FEATURES = {
+    **{name: Value("string") for name in ("question", "question_id", "answer_type")},
+    "answers": List(Value("string")),
+}
+
+
+class Schema:
+    """From the rows of a source, whatever its columns are called, to ours."""
+
+    references: str  # the argument that names the column of what a model is to say
+
+    def __init__(
+        self, args: DataArguments, columns: list[str], folder: Path | None, name: str, needs_references: bool = True
+    ) -> None:
+        self.folder, self.name, self.id_column = folder, name, args.image_id_column
+        self.max_eval_samples = args.max_eval_samples
+        self.image_column = args.image_column or ("image" if "image" in columns else "file_name")
+        self.text_columns = self._text_columns(args, columns)
+        self.needs_references = needs_references
+        required = {"image_column": self.image_column, **self.text_columns}
+        if not needs_references and getattr(args, self.references) is None:
+            del required[self.references]
+        _require_columns(required, columns)
+        if self.id_column != "image_id":
+            _require_columns({"image_id_column": self.id_column}, columns)
+        self.has_type = "answer_type" in columns
+        self.pictures: dict[str, int] = {}  # given image_id -> hash of the path or content that it stands for
+        self.in_place = False  # whether the pictures stay in the table that they came in
+        self.features = Features({"image": Image(decode=False), "image_id": Value("string"), **self._text_features()})
+        self.needed = {self.image_column, self.id_column, *self.text_columns.values(), "question_id", "answer_type"}
+
+    def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
+        """Argument -> the column that it names, of those that are needed."""
+        raise NotImplementedError
+
+    def _text_features(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
+        """The columns beside the picture, and why the row cannot be used, if so."""
+        raise NotImplementedError
+
+    def convert(self, row: Row, position: int) -> tuple[Row, str | None]:
+        """The row in the schema, and why it cannot be used, if so."""
+        image, made_id, reason = find_image(row.get(self.image_column), self.folder, self.in_place)
+        given_id = _as_id(row.get(self.id_column))
+        texts, problem = self._texts(row, position)
+        reason = reason or problem
+        if given_id and not reason:
+            # the pictures of an id stand once in a batch: the second one would never be seen
+            picture = hash(image["path"] or made_id)
+            if self.pictures.setdefault(given_id, picture) != picture:
+                reason = f"picture is another one than that of an earlier row with {self.id_column} {given_id}"
+        return {"image": image, "image_id": given_id or made_id, **texts}, reason
+
+    def identity(self, image_id: str, image: Row) -> int:
+        """Equal for equal paths and for equal bytes, whatever their image_id."""
+        return self.pictures.get(image_id, hash(image["path"] or image_id))  # which is made of the bytes
+
+    def to_train(self, rows: list[Row]) -> Iterable[Row]:
+        """Converted rows of one picture as they are trained on."""
+        return rows
+
+    def good(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
+        """The rows with a picture's path or bytes and its texts."""
+        if not any(reasons):
+            return rows
+        return rows.select(np.flatnonzero([reason is None for reason in reasons]))
+
+
+class VqaSchema(Schema):
+    references = "answer_column"
+
+    def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
+        answer_column = args.answer_column or ("answers" if "answers" in columns else "answer")
+        return {"question_column": args.question_column, "answer_column": answer_column}
+
+    def _text_features(self) -> dict[str, Any]:
+        return {name: feature for name, feature in VQA_FEATURES.items() if name != "answer_type" or self.has_type}
+
+    def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
+        question, reason = row.get(self.text_columns["question_column"]), None
+        answers = _as_texts(row.get(self.text_columns["answer_column"]), "answer")
+        question = clean_text(question) if isinstance(question, str) else ""
+        if not question:
+            reason = "question is empty or no text"
+        elif not answers and self.needs_references:
+            reason = "answer is empty or no text"
+        texts = {
+            "question": question,
+            "answers": answers,
+            "question_id": _as_id(row.get("question_id")) or f"{self.name}-{position}",
+        }
+        if self.has_type:
+            texts["answer_type"] = _as_id(row.get("answer_type")) or "unknown"
+        return texts, reason
+
+
+class CaptionSchema(Schema):
+    references = "caption_column"
+
+    def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
+        return {"caption_column": args.caption_column or ("captions" if "captions" in columns else "caption")}
+
+    def _text_features(self) -> dict[str, Any]:
+        return {"captions": List(Value("string"))}
+
+    def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
+        captions = _as_texts(row.get(self.text_columns["caption_column"]), "caption")
+        # "..." is one without a word once it is cleaned
+        captions = [caption for caption in captions if clean_caption(caption)]
+        missing = self.needs_references and not captions
+        return {"captions": captions}, "caption is empty or no text" if missing else None
+
+    def to_train(self, rows: list[Row]) -> Iterable[Row]:
+        captions = dict.fromkeys(caption for row in rows for caption in row["captions"])
+        picture = {name: rows[0][name] for name in ("image", "image_id")}
+        return [{**picture, "caption": caption} for caption in captions]
+
+    def good(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
+        """One row a picture, in order of first appearance, with the different captions of all its good rows."""
+        first: dict[str, int] = {}
+        captions: dict[int, dict[str, None]] = {}
+        for position, (image_id, texts) in enumerate(zip(rows["image_id"][:], rows["captions"][:], strict=True)):
+            if not reasons[position]:
+                captions.setdefault(first.setdefault(image_id, position), {}).update(dict.fromkeys(texts))
+        # put together before rows are selected: after it, datasets would copy every picture
+        merged = ({"captions": list(captions.get(position, ()))} for position in range(len(rows)))
+        columns = [rows.remove_columns("captions"), rows_on_disk(merged, Features(self._text_features()))]
+        return concatenate_datasets(columns, axis=1).select(list(first.values()))
+
+
+def find_image(value: Any, folder: Path | None, in_place: bool) -> tuple[Row, str, str | None]:
+    """The column `image`, an image_id made of its content or file, and why the picture cannot be used, if so."""
+    content = value
+    if isinstance(value, dict):
+        content, value = value.get("bytes"), value.get("path")
+    if isinstance(content, bytes):
+        return {"bytes": content, "path": None}, hashlib.sha1(content).hexdigest(), None
+    made_id = value
+    if in_place and folder:
+        located, reason = value, "picture has no bytes" if value else None
+    elif in_place:
+        # of a Hub data set, whose files lie in the cache; a row that names another file is not to be trusted
+        made_id = str(Path(value).resolve()) if value else None
+        inside = not value or any(Path(made_id).is_relative_to(Path(cache).resolve()) for cache in HUB_CACHES)
+        located, reason = value, None if inside else "picture lies outside the Hub's cache"
+    elif isinstance(value, str):
+        located, made_id, reason = _locate(value, folder)
+    else:
+        located, reason = None, "picture is no path"
+    # neither of both is refused by datasets
+    return {"bytes": None, "path": located or ""}, _as_id(made_id) or "none", reason
+
+
+def holds_images(feature: Any) -> bool:
+    """Pictures, or what parquet has of them without their feature: {"bytes": binary, "path": string} or binary."""
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary"))
+
+
+def _require_columns(needed: dict[str, str], found: list[str]) -> None:
+    for argument, column in needed.items():
+        if column not in found:
+            usual = argument.removesuffix("_column")
+            nearest = [name for wanted in (usual, column) for name in difflib.get_close_matches(wanted, found, n=1)]
+            example = (nearest or [usual if not found else "NAME"])[0]
+            way_out = f"Set {argument}, e.g. --{argument} {example}"
+            if not nearest and argument == "question_column" and {"caption", "captions"} & set(found):
+                way_out = f"For captions there are recipes/captioning.py and retrieval.py; else set {argument}"
+            elif not nearest and argument == "caption_column" and "question" in found:
+                way_out = f"For questions there is recipes/vqa.py; else set {argument}"
+            raise ValueError(
+                f"Rows need the columns {', '.join(sorted(needed.values()))}; this data set has {', '.join(found)}. "
+                + way_out
+            )
+
+
+def clean_text(text: str) -> str:
+    """Without control characters, halves of surrogate pairs and the like, which the tokenizer passes over."""
+    text = text.strip()
+    if text.isascii() and text.isprintable():
+        return text  # nearly all, and the rest takes longer
+    kept = [char for char in text if char.isspace() or unicodedata.category(char)[0] != "C" and char != "\ufffd"]
+    # accents alone are no text: the tokenizer strips them
+    has_text = any(unicodedata.category(char)[0] in "LNPS" for char in kept)
+    return "".join(kept).strip() if has_text else ""
+
+
+def _as_id(value: Any) -> str | None:
+    """An id as text that UTF-8 can hold, None for what is none: an empty cell, NaN, a list."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if not isinstance(value, (str, int, float)) or value == "":
+        return None
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def _as_texts(value: Any, name: str) -> list[str]:
+    """Strings of a column's value: a string, number or boolean, a dict with one under `name`, or a list of these."""
+    texts, waiting = [], [value]
+    while waiting:  # not by recursion: a file may hold brackets within brackets
+        entry = waiting.pop()
+        if isinstance(entry, dict):
+            waiting.append(entry.get(name))
+        elif isinstance(entry, (list, tuple)):
+            waiting += reversed(entry)
+        elif text := _as_text(entry):
+            texts.append(text)
+    return texts
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return ""
+        value = int(value) if value.is_integer() else value
+    return clean_text(str(value)) if isinstance(value, (str, int, float)) else ""
+
+
+@lru_cache(maxsize=1 << 16)  # the rows of a picture repeat its path
+def _locate(path: str, folder: Path | None) -> tuple[str | None, str, str | None]:
+    """A picture's absolute path, its image_id, and None; or None, the path as written and why it is refused.
+
+    The image_id is the path within folder of the file itself: the same for a.png, ./a.png and a link to it.
+    """
+    if path != _as_id(path):
+        return None, path, "picture has no path, or one that is no text in UTF-8"
+    if "://" in path or path.startswith("data:"):
+        return None, path, "picture is a URL; nothing is fetched from a row"
+    if not path.strip() or "\0" in path:
+        return None, path, "picture has no path"
+    root, written = (folder or Path.cwd()).resolve(), path
+    # COCO's archives unpack into folders that are named after the subset: train2014/COCO_train2014_000000000009.jpg
+    subset = COCO_FILE.fullmatch(path)
+    if subset and (root / subset[1] / path).exists():
+        path = os.path.join(subset[1], path)
+    try:
+        resolved = (root / path).resolve()  # follows links, so that none leads out of the folder
+    except (OSError, RuntimeError) as error:  # links in a circle
+        return None, written, f"picture's path leads nowhere: {error}"
+    if not resolved.is_relative_to(root):
+        return None, written, f"picture lies outside {root}"
+    return str(resolved), resolved.relative_to(root).as_posix(), None
+
+
+class Part:
+    """One split in the schema, with the reason for which each row cannot be used, if any."""
+
+    def __init__(self, table: Table, schema: Schema) -> None:
+        self.schema, self.name = schema, schema.name
+        features, pictures = schema.features.copy(), None
+        if isinstance(table, Dataset):
+            # another column of pictures would be decoded with each row
+            table = table.select_columns([name for name in table.column_names if name in schema.needed])
+            feature = table.features[schema.image_column]
+            if isinstance(feature, List):
+                raise ValueError(
+                    f"A row has one picture, and those of the column {schema.image_column} are lists. Give each "
+                    "picture a row, or name another column: --image_column"
+                )
+            if holds_images(feature):
+                table = table.cast_column(schema.image_column, Image(decode=False))
+                if schema.folder is None or any_bytes(table, schema.image_column):
+                    schema.in_place = True
+                    pictures = table.select_columns(schema.image_column).rename_columns({schema.image_column: "image"})
+                    del features["image"]
+        self.reasons: list[str | None] = []
+        self.first: dict[str, int] = {}  # image_id -> the first row that shows it and can be used
+        # image_id -> hash of its content or, as long as that is not known, of its path: equal for one image of two ids
+        self.identity: dict[str, int] = {}
+        self.rows = rows_on_disk(self._convert(table, features), features)
+        if pictures is not None:
+            self.rows = concatenate_datasets([pictures, self.rows], axis=1)
+
+    def _convert(self, table: Table, features: Features) -> Iterator[Row]:
+        # what is not needed of a stream is not fetched
+        limit = self.schema.max_eval_samples if isinstance(table, IterableDataset) else None
+        for position, row in enumerate(islice(iterate(table), limit)):
+            converted, reason = self.schema.convert(row, position)
+            self.reasons.append(reason)
+            image_id = converted["image_id"]
+            if not reason and image_id not in self.first:
+                self.first[image_id] = position
+                self.identity[image_id] = self.schema.identity(image_id, converted["image"])
+            yield {name: converted[name] for name in features}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def bad_rows(self, unreadable: dict[str, str]) -> Iterator[Row]:
+        if not unreadable and not any(self.reasons):
+            return
+        for position, (image_id, reason) in enumerate(zip(self.rows["image_id"][:], self.reasons, strict=True)):
+            if reason or image_id in unreadable:
+                yield {
+                    "split": self.name,
+                    "row": position,
+                    "image_id": image_id,
+                    "reason": reason or unreadable[image_id],
+                }
+
+    def good(self) -> Dataset:
+        return self.schema.good(self.rows, self.reasons)

@@ -1,0 +1,155 @@
+"""Rows in files on disk, too many for memory, and JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+)
+
+Row = dict[str, Any]
+
+
+class RowsOfFile:
+    """Rows that are read again at each pass: held as Python objects, a million with ten answers take 3 GB.
+
+    Args:
+        read: gives the rows from the beginning.
+        split: only those with this value of the column `split`.
+    """
+
+    def __init__(self, read: Callable[[], Iterable[Row]], split: str | None = None) -> None:
+        self.read, self.split = read, split
+        self.length, columns = 0, {}
+        for row in self:
+            self.length += 1
+            columns |= dict.fromkeys(row)
+        self.column_names = list(columns)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self.read():
+            if self.split is None or str(row.get("split")) == self.split:
+                yield row
+
+
+Table = Dataset | RowsOfFile | IterableDataset
+
+
+def values_of(rows: Dataset, column: str) -> Iterator[Any]:
+    """The values of a column, a portion at a time: as Python objects, a million with ten answers take 3 GB."""
+    for portion in rows.select_columns([column]).iter(10_000):
+        yield from portion[column]
+
+
+class CaptionRows(torch.utils.data.Dataset):
+    """One caption a row, over pictures that hold several: a picture's bytes are stored once.
+
+    Args:
+        pictures: columns image, image_id and captions.
+        limit: use the first rows only.
+    """
+
+    def __init__(self, pictures: Dataset, limit: int | None = None) -> None:
+        self.pictures = pictures
+        counts = [len(captions) for captions in pictures["captions"][:]]
+        self.picture = np.repeat(np.arange(len(counts)), counts)[:limit]
+        self.place = np.concatenate([np.arange(count) for count in counts])[:limit]  # among its picture's captions
+
+    def __len__(self) -> int:
+        return len(self.picture)
+
+    def __getitem__(self, position: int) -> Row:
+        row = self.pictures[int(self.picture[position])]
+        return {"image": row["image"], "image_id": row["image_id"], "caption": row["captions"][self.place[position]]}
+
+    def captions(self) -> list[str]:
+        """Of all rows, without reading a picture."""
+        of_picture = self.pictures["captions"][:]
+        return [of_picture[picture][place] for picture, place in zip(self.picture, self.place, strict=True)]
+
+
+def number_images(rows: Dataset | CaptionRows) -> np.ndarray:
+    """(rows,) from 0 in order of first appearance, equal where the image_id is."""
+    if isinstance(rows, CaptionRows):
+        return number_images(rows.pictures)[rows.picture]
+    return dictionary_of(rows, "image_id").indices.to_numpy()
+
+
+def dictionary_of(rows: Dataset, column: str) -> pa.DictionaryArray:
+    """The column's different strings in order of first appearance, and of each row which."""
+    # as Arrow and in portions: as Python's strings the ids of a million rows are the larger part of all memory
+    portions = rows.select_columns(column).with_format("arrow").iter(10_000)
+    ids = pa.chunked_array([table[column].combine_chunks() for table in portions], pa.string())
+    return ids.combine_chunks().dictionary_encode()
+
+
+@lru_cache(maxsize=1)
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="blip_ft-")
+
+
+def rows_on_disk(rows: Iterable[Row], features: Features) -> Dataset:
+    """The rows in a memory-mapped temporary file: held as Python objects, a million with ten answers take 3 GB."""
+    file, rows = Path(_temporary_folder().name) / f"{uuid.uuid4().hex}.arrow", iter(rows)
+    with pa.ipc.new_stream(file, features.arrow_schema) as stream:
+        portion = 100
+        while chunk := list(islice(rows, portion)):
+            stream.write_table(pa.Table.from_pylist(chunk, schema=features.arrow_schema))
+            # a million rows in portions of 1,000 take 100 MB more; a picture in its row may have megabytes
+            holds_pictures = any("image" in row and row["image"]["bytes"] for row in chunk)
+            portion = 100 if holds_pictures else 10_000
+    return Dataset.from_file(str(file))
+
+
+def iterate(table: Table) -> Iterator[Row]:
+    if isinstance(table, RowsOfFile):
+        yield from table
+        return
+    # datasets makes Python objects of a batch several times faster than of its rows
+    for batch in table.iter(100):
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+def any_bytes(table: Dataset, column: str) -> bool:
+    images = (image for batch in table.select_columns(column).iter(100) for image in batch[column])
+    return any(image and image["bytes"] is not None for image in images)
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """json.dumps in which a number that is not finite is null: JSON has neither NaN nor Infinity."""
+    return json.dumps(_without_nan(value), allow_nan=False, **options)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """JSON lines: all of them or no file."""
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(to_json(line, ensure_ascii=False) + "\n")
+    unfinished.replace(path)

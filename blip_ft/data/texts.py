@@ -1,0 +1,80 @@
+"""Texts to token ids and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # label of a position that has no target
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask, (num_texts, longest), [CLS] ... [SEP], cut at max_tokens."""
+    tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+    # the tokenizer would keep both and be saved with them
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+def encode_labels(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> torch.Tensor:
+    """(num_texts, longest) ids with -100 on padding."""
+    tokens = encode_texts(texts, tokenizer, max_tokens)
+    return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
+
+
+def decode_texts(token_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Strings of generated rows: up to the first [SEP], without special ids and ids the tokenizer does not know.
+
+    The Hub's tokenizer has 30,522 entries while the model also writes [DEC] 30522 and [ENC] 30523.
+    """
+    special, end, known = set(tokenizer.all_special_ids), tokenizer.sep_token_id, len(tokenizer)
+    texts = []
+    for row in token_ids.tolist():
+        row = row[: row.index(end)] if end in row else row
+        kept = [token for token in row if 0 <= token < known and token not in special]
+        texts.append(tokenizer.decode(kept).strip())
+    return texts
+
+
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of [CLS] and the prompt's words, without [SEP]: how generation begins, and what training does not count."""
+    return tokenizer(prompt)["input_ids"][:-1]
+
+
+def require_room_for_captions(
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_min_length: int,
+    generation_max_length: int,
+    max_caption_tokens: int | None = None,
+) -> None:
+    """Raise ValueError if the prompt leaves no room for a word and [SEP]; all lengths include the prompt's tokens.
+
+    Args:
+        max_caption_tokens: of training; None if nothing is trained.
+    """
+    needed = len(encode_prompt(prompt, tokenizer)) + 2
+    limits = {"max_caption_tokens": max_caption_tokens, "generation_max_length": generation_max_length}
+    for name, limit in limits.items():
+        if limit is not None and limit < needed:
+            raise ValueError(
+                f"{name} is {limit}, and the prompt {prompt!r}, a word and the end take {needed} tokens: nothing is "
+                f"left of a caption. Set --{name} to {needed} or more, or shorten --prompt."
+            )
+    if generation_min_length > generation_max_length:
+        raise ValueError(
+            f"generation_min_length {generation_min_length} is above generation_max_length {generation_max_length}. "
+            "Lower the one or raise the other."
+        )
+
+
+def clean_caption(caption: str, max_words: int = 30) -> str:
+    """Lower case, with a space for each of . ! " ( ) * # : ; ~ and at most max_words words.
+
+    Source: BLIP data/utils.py pre_caption.
+    """
+    return " ".join(re.sub(r"[.!\"()*#:;~]", " ", caption.lower()).split()[:max_words])
