@@ -2,12 +2,13 @@
 
 from blip_ft.data_pipeline import DataPipeline
 from blip_ft.metrics.vqa import VqaAccuracy, vqa_accuracy
-from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from blip_ft.modeling.adapters import count_parameters, freeze_model, unfreeze_model
+from blip_ft.modeling.blip.captioning import BlipForConditionalGeneration
+from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
+from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
 from blip_ft.models import (
     ModelLoader,
     build_small_blip,
-    count_parameters,
-    freeze_model,
     generate_answer_blip,
     get_device,
     get_model_info,
@@ -18,7 +19,6 @@ from blip_ft.models import (
     prepare_inputs_for_blip,
     print_model_summary,
     save_model,
-    unfreeze_model,
 )
 
 __all__ = [

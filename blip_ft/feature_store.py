@@ -31,7 +31,7 @@ from blip_ft.callbacks import outlive_signals
 from blip_ft.data.checks import ImageHashes
 from blip_ft.data.collators import ImageCollator
 from blip_ft.data.tables import number_images
-from blip_ft.modeling import BlipForImageTextRetrieval
+from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@ def settle_settings(
     args: BlipTrainingArguments,
     parts: Sequence[Settings],
     rows: dict[str, Dataset | CaptionRows | StreamedRows],
-    outline: torch.nn.Module,
+    meta_model: torch.nn.Module,
 ) -> dict[str, Any]:
     """What a run's results depend on, to be kept in each of its checkpoints; those of checkpoint must be the same.
 
@@ -52,13 +52,13 @@ def settle_settings(
         checkpoint: folder to resume from, if any.
         parts: the recipe's other argument dataclasses, ModelArguments and DataArguments among them.
         rows: "train" and "eval".
-        outline: the model without its weights.
+        meta_model: the model without its weights.
     Raises: ValueError, in all processes, that lists the differences, unless allow_changed_settings is on.
     """
 
     def settle() -> dict[str, Any]:
         # as they are read again
-        settings = json.loads(json.dumps(_settings_of(args, parts, rows, outline), default=str))
+        settings = json.loads(json.dumps(_settings_of(args, parts, rows, meta_model), default=str))
         if checkpoint:
             _require_same_settings(Path(checkpoint), settings, args.allow_changed_settings)
         return settings
@@ -70,7 +70,7 @@ def _settings_of(
     args: BlipTrainingArguments,
     parts: Sequence[Settings],
     rows: dict[str, Dataset | CaptionRows | StreamedRows],
-    outline: torch.nn.Module,
+    meta_model: torch.nn.Module,
 ) -> dict[str, Any]:
     named = {name: value for part in parts for name, value in asdict(part).items()} | args.to_dict()
     settings = {name: value for name, value in named.items() if not name.startswith(FREE)}
@@ -85,7 +85,7 @@ def _settings_of(
         settings["rows_a_step"] = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     (model_args,) = (part for part in parts if isinstance(part, ModelArguments))
     (data_args,) = (part for part in parts if isinstance(part, DataArguments))
-    settings["base_checkpoint"] = _fingerprint_of_checkpoint(model_args, outline)
+    settings["base_checkpoint"] = _fingerprint_of_checkpoint(model_args, meta_model)
     for name, part in rows.items():
         is_stream = isinstance(part, StreamedRows)
         settings[f"rows_to_{name}"] = f"a stream of {data_args.label}" if is_stream else _fingerprint_of_rows(part)
@@ -101,10 +101,10 @@ def _fingerprint_of_rows(rows: Dataset | CaptionRows) -> str:
     return f"{len(rows):,} rows, {digest.hexdigest()[:12]}"
 
 
-def _fingerprint_of_checkpoint(args: ModelArguments, outline: torch.nn.Module) -> str:
+def _fingerprint_of_checkpoint(args: ModelArguments, meta_model: torch.nn.Module) -> str:
     """The Hub's commit; of a folder, the content of weights, configuration and vocabulary."""
     if args.hub_id:
-        return f"{args.hub_id} {getattr(outline.config, '_commit_hash', None) or args.model_revision}"
+        return f"{args.hub_id} {getattr(meta_model.config, '_commit_hash', None) or args.model_revision}"
     folder, digest = Path(args.model_name_or_path), hashlib.sha1()
     if args.model_name_or_path == "demo":
         return "demo"

@@ -84,8 +84,10 @@ from blip_ft.engines import (
 from blip_ft.feature_store import require_constant_features, store_pictures
 from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_waiting, upload_command
 from blip_ft.metrics.baselines import smoothing_floor
-from blip_ft.modeling import BlipForImageTextRetrieval, BlipForQuestionAnswering
-from blip_ft.models import count_parameters, is_finite, without_adapter
+from blip_ft.modeling.adapters import count_parameters, without_adapter
+from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
+from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
+from blip_ft.modeling.checkpoint_files import is_finite
 from blip_ft.outputs import claim, decided_by_main, is_free, names_in, numbered_folders, require_claim
 from blip_ft.report import THUMBNAIL_PIXELS, is_score, write_report
 from blip_ft.run_settings import SETTINGS_FILE
@@ -575,16 +577,16 @@ def _require_same_kind(checkpoint: Path, args: PeftArguments) -> None:
         raise ValueError(f"{checkpoint} holds {kind}. {flag} --use_peft, or begin in another output_dir.")
 
 
-def check_run(args: BlipTrainingArguments, rows: Dataset | StreamedRows, outline: torch.nn.Module) -> None:
+def check_run(args: BlipTrainingArguments, rows: Dataset | StreamedRows, meta_model: torch.nn.Module) -> None:
     """Refuse, before weights are loaded, what cannot be trained on these rows or kept of this model, if it is trained.
 
-    outline: the model without its weights. Raises: ValueError.
+    meta_model: the model without its weights. Raises: ValueError.
     """
     if not args.do_train:
         return
     if args.cache_image_features:
-        require_constant_features(without_adapter(outline))
-    _require_optimizer(args, outline)
+        require_constant_features(without_adapter(meta_model))
+    _require_optimizer(args, meta_model)
     if not isinstance(rows, StreamedRows):
         require_whole_batch(len(rows), args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
 
@@ -603,10 +605,10 @@ def _explain_other_run(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-def _require_optimizer(args: BlipTrainingArguments, outline: torch.nn.Module) -> None:
+def _require_optimizer(args: BlipTrainingArguments, meta_model: torch.nn.Module) -> None:
     """Make optimiser and scheduler for one weight, as the Trainer will after all weights are loaded."""
     try:
-        make, settings = Trainer.get_optimizer_cls_and_kwargs(args, outline)
+        make, settings = Trainer.get_optimizer_cls_and_kwargs(args, meta_model)
         for name in ("params", "model", "optimizer_dict"):  # of some, for the Trainer, not for the optimiser
             settings.pop(name, None)
         optimizer = make([torch.nn.Parameter(torch.zeros(1))], **settings)

@@ -27,11 +27,12 @@ import torch
 from PIL import Image
 from transformers import BlipProcessor
 
-from blip_ft import inference
 from blip_ft.arguments import Settings, parse, start_recipe
-from blip_ft.data.images import IMAGE_FORMATS, encode_images, longest_side, open_image
+from blip_ft.data.images import IMAGE_FORMATS, longest_side, open_image, resize_to_uint8
 from blip_ft.data.texts import clean_caption, encode_prompt, encode_texts
-from blip_ft.models import TASK_OF_CLASS, load_model
+from blip_ft.modeling import inference
+from blip_ft.modeling.blip import TASK_OF_CLASS
+from blip_ft.models import load_model
 
 logger = logging.getLogger("blip_ft.app")
 
@@ -256,7 +257,7 @@ def try_picture(page: Page, model: Any, processor: BlipProcessor, path: str | No
     try:
         picture = read_picture(path, longest_side(processor.image_processor))
         with torch.no_grad():
-            pixels = encode_images([picture], processor.image_processor).to(model.device)
+            pixels = resize_to_uint8([picture], processor.image_processor).to(model.device)
             rows = page.run(model, processor, pixels, text)
     except ValueError as error:
         return f'<p class="message">{escape(str(error))}</p>'

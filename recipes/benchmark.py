@@ -37,7 +37,7 @@ from blip_ft.data.images import encode_row_images
 from blip_ft.data.loading import load_vqa
 from blip_ft.data.sampling import GroupedSampler
 from blip_ft.data.tables import number_images
-from blip_ft.modeling import BlipForQuestionAnswering
+from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
 
 QUESTION_TOKENS, ANSWER_TOKENS = 12, 4
 

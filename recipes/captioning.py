@@ -13,7 +13,6 @@ The loss is the original's: the mean over the captions' tokens, the prompt not c
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blip_ft import inference
 from blip_ft.arguments import (
     BlipTrainingArguments,
     CaptioningArguments,
@@ -28,9 +27,11 @@ from blip_ft.data.loading import load_splits
 from blip_ft.data.texts import require_room_for_captions
 from blip_ft.metrics.captions import CaptionScores, caption_exact_match, caption_rouge_l
 from blip_ft.metrics.vqa import most_frequent_answer
-from blip_ft.models import load_for_training, load_processor, outline
+from blip_ft.modeling import inference
+from blip_ft.models import load_processor
 from blip_ft.run_settings import settle_settings
 from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
+from blip_ft.training.setup import build_meta_model, load_for_training
 
 # ---- what to edit ----
 
@@ -70,7 +71,7 @@ def main() -> None:
     )
     data_args.require_end(training_args)
     checkpoint = prepare_output_dir(training_args, "captioning", peft_args)
-    planned = outline("conditional_generation", model_args, peft_args, caption_args, training_args)
+    meta_model = build_meta_model("conditional_generation", model_args, peft_args, caption_args, training_args)
     require_room_for_captions(
         caption_args.prompt,
         load_processor(model_args.model_name_or_path, revision=model_args.model_revision).tokenizer,
@@ -80,9 +81,9 @@ def main() -> None:
     )
     bad_rows_file = Path(training_args.output_dir) / "bad_rows.jsonl"
     train_rows, eval_rows, test_rows = load_splits("captions", data_args, bad_rows_file, training_args.seed)
-    check_run(training_args, train_rows, planned)
+    check_run(training_args, train_rows, meta_model)
     parts, rows = (model_args, data_args, caption_args, peft_args), {"train": train_rows, "eval": eval_rows}
-    settings = settle_settings(checkpoint, training_args, parts, rows, planned)
+    settings = settle_settings(checkpoint, training_args, parts, rows, meta_model)
 
     model, processor = load_for_training("conditional_generation", model_args, peft_args, training_args)
 

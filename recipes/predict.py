@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import BlipProcessor
 
-from blip_ft import inference, predictions
+from blip_ft import predictions
 from blip_ft.arguments import DataArguments, Settings, changed_settings, parse, read_text, start_recipe
 from blip_ft.callbacks import explain_lost_worker
 from blip_ft.data.checks import why_unreadable
@@ -40,7 +40,10 @@ from blip_ft.data.loading import load_to_predict
 from blip_ft.data.sources import list_images
 from blip_ft.data.tables import number_images, to_json, write_lines
 from blip_ft.data.texts import clean_caption, encode_texts, require_room_for_captions
-from blip_ft.models import TASK_OF_CLASS, load_model, require_positions
+from blip_ft.modeling import inference
+from blip_ft.modeling.blip import TASK_OF_CLASS
+from blip_ft.modeling.checkpoint_files import require_positions
+from blip_ft.models import load_model
 from blip_ft.report import THUMBNAIL_PIXELS, write_report
 
 logger = logging.getLogger("blip_ft.predict")

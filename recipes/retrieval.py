@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from blip_ft import inference
 from blip_ft.arguments import (
     WITHOUT_EFFECT,
     BlipTrainingArguments,
@@ -27,15 +26,16 @@ from blip_ft.arguments import (
     parse,
     start_recipe,
 )
-from blip_ft.contrastive import Contrastive, require_memory_for_queue
 from blip_ft.data.collators import ImageCollator, RetrievalCollator
 from blip_ft.data.loading import load_splits
 from blip_ft.data.texts import clean_caption, encode_texts
 from blip_ft.metrics.baselines import chance_scores
 from blip_ft.metrics.retrieval import retrieval_scores, same_caption
-from blip_ft.models import load_for_training, outline
+from blip_ft.modeling import inference
+from blip_ft.modeling.blip.contrastive import Contrastive, require_memory_for_queue
 from blip_ft.run_settings import settle_settings
 from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
+from blip_ft.training.setup import build_meta_model, load_for_training
 
 # ---- what to edit ----
 
@@ -79,14 +79,14 @@ def main() -> None:
         raise ValueError("streaming is for questions and captions: in retrieval a picture's captions must be together.")
     data_args.require_end(training_args)
     checkpoint = prepare_output_dir(training_args, "retrieval", peft_args)
-    planned = outline("image_text_retrieval", model_args, peft_args, retrieval_args, training_args)
-    width = planned.config.image_text_hidden_size
+    meta_model = build_meta_model("image_text_retrieval", model_args, peft_args, retrieval_args, training_args)
+    width = meta_model.config.image_text_hidden_size
     require_memory_for_queue(retrieval_args.queue_size, width, training_args.device)
     bad_rows_file = Path(training_args.output_dir) / "bad_rows.jsonl"
     train_rows, eval_rows, test_rows = load_splits("captions", data_args, bad_rows_file, training_args.seed)
-    check_run(training_args, train_rows, planned)
+    check_run(training_args, train_rows, meta_model)
     parts, rows = (model_args, data_args, retrieval_args, peft_args), {"train": train_rows, "eval": eval_rows}
-    settings = settle_settings(checkpoint, training_args, parts, rows, planned)
+    settings = settle_settings(checkpoint, training_args, parts, rows, meta_model)
 
     model, processor = load_for_training("image_text_retrieval", model_args, peft_args, training_args)
     model.config.itm_start_token = retrieval_args.itm_start_token

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from blip_ft import inference
 from blip_ft.arguments import (
     BlipTrainingArguments,
     DataArguments,
@@ -31,9 +30,10 @@ from blip_ft.data.loading import load_splits
 from blip_ft.data.tables import values_of
 from blip_ft.metrics.baselines import answer_without_images
 from blip_ft.metrics.vqa import VqaAccuracy, answer_type, scoring_rule, vqa_accuracy
-from blip_ft.models import load_for_training, outline
+from blip_ft.modeling import inference
 from blip_ft.run_settings import settle_settings
 from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
+from blip_ft.training.setup import build_meta_model, load_for_training
 
 # ---- what to edit ----
 
@@ -73,12 +73,12 @@ def main() -> None:
     data_args.require_end(training_args)
     checkpoint = prepare_output_dir(training_args, "vqa", peft_args)
     candidates = read_answer_list(vqa_args.answer_list)
-    planned = outline("vqa", model_args, peft_args, vqa_args, training_args)
+    meta_model = build_meta_model("vqa", model_args, peft_args, vqa_args, training_args)
     bad_rows_file = Path(training_args.output_dir) / "bad_rows.jsonl"
     train_rows, eval_rows, test_rows = load_splits("vqa", data_args, bad_rows_file, training_args.seed)
-    check_run(training_args, train_rows, planned)
+    check_run(training_args, train_rows, meta_model)
     parts, rows = (model_args, data_args, vqa_args, peft_args), {"train": train_rows, "eval": eval_rows}
-    settings = settle_settings(checkpoint, training_args, parts, rows, planned)
+    settings = settle_settings(checkpoint, training_args, parts, rows, meta_model)
 
     model, processor = load_for_training("vqa", model_args, peft_args, training_args)
     model.config.question_start_token = vqa_args.question_start_token

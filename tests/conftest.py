@@ -23,7 +23,9 @@ from torch import distributed
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 
 from blip_ft.data import checks
-from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from blip_ft.modeling.blip.captioning import BlipForConditionalGeneration
+from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
+from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -17,9 +17,9 @@ import torch
 from conftest import RECIPES
 from PIL import Image
 
-from blip_ft import inference
-from blip_ft.data.images import encode_images, open_image
+from blip_ft.data.images import open_image, resize_to_uint8
 from blip_ft.data.texts import encode_texts
+from blip_ft.modeling import inference
 from blip_ft.models import load_model
 
 APP = RECIPES / "app.py"
@@ -64,7 +64,7 @@ def try_picture(app, checkpoints, pictures):
         def run(text: str, picture: str | None = "good.png", page=page) -> str:
             return app["try_picture"](page, model, processor, picture and str(pictures / picture), text)
 
-        pixels = encode_images([open_image(pictures / "good.png")], processor.image_processor)
+        pixels = resize_to_uint8([open_image(pictures / "good.png")], processor.image_processor)
         return run, model, processor, pixels
 
     return start

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from blip_ft.arguments import start_recipe
 from blip_ft.callbacks import explain_lost_worker
-from blip_ft.contrastive import require_memory_for_queue
 from blip_ft.data.tables import to_json
+from blip_ft.modeling.blip.contrastive import require_memory_for_queue
 
 
 def message_of(caplog) -> str:
@@ -125,9 +125,9 @@ DRY_RUN = "Dry run of all stages"
         ("blip_ft.trainer.build_model_card", "vqa"),
         ("blip_ft.trainer.write_report", "captioning"),
         ("blip_ft.trainer.write_lines", "retrieval"),
-        ("blip_ft.inference.answer", "vqa"),
-        ("blip_ft.inference.caption", "captioning"),
-        ("blip_ft.inference.rank_pairs", "retrieval"),
+        ("blip_ft.modeling.inference.answer", "vqa"),
+        ("blip_ft.modeling.inference.caption", "captioning"),
+        ("blip_ft.modeling.inference.rank_pairs", "retrieval"),
     ],
 )
 def test_stage_that_fails_does_so_before_the_first_step(recipe, data_of, tmp_path, caplog, monkeypatch, stage, task):
@@ -189,7 +189,7 @@ def test_two_processes_run_dry_together(data_of, tmp_path, task):
 def test_checkpoint_with_a_loss_that_is_not_finite_is_refused_before_the_first_step(
     recipe, data_of, monkeypatch, caplog, tmp_path
 ):
-    from blip_ft.modeling import BlipForQuestionAnswering
+    from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
 
     forward = BlipForQuestionAnswering.forward
 
@@ -262,7 +262,7 @@ def test_queue_larger_than_all_memory_is_refused_before_weights_load(recipe, dat
     def load(*args):
         raise AssertionError("weights are loaded")
 
-    monkeypatch.setattr("blip_ft.models.load_for_training", load)
+    monkeypatch.setattr("blip_ft.training.setup.load_for_training", load)
     fails(recipe, *data_of("retrieval"), "--queue_size", "1000000000000", task="retrieval")
     assert "queue_size 1,000,000,000,000 needs" in message_of(caplog)
     with pytest.raises(ValueError, match=r"queue_size 1,000,000,000 needs 2,056.0 GB of memory, and this machine has"):

@@ -19,8 +19,9 @@ from blip_ft.data import checks
 from blip_ft.data.collators import CaptionCollator, VqaCollator
 from blip_ft.data.images import encode_row_images
 from blip_ft.feature_store import FeatureStore, store_pictures
-from blip_ft.modeling import BlipForImageTextRetrieval, BlipForQuestionAnswering
-from blip_ft.models import add_lora, freeze_model
+from blip_ft.modeling.adapters import add_lora, freeze_model
+from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
+from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
 
 ROW_BYTES = 17 * 32 * 2  # 16 patches and [CLS], width 32, bf16
 
@@ -214,7 +215,7 @@ def change_weights(model, processor):
 
 
 def change_size(model, processor):
-    model.resize_images(48)
+    model.resize_position_embeddings(48)
     freeze_model(model, ["vision_model"])
     processor.image_processor.size = {"height": 48, "width": 48}
 

@@ -22,18 +22,19 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BlipConfig, PreTrainedModel
 from transformers.models.blip import modeling_blip
 
-from blip_ft import inference
 from blip_ft.arguments import ModelArguments, PeftArguments
 from blip_ft.data import demo
-from blip_ft.data.images import encode_images
+from blip_ft.data.images import resize_to_uint8
 from blip_ft.data_pipeline import DataPipeline
-from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from blip_ft.modeling import inference
+from blip_ft.modeling.adapters import add_lora, count_parameters, freeze_model, unfreeze_model
+from blip_ft.modeling.blip.captioning import BlipForConditionalGeneration
+from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
+from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
+from blip_ft.modeling.checkpoint_files import require_positions
 from blip_ft.models import (
     ModelLoader,
-    add_lora,
     build_small_blip,
-    count_parameters,
-    freeze_model,
     generate_answer_blip,
     get_device,
     get_model_info,
@@ -41,13 +42,11 @@ from blip_ft.models import (
     load_model,
     load_model_from_path,
     move_model_to_device,
-    outline,
     prepare_inputs_for_blip,
     print_model_summary,
-    require_positions,
     save_model,
-    unfreeze_model,
 )
+from blip_ft.training.setup import build_meta_model
 
 
 def answers_of(model):
@@ -77,7 +76,7 @@ def test_task_chooses_the_class(golden, checkpoint, processor, tmp_path):
 
 def test_resized_model_and_processor_agree(checkpoint):
     loaded = load_model(str(checkpoint), image_size=48)
-    pixels = encode_images([Image.new("RGB", (10, 20))], loaded["image_processor"])
+    pixels = resize_to_uint8([Image.new("RGB", (10, 20))], loaded["image_processor"])
     assert pixels.shape == (1, 3, 48, 48)
     assert loaded["model"].encode_images(pixels).last_hidden_state.shape[1] == 37
 
@@ -352,7 +351,7 @@ def test_tokenizer_without_the_words_of_the_weights_is_refused(copy, picture_fol
     with pytest.raises(ValueError, match=r"was trained with 126 to 128. Check that tokenizer.json or vocab.txt is"):
         load_model(str(copy))
     with pytest.raises(ValueError, match="copy the tokenizer's files from the checkpoint"):
-        outline("vqa", ModelArguments(model_name_or_path=str(copy)), PeftArguments())
+        build_meta_model("vqa", ModelArguments(model_name_or_path=str(copy)), PeftArguments())
     pipeline = DataPipeline({"model_name_or_path": str(copy), "dataset_name": str(picture_folder)})
     with pytest.raises(ValueError, match="Check that tokenizer.json"):
         pipeline.setup()
@@ -419,7 +418,7 @@ def test_adapter_of_another_task_or_base_is_refused(checkpoints, adapter, tmp_pa
     with pytest.raises(ValueError, match="is an adapter for the task vqa, and cannot be used for conditional_gen"):
         load_model(str(adapter), task="conditional_generation")
     with pytest.raises(ValueError, match="is an adapter for the task vqa"):
-        outline("image_text_retrieval", ModelArguments(model_name_or_path=str(adapter)), PeftArguments())
+        build_meta_model("image_text_retrieval", ModelArguments(model_name_or_path=str(adapter)), PeftArguments())
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     path = folder / "adapter_config.json"
     change_json(path, base_model_name_or_path=str(checkpoints["captioning"]))
@@ -453,7 +452,7 @@ def test_adapter_of_another_task_or_base_is_refused(checkpoints, adapter, tmp_pa
 def test_lora_target_that_is_no_linear_layer_is_refused_before_weights_load(checkpoint, targets, message):
     arguments = PeftArguments(use_peft=True, lora_target_modules=targets)
     with pytest.raises(ValueError, match=rf"lora_target_modules must name linear layers(.|\n)*{message}"):
-        outline("vqa", ModelArguments(model_name_or_path=str(checkpoint)), arguments)
+        build_meta_model("vqa", ModelArguments(model_name_or_path=str(checkpoint)), arguments)
 
 
 def test_lora_target_with_tied_weights_is_refused(checkpoint):
@@ -476,10 +475,10 @@ def test_freezing_a_tied_part_freezes_the_shared_weights(checkpoint):
     unfreeze_model(model, "text_decoder.cls.predictions.decoder")
     assert count_parameters(model)["frozen"] == 0
     arguments = ModelArguments(model_name_or_path=str(checkpoint), freeze="text_decoder.cls.predictions.decoder")
-    planned = outline("vqa", arguments, PeftArguments())
-    assert not planned.text_decoder.bert.embeddings.word_embeddings.weight.requires_grad
+    meta_model = build_meta_model("vqa", arguments, PeftArguments())
+    assert not meta_model.text_decoder.bert.embeddings.word_embeddings.weight.requires_grad
     with pytest.raises(ValueError, match="freeze names text_decoder.cls.predictions.decoder, where nothing is trained"):
-        outline("vqa", arguments, PeftArguments(use_peft=True))
+        build_meta_model("vqa", arguments, PeftArguments(use_peft=True))
 
 
 def test_padding_stands_on_the_right_whatever_the_checkpoint_says(copy, checkpoint, picture_folder):

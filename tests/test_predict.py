@@ -14,10 +14,11 @@ from conftest import RECIPES
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from blip_ft import inference
 from blip_ft.arguments import DataArguments, PeftArguments
 from blip_ft.data.loading import load_to_predict
-from blip_ft.models import add_lora, generate_answer_blip, load_model, save_model
+from blip_ft.modeling import inference
+from blip_ft.modeling.adapters import add_lora
+from blip_ft.models import generate_answer_blip, load_model, save_model
 from blip_ft.outputs import claim, release_folders
 from blip_ft.predictions import append_part, read_parts, settle_folder
 

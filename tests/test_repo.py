@@ -87,7 +87,7 @@ def test_accelerate_config_loads(path):
 
 
 def test_fsdp_wraps_layers_that_the_model_has(golden):
-    from blip_ft.modeling import BlipForQuestionAnswering
+    from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
 
     wrapped = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp.yaml").read_text())["fsdp_config"]
     names = wrapped["fsdp_transformer_layer_cls_to_wrap"].split(",")

@@ -134,11 +134,11 @@ def content_hash(image: dict[str, Any]) -> str:
 
 
 def longest_side(image_processor: BlipImageProcessor) -> int:
-    """Pixels of the longer side of what encode_images gives."""
+    """Pixels of the longer side of what resize_to_uint8 gives."""
     return max(image_processor.size["width"], image_processor.size["height"])
 
 
-def encode_images(images: Sequence[Image.Image], image_processor: BlipImageProcessor) -> torch.Tensor:
+def resize_to_uint8(images: Sequence[Image.Image], image_processor: BlipImageProcessor) -> torch.Tensor:
     """(num_images, 3, height, width) uint8: resized as the processor does; the device normalises."""
     size = (image_processor.size["width"], image_processor.size["height"])
     resized = [np.asarray(image.resize(size, image_processor.resample)) for image in images]
@@ -164,7 +164,7 @@ def encode_row_images(rows: Sequence[dict[str, Any]], image_processor: BlipImage
             images.append(Image.new("RGB", (1, 1), (128, 128, 128)))
             unreadable.add(image_id)
     return {
-        "pixel_values": encode_images(images, image_processor),
+        "pixel_values": resize_to_uint8(images, image_processor),
         "image_index": torch.tensor([position[row["image_id"]] for row in rows]),
         "readable": torch.tensor([row["image_id"] not in unreadable for row in rows]),
     }

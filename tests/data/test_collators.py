@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from blip_ft.data.collators import CaptionCollator, ImageCollator, RetrievalCollator, VqaCollator
-from blip_ft.data.images import encode_images, open_image
+from blip_ft.data.images import open_image, resize_to_uint8
 from blip_ft.data.texts import clean_caption, decode_texts, encode_labels
 
 
@@ -84,7 +84,7 @@ def test_encoded_pictures_equal_the_stock_processor(processor):
     images = [
         Image.fromarray(np.random.default_rng(0).integers(0, 256, size, np.uint8)) for size in ((50, 70, 3), (20, 9, 3))
     ]
-    pixels = encode_images(images, processor.image_processor)
+    pixels = resize_to_uint8(images, processor.image_processor)
     assert pixels.dtype == torch.uint8
     mean, std = (
         torch.tensor(values).view(3, 1, 1)

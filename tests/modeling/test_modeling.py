@@ -5,8 +5,10 @@ import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers.models.blip import modeling_blip
 
-from blip_ft import attention
-from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from blip_ft.modeling.blip import attention
+from blip_ft.modeling.blip.captioning import BlipForConditionalGeneration
+from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
+from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
 
 CLASSES = {"vqa": BlipForQuestionAnswering, "captioning": BlipForConditionalGeneration}
 
@@ -216,7 +218,7 @@ def test_resized_model_takes_larger_pictures_and_loads_in_stock(golden, tmp_path
     model = BlipForQuestionAnswering.from_pretrained(golden / "vqa")
     pixels = torch.randn(1, 3, 48, 48)
     interpolated = model.encode_images(pixels, interpolate_pos_encoding=True).last_hidden_state
-    model.resize_images(48)
+    model.resize_position_embeddings(48)
     torch.testing.assert_close(model.encode_images(pixels).last_hidden_state, interpolated)
     model.save_pretrained(tmp_path)
     stock = modeling_blip.BlipForQuestionAnswering.from_pretrained(tmp_path)

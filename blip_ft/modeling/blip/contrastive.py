@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import psutil  # a requirement of accelerate
+import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn

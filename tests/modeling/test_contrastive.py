@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from torch import distributed
 from transformers.models.blip import modeling_blip
 
-from blip_ft.contrastive import Contrastive, draw_negatives, gather, nearest_is_right
-from blip_ft.modeling import BlipForImageTextRetrieval
+from blip_ft.modeling.blip.contrastive import Contrastive, draw_negatives, gather, nearest_is_right
+from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
 
 
 def load(golden, queue_size=7, dtype=torch.float64, **settings):
@@ -118,7 +118,7 @@ def test_pairs_of_one_picture_are_never_negatives(golden, monkeypatch):
     batch["image_ids"] = torch.tensor([5, 6, 5])
     drawn = []
     monkeypatch.setattr(
-        "blip_ft.modeling.draw_negatives", lambda *args: drawn.append(draw_negatives(*args)) or drawn[-1]
+        "blip_ft.modeling.blip.retrieval.draw_negatives", lambda *args: drawn.append(draw_negatives(*args)) or drawn[-1]
     )
     for _ in range(10):
         model(**{**batch, "negatives": None})

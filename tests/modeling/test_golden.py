@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.blip import modeling_blip
 
-from blip_ft.contrastive import Contrastive
-from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from blip_ft.modeling.blip.captioning import BlipForConditionalGeneration
+from blip_ft.modeling.blip.contrastive import Contrastive
+from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
+from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
 
 CLASSES = {"vqa": BlipForQuestionAnswering, "captioning": BlipForConditionalGeneration}
 

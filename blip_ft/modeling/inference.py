@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import BlipProcessor, PreTrainedTokenizerBase
 
-from blip_ft.data.images import encode_images, longest_side, open_image
+from blip_ft.data.images import longest_side, open_image, resize_to_uint8
 from blip_ft.data.texts import decode_texts, encode_labels, encode_prompt, encode_texts
 
 
@@ -262,7 +262,7 @@ def answer_questions(
     groups = list(asked.values())
     for start in range(0, len(groups), images_at_once):
         chunk = groups[start : start + images_at_once]
-        pixels = encode_images([open_image(images[group[0]], size) for group in chunk], processor.image_processor)
+        pixels = resize_to_uint8([open_image(images[group[0]], size) for group in chunk], processor.image_processor)
         pairs = [(row, position) for row, group in enumerate(chunk) for position in group]
         with torch.no_grad():
             states = model.encode_images(pixels.to(model.device)).last_hidden_state

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from blip_ft.data.texts import encode_prompt
-from blip_ft.inference import caption, embed_texts, rank_pairs, rank_texts, sequence_probabilities
-from blip_ft.modeling import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from blip_ft.modeling.blip.captioning import BlipForConditionalGeneration
+from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
+from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
+from blip_ft.modeling.inference import caption, embed_texts, rank_pairs, rank_texts, sequence_probabilities
 
 OWNER = np.array([0, 0, 1, 2, 2, 2, 3])  # the picture of each of seven texts
 

@@ -1,0 +1,183 @@
+"""BLIP that compares images and texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.func import functional_call
+from torch.nn import functional as F
+from transformers.models.blip import modeling_blip
+from transformers.utils import can_return_tuple
+
+from blip_ft.modeling.blip.base import IGNORED, BlipBase
+from blip_ft.modeling.blip.contrastive import draw_negatives, gather, nearest_is_right
+
+
+@dataclass
+class BlipImageTextRetrievalOutput(modeling_blip.BlipImageTextMatchingModelOutput):
+    """Stock's output, and what the similarity and the loss are made of."""
+
+    image_features: torch.Tensor | None = None
+    text_features: torch.Tensor | None = None
+    loss_itc: torch.Tensor | None = None
+    loss_itm: torch.Tensor | None = None
+    in_batch_accuracy: torch.Tensor | None = None
+
+
+class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieval):
+    """Image-text matching and similarity as stock computes them, and the original's loss."""
+
+    # a mean over pairs whose negatives stand in the batch: the Trainer averages over accumulation and processes
+    accepts_loss_kwargs = False
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_ids: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        use_itm_head: bool = True,
+        negatives: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> BlipImageTextRetrievalOutput:
+        """Scores, and with image_ids the loss: loss_itc (contrast over batch and queue) + loss_itm (matching).
+
+        A text and its picture are one pair; both losses are means over pairs. In training mode the pairs then join the
+        queue. Processes share their pairs as negatives, and need not have equally many.
+
+        Args:
+            pixel_values: (num_images, 3, height, width), float as the processor gives it or uint8.
+            input_ids, attention_mask: (num_texts, length), [CLS] first.
+            image_ids: (num_images,) int64, equal for equal pictures in the whole data set: pairs of one picture are
+                right answers to each other, never negatives.
+            image_index: (num_texts,), the picture of each text; None: one each.
+            use_itm_head: itm_score is (num_texts, 2), the logits of a wrong and a right pair. If False, and always with
+                image_ids, it is (num_images, num_texts), cosines.
+            negatives: (2, num_texts), instead of drawing them: the pair whose picture is put to this pair's text, and
+                the pair whose text is put to this pair's picture; -1 for none. The pairs of all processes count, in
+                rank order.
+        Source: BLIP models/blip_retrieval.py, negative_all_rank.
+        """
+        vision = self.encode_images(pixel_values, interpolate_pos_encoding, **kwargs)
+        image_states = vision.last_hidden_state
+        image_features = text_features = None
+        losses = {}
+        if use_itm_head and image_ids is None:
+            states = self.encode_pairs(image_states, input_ids, attention_mask, image_index, **kwargs)
+            score = self.itm_head(states[:, 0])
+        else:
+            states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+            image_features, text_features = self.project_images(image_states), self.project_texts(states)
+            score = image_features @ text_features.T
+        if image_ids is not None:
+            if self.contrastive is None:
+                raise ValueError(
+                    "The loss needs a queue and momentum weights: set model.contrastive = Contrastive(model) before "
+                    "training, or leave out image_ids to get scores only."
+                )
+            with torch.no_grad():
+                # the momentum encoder, with the model's own dropout, as in the original. Not by exchanging
+                # parameter.data: autocast would go on with the casts that it keeps of the model's weights
+                keys = functional_call(
+                    self,
+                    {name: weight.to(self.dtype) for name, weight in self.contrastive.momentum_weights.items()},
+                    (pixel_values, input_ids, attention_mask),
+                    {"use_itm_head": False, "interpolate_pos_encoding": interpolate_pos_encoding},
+                )
+            features = (image_features, text_features, keys.image_features, keys.text_features)
+            losses = self._losses(
+                image_states, features, input_ids, attention_mask, image_ids, image_index, negatives, **kwargs
+            )
+        return BlipImageTextRetrievalOutput(
+            itm_score=score,
+            last_hidden_state=image_states,
+            hidden_states=vision.hidden_states,
+            attentions=vision.attentions,
+            question_embeds=states,
+            image_features=image_features,
+            text_features=text_features,
+            **losses,
+        )
+
+    def project_images(self, image_states: torch.Tensor) -> torch.Tensor:
+        """(num_images, width) of length 1, of what encode_images gave; the product with a text's is their cosine."""
+        return F.normalize(self.vision_proj(image_states[:, 0]), dim=-1)
+
+    def project_texts(self, text_states: torch.Tensor) -> torch.Tensor:
+        """(num_texts, width) of length 1, of the states that text_encoder gives without pictures."""
+        return F.normalize(self.text_proj(text_states[:, 0]), dim=-1)
+
+    def encode_pairs(
+        self,
+        image_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """(num_texts, length, width): the texts, having seen their pictures. itm_head reads position 0."""
+        start_token = getattr(self.config, "itm_start_token", "cls")
+        return self._encode_text_with_image(start_token, image_states, input_ids, attention_mask, image_index, **kwargs)
+
+    def _losses(
+        self,
+        image_states: torch.Tensor,
+        features: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        image_ids: torch.Tensor,
+        image_index: torch.Tensor | None,
+        negatives: torch.Tensor | None,
+        **kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """loss, loss_itc, loss_itm, and in_batch_accuracy in percent.
+
+        features: (num_images, width) and (num_texts, width), by the model, then both by the momentum weights.
+        """
+        contrastive, num_images, num_texts = self.contrastive, len(image_states), len(input_ids)
+        if len(image_ids) != num_images:
+            raise ValueError(f"image_ids names each of {num_images} pictures, found {len(image_ids)} ids.")
+        if self._drop_trivial_index(image_index, num_images, num_texts) is None:
+            image_index = torch.arange(num_texts, device=input_ids.device) * num_images // num_texts
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        image_features, text_features, image_keys, text_keys = features
+
+        # row i of what follows is the pair of text i and its picture, in all_... those of every process
+        all_states, first_image = gather(image_states)
+        all_ids, all_images = gather(torch.stack([image_ids[image_index], image_index + first_image], 1))[0].unbind(1)
+        all_texts, first_text = gather(torch.stack([input_ids, attention_mask], 1))  # (all pairs, 2, longest)
+        own = torch.arange(first_text, first_text + num_texts, device=input_ids.device)
+        pairs = torch.stack([image_features[image_index], text_features, image_keys[image_index], text_keys], 1)
+        pairs = pairs.to(contrastive.image_queue.dtype)  # (num_texts, 4, width)
+        all_pairs, _ = gather(pairs.detach())
+        all_image_features, all_text_features, all_image_keys, all_text_keys = all_pairs.unbind(1)
+        # a cosine's rounding would be divided by the temperature
+        with torch.autocast(pairs.device.type, enabled=False):
+            loss_itc = contrastive.loss(*pairs.unbind(1), all_ids[own])
+            same = all_ids[own, None] == all_ids
+            towards_images = all_text_features[own] @ all_image_features.T / contrastive.temperature
+            towards_texts = all_image_features[own] @ all_text_features.T / contrastive.temperature
+            in_batch_accuracy = nearest_is_right((towards_images, towards_texts), same)
+            if negatives is None:
+                negatives = torch.stack([draw_negatives(towards_images, same), draw_negatives(towards_texts, same)])
+        if self.training:
+            contrastive.enqueue(all_image_keys, all_text_keys, all_ids)
+
+        # each text with its picture, with a wrong picture, and a wrong text with the picture; -1 takes any, uncounted
+        other_images, other_texts = negatives
+        images, image_index = all_images[torch.cat([own, other_images, own])].unique(return_inverse=True)
+        input_ids, attention_mask = all_texts[torch.cat([own, own, other_texts])].unbind(1)
+        states = self.encode_pairs(all_states[images], input_ids, attention_mask, image_index, **kwargs)
+        labels = torch.cat([torch.ones_like(own), torch.where(negatives.flatten() < 0, IGNORED, 0)])
+        loss_itm = F.cross_entropy(self.itm_head(states[:, 0]), labels)
+        return {
+            "loss": loss_itc + loss_itm,
+            "loss_itc": loss_itc,
+            "loss_itm": loss_itm,
+            "in_batch_accuracy": in_batch_accuracy,
+        }

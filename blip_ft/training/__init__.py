@@ -1,0 +1,1 @@
+"""Train, evaluate, stop and resume, with the Hugging Face Trainer."""
