@@ -29,7 +29,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
 from blip_ft.data.secrets import hide_secrets
-from blip_ft.outputs import release_folders
+from blip_ft.results.files import release_folders
 
 logger = logging.getLogger(__name__)
 

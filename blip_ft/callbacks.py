@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import (
@@ -29,10 +28,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.data.images import open_image
-from blip_ft.data.tables import number_images
-from blip_ft.metrics.vqa import answer_type
-from blip_ft.outputs import decided_by_main
-from blip_ft.report import THUMBNAIL_PIXELS, Sample, draw_curves
+from blip_ft.results.curves import draw_curves
+from blip_ft.results.files import decided_by_main
+from blip_ft.results.report import THUMBNAIL_PIXELS
+from blip_ft.results.samples import choose_rows, samples_of
 
 logger = logging.getLogger(__name__)
 
@@ -312,50 +311,8 @@ class SampleCallback(TrainerCallback):
         logger.info("Step %d of %d:\n%s", state.global_step, state.max_steps, "\n".join(lines))
 
 
-def choose_rows(rows: Dataset, number: int) -> list[int]:
-    """Positions of rows to show, in order: of different images, and of each answer type, as far as there are."""
-    images = number_images(rows)
-    if "answer_type" in rows.column_names:
-        kinds = rows["answer_type"][:]
-    else:
-        kinds = list(map(answer_type, rows["answers"][:])) if "answers" in rows.column_names else [""] * len(rows)
-    kinds = np.unique(kinds, return_inverse=True)[1]
-    chosen: list[int] = []
-    for _ in range(min(number, len(rows))):
-        # the least shown image first, then the least shown type, then the first row
-        shown = [np.bincount(part[chosen], minlength=len(rows))[part] for part in (images, kinds)]
-        order = len(rows) * shown[0] + shown[1]
-        order[chosen] = np.iinfo(order.dtype).max
-        chosen.append(int(order.argmin()))
-    return sorted(chosen)
-
-
 def write_curves(args: BlipTrainingArguments, state: Any) -> None:
     if state.is_world_process_zero and (curves := draw_curves(state.log_history)):
         path = Path(args.output_dir) / "training_curves.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(curves)
-
-
-def samples_of(rows: Dataset, results: list[dict[str, Any] | None]) -> list[Sample]:
-    samples = []
-    is_graded = any("rouge_l" in result for result in results if result)  # captions: none is right or wrong
-    for row, result in zip(rows.remove_columns("image"), results, strict=True):
-        known = {"question": row.get("question", ""), "references": row["answers" if "answers" in row else "captions"]}
-        if result is None:
-            own = {"quality" if is_graded else "accuracy": 0.0}
-            samples.append(Sample("", readable=False, kind=row.get("answer_type", ""), **own, **known))
-            continue
-        score_name = "score" if "score" in result else "probability"
-        samples.append(
-            Sample(
-                result["prediction"],
-                accuracy=result.get("accuracy"),
-                quality=result.get("rouge_l"),
-                score=result[score_name],
-                score_name=score_name,
-                kind=result.get("answer_type", ""),
-                **known,
-            )
-        )
-    return samples

@@ -17,7 +17,7 @@ from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArgumen
 from blip_ft.checkpoints import explain_unreadable
 from blip_ft.data.streaming import StreamedRows
 from blip_ft.data.tables import CaptionRows
-from blip_ft.outputs import decided_by_main
+from blip_ft.results.files import decided_by_main
 
 logger = logging.getLogger(__name__)
 

@@ -45,12 +45,10 @@ from blip_ft.callbacks import (
     Stopped,
     StreamCallback,
     TrackerCallback,
-    choose_rows,
     explain_lost_worker,
     hold_sigterm,
     outlive_signals,
     release_sigterm,
-    samples_of,
     write_curves,
 )
 from blip_ft.checkpoints import (
@@ -82,14 +80,17 @@ from blip_ft.engines import (
     whole_weight,
 )
 from blip_ft.feature_store import require_constant_features, store_pictures
-from blip_ft.hub import GITIGNORE, NOT_PUSHED, build_model_card, explain, limit_waiting, upload_command
 from blip_ft.metrics.baselines import smoothing_floor
 from blip_ft.modeling.adapters import count_parameters, without_adapter
 from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
 from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
 from blip_ft.modeling.checkpoint_files import is_finite
-from blip_ft.outputs import claim, decided_by_main, is_free, names_in, numbered_folders, require_claim
-from blip_ft.report import THUMBNAIL_PIXELS, is_score, write_report
+from blip_ft.results.curves import is_score
+from blip_ft.results.files import claim, decided_by_main, is_free, names_in, numbered_folders, require_claim
+from blip_ft.results.model_card import build_model_card
+from blip_ft.results.push import GITIGNORE, NOT_PUSHED, describe_hub_error, limit_waiting, upload_command
+from blip_ft.results.report import THUMBNAIL_PIXELS, write_report
+from blip_ft.results.samples import choose_rows, samples_of
 from blip_ft.run_settings import SETTINGS_FILE
 
 logger = logging.getLogger(__name__)
@@ -493,7 +494,7 @@ class BlipTrainer(Trainer):
         except Exception as error:  # of HTTP, of TLS, of the Hub's rules
             if self.card:
                 raise
-            logger.warning("Nothing is pushed during training; its end tries once more. %s", explain(error))
+            logger.warning("Nothing is pushed during training; its end tries once more. %s", describe_hub_error(error))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.hub_model_id is None:
@@ -512,7 +513,7 @@ class BlipTrainer(Trainer):
         done = [job for job in self.push_in_progress.jobs if job.done()]
         self.push_in_progress.jobs = [job for job in self.push_in_progress.jobs if not job.done()]
         for error in filter(None, (job.exception() for job in done)):
-            logger.warning("A checkpoint was not pushed; training goes on. %s", explain(error))
+            logger.warning("A checkpoint was not pushed; training goes on. %s", describe_hub_error(error))
 
 
 def prepare_output_dir(args: BlipTrainingArguments, recipe: str, peft_args: PeftArguments) -> str | None:
@@ -980,7 +981,7 @@ def _push(trainer: BlipTrainer) -> None:
         repository = trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name
         logger.error(
             "\nNot pushed to the Hub. %s\n%s holds the whole result. Push it later with\n  %s",
-            explain(error),
+            describe_hub_error(error),
             args.output_dir,
             upload_command(args.output_dir, repository, args.hub_private_repo, args.hub_revision),
         )

@@ -31,7 +31,6 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import BlipProcessor
 
-from blip_ft import predictions
 from blip_ft.arguments import DataArguments, Settings, changed_settings, parse, read_text, start_recipe
 from blip_ft.callbacks import explain_lost_worker
 from blip_ft.data.checks import why_unreadable
@@ -44,7 +43,8 @@ from blip_ft.modeling import inference
 from blip_ft.modeling.blip import TASK_OF_CLASS
 from blip_ft.modeling.checkpoint_files import require_positions
 from blip_ft.models import load_model
-from blip_ft.report import THUMBNAIL_PIXELS, write_report
+from blip_ft.results import predictions
+from blip_ft.results.report import THUMBNAIL_PIXELS, write_report
 
 logger = logging.getLogger("blip_ft.predict")
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, Trainer
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.checkpoints import newest_checkpoint, remove_old_checkpoints, what_is_missing
 from blip_ft.data import loading
-from blip_ft.outputs import LOCK, claim, release_folders
+from blip_ft.results.files import LOCK, claim, release_folders
 from blip_ft.run_settings import _require_same_settings
 from blip_ft.trainer import _choose_output_dir
 

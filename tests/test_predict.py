@@ -19,8 +19,8 @@ from blip_ft.data.loading import load_to_predict
 from blip_ft.modeling import inference
 from blip_ft.modeling.adapters import add_lora
 from blip_ft.models import generate_answer_blip, load_model, save_model
-from blip_ft.outputs import claim, release_folders
-from blip_ft.predictions import append_part, read_parts, settle_folder
+from blip_ft.results.files import claim, release_folders
+from blip_ft.results.predictions import append_part, read_parts, settle_folder
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from blip_ft.data.sampling import GroupedSampler
 from blip_ft.data.tables import number_images
 from blip_ft.data_pipeline import DataPipeline
 from blip_ft.models import load_model
-from blip_ft.predictions import official_ids
+from blip_ft.results.predictions import official_ids
 
 ROWS = [
     {"file_name": "a.png", "question": "what is it ?", "answers": ["a dog", "dog"]},

@@ -1,4 +1,4 @@
-"""What a model learned, for people: a page of predictions, and the curves of training as a picture."""
+"""report.html: scores, curves, confusions and samples on one page."""
 
 from __future__ import annotations
 
@@ -6,62 +6,22 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from blip_ft.results.curves import draw_curves
+from blip_ft.results.samples import BANDS, Sample, choose_samples
+
 THUMBNAIL_PIXELS = 160
-MAX_WRONG, MAX_RIGHT = 120, 80  # samples of a page
+
 MAX_THUMBNAIL_BYTES = 3_500_000  # of a page, so that it stays under 5 MB
+
 MAX_TEXT = 300  # signs of one string of a page
+
 MAX_CONFUSIONS = 15
-CIDER_PANEL = "CIDEr-D x 100"  # goes up to 1000
-MEASURED = ("metrics, %", CIDER_PANEL)  # panels of what an evaluation gives
-IN_BATCH = "in_batch_accuracy"  # of training, drawn beside them
-BANDS = tuple(f"ROUGE-L {least} to {least + 25}" for least in (0, 25, 50, 75))
-# what an evaluation gives beside scores, each by its whole name: a score may end in the name of an answer type
-NOT_SCORES = frozenset(
-    ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
-    + ("unreadable_pictures",)
-)
-
-
-@dataclass
-class Sample:
-    """One prediction.
-
-    question: "" for captions and retrieval. references: empty where none are known.
-    accuracy: 0 to 1, None without references; from one half on it counts as right.
-    quality: 0 to 1, ROUGE-L, instead of accuracy for captions: they are near to their references, not right or wrong.
-    score, score_name: how sure the model was, larger is surer, None where it is not known.
-    kind: what the page can be filtered by, e.g. the type of the answer.
-    """
-
-    prediction: str
-    question: str = ""
-    references: Sequence[str] = ()
-    accuracy: float | None = None
-    score: float | None = None
-    score_name: str = "probability"
-    kind: str = ""
-    readable: bool = True
-    quality: float | None = None
-
-    @property
-    def band(self) -> str:
-        """A quarter of the range of quality."""
-        if self.quality is None:
-            return ""
-        return BANDS[min(int(self.quality * len(BANDS)), len(BANDS) - 1)]
-
-    @property
-    def verdict(self) -> str:
-        if self.accuracy is None:
-            return "unknown"
-        return "right" if self.accuracy >= 0.5 else "wrong"
 
 
 def write_report(
@@ -118,110 +78,6 @@ def write_report(
     )
     # a lone surrogate, which JSON can bring in, is no UTF-8
     path.write_text(page, encoding="utf-8", errors="replace")
-
-
-def choose_samples(samples: Sequence[Sample]) -> list[int]:
-    """Positions of those to show: wrong ones from the surest on, then right or unknown ones, the least sure first.
-
-    Captions: by quality, the lowest first, spread over all.
-    """
-
-    def sureness(position: int) -> float:
-        score = samples[position].score
-        return float("-inf") if score is None else score
-
-    positions = range(len(samples))
-    if any(sample.quality is not None for sample in samples):
-        ranked = sorted(positions, key=lambda position: samples[position].quality or 0)
-        return _spread(ranked, MAX_WRONG + MAX_RIGHT)
-    wrong = sorted((p for p in positions if samples[p].verdict == "wrong"), key=sureness, reverse=True)
-    others = sorted((p for p in positions if samples[p].verdict != "wrong"), key=sureness)
-    # one list gets the room that the other leaves
-    num_wrong = min(len(wrong), max(MAX_WRONG, MAX_WRONG + MAX_RIGHT - len(others)))
-    num_others = min(len(others), MAX_WRONG + MAX_RIGHT - num_wrong)
-    # spread over all of them: the least sure alone would look worse than the model is
-    return wrong[:num_wrong] + _spread(others, num_others)
-
-
-def _spread(positions: list[int], most: int) -> list[int]:
-    number = min(len(positions), most)
-    return [positions[place * len(positions) // number] for place in range(number)]
-
-
-def draw_curves(log_history: Sequence[dict[str, Any]], columns: int = 2) -> bytes | None:
-    """PNG of loss, metrics, learning rate and gradient norm over steps; None where nothing is logged yet.
-
-    log_history: as in trainer_state.json; what `before_training_` names is drawn with `eval_`, at its step.
-    """
-    lines: dict[str, dict[str, list[tuple[int, float]]]] = {
-        name: {} for name in ("loss", "metrics, %", CIDER_PANEL, "learning rate", "gradient norm")
-    }
-    for entry in log_history:
-        for name, value in entry.items():
-            panel = _panel_of(name)
-            if panel and isinstance(value, (int, float)):
-                name = name.removeprefix("before_training_").removeprefix("eval_") if panel in MEASURED else name
-                name = name.replace("before_training_", "eval_")
-                lines[panel].setdefault(name, []).append((entry["step"], value))
-    lines = {panel: series for panel, series in lines.items() if series}
-    if not lines:
-        return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second, which --help need not wait for
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    last = max(step for series in lines.values() for points in series.values() for step, _ in points)
-    columns = min(columns, len(lines))
-    rows = -(-len(lines) // columns)
-    # not pyplot: it keeps global state, and may want a display
-    figure = Figure(figsize=(5.5 * columns, 3.4 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    for number, (panel, series) in enumerate(lines.items(), 1):
-        axes = figure.add_subplot(rows, columns, number)
-        for name, points in sorted(series.items(), key=lambda item: item[0].startswith("eval_")):
-            steps, values = zip(*sorted(points), strict=True)
-            # between two evaluations nothing is known
-            is_measured = (panel in MEASURED and name != IN_BATCH) or name.startswith("eval_")
-            axes.plot(
-                *(steps, values),
-                linestyle=":" if is_measured else "-",
-                marker="o" if is_measured or len(points) < 20 else None,
-                markersize=3,
-                linewidth=1.4,
-                label=name,
-            )
-        axes.set_title(panel, loc="left", fontsize=11, fontweight="bold")
-        axes.set_xlabel("step")
-        axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(series) > 1:
-            axes.legend(fontsize=8, frameon=False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    return file.getvalue()
-
-
-def is_score(metric: str) -> bool:
-    """Whether a number of an evaluation, named without `eval_`, says how right the model is; not its loss or speed."""
-    return metric not in NOT_SCORES and not metric.startswith("mem_")  # mem_: of skip_memory_metrics
-
-
-def _panel_of(name: str) -> str | None:
-    metric = name.removeprefix("before_training_").removeprefix("eval_")
-    if name in ("loss", "loss_itc", "loss_itm") or (metric != name and metric == "loss"):
-        return "loss"
-    if name == IN_BATCH:
-        return MEASURED[0]
-    if name in ("learning_rate", "grad_norm"):
-        return {"learning_rate": "learning rate", "grad_norm": "gradient norm"}[name]
-    # retrieval has a dozen recalls: those by cosine alone and at 5 are left to all_results.json
-    is_left_out = metric.startswith("itc_") or metric in ("text_recall@5", "image_recall@5")
-    if metric == name or is_left_out or not is_score(metric):
-        return None
-    return CIDER_PANEL if metric == "cider" else "metrics, %"
 
 
 def _curves(log_history: Sequence[dict[str, Any]]) -> str:

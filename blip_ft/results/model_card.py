@@ -1,4 +1,4 @@
-"""The model card, and what to say when a push fails."""
+"""The model card."""
 
 from __future__ import annotations
 
@@ -6,28 +6,13 @@ import html
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, get_session, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
-
-from blip_ft.data.secrets import hide_secrets
-
-# exit code of a run whose result is saved and not pushed
-NOT_PUSHED = 3
-
-# Without this huggingface_hub waits for ever for an answer.
-SECONDS_TO_WAIT = 60
-
-# The Hub leaves out of every upload what a folder's .gitignore names: the user's rows, pictures, paths and pickles.
-GITIGNORE = (
-    "predictions.jsonl\ntest_predictions.jsonl\nbad_rows.jsonl\nreport.html\nevents.out.tfevents.*\ntraining_args.bin\n"
-)
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
 # part of a metric's name -> its id on the Hub, and the name that papers give it
 METRICS = {
@@ -174,36 +159,6 @@ def official_name(metric: str) -> tuple[str, str]:
     part = next((part for part in METRICS if part in metric), metric)
     identifier, words = METRICS.get(part, (metric, metric))
     return identifier, metric.replace(part, words).replace("_", " ")
-
-
-def limit_waiting() -> None:
-    """Let a Hub that takes a request and does not answer be an error."""
-    get_session().timeout = SECONDS_TO_WAIT
-
-
-def upload_command(folder: str, repository: str, private: bool | None, revision: str | None) -> str:
-    """The shell command that pushes what a run left in folder."""
-    words = ["hf", "upload", repository, folder, "--exclude", "checkpoint-*"]
-    words += ["--private"] if private else []
-    words += ["--revision", revision] if revision else []
-    return shlex.join(words)
-
-
-def explain(error: BaseException) -> str:
-    """An error of the Hub on one line, with what to check, and never a token."""
-    causes = [error]
-    while cause := causes[-1].__cause__:
-        causes.append(cause)
-    answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
-    said = f"{type(error).__name__}: {error}" + (f" ({answer})" if answer and answer is not error else "")
-    if answer is None and not isinstance(error, ValueError):
-        advice = f"Check the network, and HF_ENDPOINT (now {constants.ENDPOINT})."
-    elif answer and answer.response.status_code in (401, 403):
-        advice = "Check that HF_TOKEN is set and may write to this repository."
-    else:
-        advice = ""
-    # hidden before the cut, which could leave half a token
-    return hide_secrets(f"{hide_secrets(' '.join(said.split()))[:400].rstrip('.')}. {advice}".strip())
 
 
 def _usage(

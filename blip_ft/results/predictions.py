@@ -15,15 +15,18 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 
-from blip_ft import metrics
 from blip_ft.data.tables import to_json, write_lines
-from blip_ft.outputs import claim, decided_by_main, is_free, numbered_folders, require_claim
-from blip_ft.report import Sample
+from blip_ft.metrics.captions import CaptionScores, caption_exact_match, caption_rouge_l
+from blip_ft.metrics.vqa import VqaAccuracy, answer_type, vqa_accuracy
+from blip_ft.results.files import claim, decided_by_main, is_free, numbered_folders, require_claim
+from blip_ft.results.samples import Sample
 
 Line = dict[str, Any]
 
 FILE = "predictions.jsonl"
+
 SETTINGS_FILE = "predict_settings.json"
+
 # --format -> the task that it is for; the column with the ids by which an evaluation server knows the rows, and the
 # number in one; what a prediction is called
 FORMATS = {
@@ -32,6 +35,7 @@ FORMATS = {
     # also of a file: COCO_val2014_000000000042.jpg is 42
     "coco": ("conditional_generation", "image_id", r"(?:.*\D)?(\d+)(?:\.\w+)?", "caption"),
 }
+
 # what is written of a picture that cannot be read
 NOTHING: dict[str, Line] = {
     "vqa": {"answer": "", "score": None},
@@ -117,8 +121,8 @@ def score(lines: list[Line], task: str) -> tuple[dict[str, float], list[Sample]]
         "image_text_retrieval": ("text", "captions"),
     }[task]
     accuracy = {
-        "vqa": metrics.vqa_accuracy,
-        "conditional_generation": metrics.caption_rouge_l,
+        "vqa": vqa_accuracy,
+        "conditional_generation": caption_rouge_l,
         "image_text_retrieval": lambda text, own: float(text in own),
     }[task]
     samples = []
@@ -131,7 +135,7 @@ def score(lines: list[Line], task: str) -> tuple[dict[str, float], list[Sample]]
         sample.score_name = "score" if "texts" in line else "probability"
         sample.readable = "unreadable_picture" not in line
         if task == "vqa" and own:
-            sample.kind = line.get("answer_type") or metrics.answer_type(own)
+            sample.kind = line.get("answer_type") or answer_type(own)
         samples.append(sample)
     known = [sample for sample in samples if sample.references]
     if not known:
@@ -141,9 +145,9 @@ def score(lines: list[Line], task: str) -> tuple[dict[str, float], list[Sample]]
         "references": [sample.references for sample in known],
     }
     if task == "vqa":
-        scores = metrics.VqaAccuracy().compute(**pairs, answer_types=[sample.kind for sample in known])
+        scores = VqaAccuracy().compute(**pairs, answer_types=[sample.kind for sample in known])
     elif task == "conditional_generation":
-        scores = {**metrics.CaptionScores().compute(**pairs), "exact_match": metrics.caption_exact_match(**pairs)}
+        scores = {**CaptionScores().compute(**pairs), "exact_match": caption_exact_match(**pairs)}
     else:
         ranked = [
             [entry["text"] in line["captions"] for entry in line["texts"]] for line in lines if "captions" in line

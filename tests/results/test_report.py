@@ -12,8 +12,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.integrations import integration_utils
 
-from blip_ft.callbacks import TrackerCallback, choose_rows
-from blip_ft.report import Sample, _panel_of, choose_samples, draw_curves, write_report
+from blip_ft.callbacks import TrackerCallback
+from blip_ft.results.curves import draw_curves, panel_of
+from blip_ft.results.report import write_report
+from blip_ft.results.samples import Sample, choose_rows, choose_samples
 from blip_ft.trainer import BlipTrainer, _beside_baseline, _scores_of
 
 HOSTILE = [
@@ -160,8 +162,8 @@ def test_score_of_an_answer_type_is_one_whatever_its_name(kind):
     name = f"eval_vqa_accuracy_{kind}"
     others = {"eval_loss": 1.0, "eval_runtime": 2.0, "eval_samples_per_second": 3.0, "eval_mem_cpu_alloc_delta": 4}
     assert _scores_of({"train_loss": 1.0, **others, name: 5.0}) == {name: 5.0}
-    assert _panel_of(name) == "metrics, %"
-    assert {_panel_of(other) for other in others} == {"loss", None}
+    assert panel_of(name) == "metrics, %"
+    assert {panel_of(other) for other in others} == {"loss", None}
 
 
 @pytest.fixture
@@ -236,7 +238,7 @@ def test_parts_of_the_retrieval_loss_are_logged(recipe, few):
     for entry in logged:
         assert entry["loss"] == pytest.approx(entry["loss_itc"] + entry["loss_itm"], abs=2e-4)
         assert 0 <= entry["in_batch_accuracy"] <= 100
-    assert _panel_of("in_batch_accuracy") == "metrics, %" and _panel_of("eval_cider") == "CIDEr-D x 100"
+    assert panel_of("in_batch_accuracy") == "metrics, %" and panel_of("eval_cider") == "CIDEr-D x 100"
 
 
 def test_results_before_training_are_on_the_screen(recipe, few, caplog):

@@ -21,13 +21,14 @@ from huggingface_hub.utils import _http
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from blip_ft import hub as hub_module
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments, parse
-from blip_ft.hub import NOT_PUSHED, build_model_card, explain, official_name
 from blip_ft.models import load_model
+from blip_ft.results import model_card, push
+from blip_ft.results.model_card import build_model_card, official_name
+from blip_ft.results.push import NOT_PUSHED, describe_hub_error
 
 TOKEN = "hf_" + "s3cret" * 6
-ROOT = Path(__file__).parent.parent
+ROOT = RECIPES.parent
 PUSHED = "tester/dogs"
 PUSH = ["--push_to_hub", "--hub_model_id", PUSHED, "--max_steps", "2"]
 
@@ -47,7 +48,7 @@ def local_hub(monkeypatch, tmp_path, checkpoints):
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
         monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))  # between one try and the next
-        monkeypatch.setattr(hub_module, "SECONDS_TO_WAIT", 0.3)
+        monkeypatch.setattr(push, "SECONDS_TO_WAIT", 0.3)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         close_session()
         yield server
@@ -185,7 +186,7 @@ def test_command_of_the_message_pushes_what_a_failed_push_left(local_hub, flags,
 @pytest.mark.parametrize("answer", [500, NEVER])
 def test_push_that_fails_during_training_is_a_warning(local_hub, recipe, flags, answer, monkeypatch, caplog):
     local_hub.answers = {"POST .*/commit": answer}
-    recover = hub_module.build_model_card
+    recover = model_card.build_model_card
     monkeypatch.setattr(  # the Hub is well again when training is over
         "blip_ft.trainer.build_model_card", lambda *a, **k: local_hub.answers.clear() or recover(*a, **k)
     )
@@ -198,7 +199,7 @@ def test_push_that_fails_during_training_is_a_warning(local_hub, recipe, flags, 
 
 def test_hub_that_is_down_at_the_start_is_tried_again_at_the_end(local_hub, recipe, flags, monkeypatch, caplog):
     local_hub.answers = {"POST ": 503}
-    recover = hub_module.build_model_card
+    recover = model_card.build_model_card
     monkeypatch.setattr(
         "blip_ft.trainer.build_model_card", lambda *a, **k: local_hub.answers.clear() or recover(*a, **k)
     )
@@ -317,7 +318,7 @@ def test_metrics_have_their_official_names(name, official):
 
 
 def test_error_that_quotes_the_token_is_told_without_it():
-    told = explain(RuntimeError(f"Illegal header value b'Bearer {TOKEN}' for {TOKEN}"))
+    told = describe_hub_error(RuntimeError(f"Illegal header value b'Bearer {TOKEN}' for {TOKEN}"))
     assert TOKEN not in told and "Illegal header value" in told
 
 

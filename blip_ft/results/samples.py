@@ -1,0 +1,122 @@
+"""Which predictions to show, and how they are described."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from blip_ft.data.tables import number_images
+from blip_ft.metrics.vqa import answer_type
+
+MAX_WRONG, MAX_RIGHT = 120, 80  # samples of a page
+
+BANDS = tuple(f"ROUGE-L {least} to {least + 25}" for least in (0, 25, 50, 75))
+
+
+@dataclass
+class Sample:
+    """One prediction.
+
+    question: "" for captions and retrieval. references: empty where none are known.
+    accuracy: 0 to 1, None without references; from one half on it counts as right.
+    quality: 0 to 1, ROUGE-L, instead of accuracy for captions: they are near to their references, not right or wrong.
+    score, score_name: how sure the model was, larger is surer, None where it is not known.
+    kind: what the page can be filtered by, e.g. the type of the answer.
+    """
+
+    prediction: str
+    question: str = ""
+    references: Sequence[str] = ()
+    accuracy: float | None = None
+    score: float | None = None
+    score_name: str = "probability"
+    kind: str = ""
+    readable: bool = True
+    quality: float | None = None
+
+    @property
+    def band(self) -> str:
+        """A quarter of the range of quality."""
+        if self.quality is None:
+            return ""
+        return BANDS[min(int(self.quality * len(BANDS)), len(BANDS) - 1)]
+
+    @property
+    def verdict(self) -> str:
+        if self.accuracy is None:
+            return "unknown"
+        return "right" if self.accuracy >= 0.5 else "wrong"
+
+
+def choose_samples(samples: Sequence[Sample]) -> list[int]:
+    """Positions of those to show: wrong ones from the surest on, then right or unknown ones, the least sure first.
+
+    Captions: by quality, the lowest first, spread over all.
+    """
+
+    def sureness(position: int) -> float:
+        score = samples[position].score
+        return float("-inf") if score is None else score
+
+    positions = range(len(samples))
+    if any(sample.quality is not None for sample in samples):
+        ranked = sorted(positions, key=lambda position: samples[position].quality or 0)
+        return _spread(ranked, MAX_WRONG + MAX_RIGHT)
+    wrong = sorted((p for p in positions if samples[p].verdict == "wrong"), key=sureness, reverse=True)
+    others = sorted((p for p in positions if samples[p].verdict != "wrong"), key=sureness)
+    # one list gets the room that the other leaves
+    num_wrong = min(len(wrong), max(MAX_WRONG, MAX_WRONG + MAX_RIGHT - len(others)))
+    num_others = min(len(others), MAX_WRONG + MAX_RIGHT - num_wrong)
+    # spread over all of them: the least sure alone would look worse than the model is
+    return wrong[:num_wrong] + _spread(others, num_others)
+
+
+def _spread(positions: list[int], most: int) -> list[int]:
+    number = min(len(positions), most)
+    return [positions[place * len(positions) // number] for place in range(number)]
+
+
+def choose_rows(rows: Dataset, number: int) -> list[int]:
+    """Positions of rows to show, in order: of different images, and of each answer type, as far as there are."""
+    images = number_images(rows)
+    if "answer_type" in rows.column_names:
+        kinds = rows["answer_type"][:]
+    else:
+        kinds = list(map(answer_type, rows["answers"][:])) if "answers" in rows.column_names else [""] * len(rows)
+    kinds = np.unique(kinds, return_inverse=True)[1]
+    chosen: list[int] = []
+    for _ in range(min(number, len(rows))):
+        # the least shown image first, then the least shown type, then the first row
+        shown = [np.bincount(part[chosen], minlength=len(rows))[part] for part in (images, kinds)]
+        order = len(rows) * shown[0] + shown[1]
+        order[chosen] = np.iinfo(order.dtype).max
+        chosen.append(int(order.argmin()))
+    return sorted(chosen)
+
+
+def samples_of(rows: Dataset, results: list[dict[str, Any] | None]) -> list[Sample]:
+    samples = []
+    is_graded = any("rouge_l" in result for result in results if result)  # captions: none is right or wrong
+    for row, result in zip(rows.remove_columns("image"), results, strict=True):
+        known = {"question": row.get("question", ""), "references": row["answers" if "answers" in row else "captions"]}
+        if result is None:
+            own = {"quality" if is_graded else "accuracy": 0.0}
+            samples.append(Sample("", readable=False, kind=row.get("answer_type", ""), **own, **known))
+            continue
+        score_name = "score" if "score" in result else "probability"
+        samples.append(
+            Sample(
+                result["prediction"],
+                accuracy=result.get("accuracy"),
+                quality=result.get("rouge_l"),
+                score=result[score_name],
+                score_name=score_name,
+                kind=result.get("answer_type", ""),
+                **known,
+            )
+        )
+    return samples
