@@ -330,7 +330,7 @@ class DataArguments(Settings):
             **({"eval_fraction": "with the demo's data"} if self.dataset_name == "demo" else {}),
         }
 
-    def require_end(self, training_args: BlipTrainingArguments) -> None:
+    def check_streaming(self, training_args: BlipTrainingArguments) -> None:
         """Settle what depends on both: steps in place of epochs for a stream, and which rows may be the same.
 
         Raises: ValueError if rows are streamed and training_args do not go with that.

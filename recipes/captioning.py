@@ -29,9 +29,11 @@ from blip_ft.metrics.captions import CaptionScores, caption_exact_match, caption
 from blip_ft.metrics.vqa import most_frequent_answer
 from blip_ft.modeling import inference
 from blip_ft.models import load_processor
-from blip_ft.run_settings import settle_settings
-from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
-from blip_ft.training.setup import build_meta_model, load_for_training
+from blip_ft.training.notes import Baseline
+from blip_ft.training.run import run
+from blip_ft.training.run_settings import settle_settings
+from blip_ft.training.setup import build_meta_model, check_run, load_for_training, prepare_output_dir
+from blip_ft.training.trainer import BlipTrainer
 
 # ---- what to edit ----
 
@@ -69,7 +71,7 @@ def main() -> None:
         *(Model, Data, CaptioningArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "captioning_demo.yaml",
     )
-    data_args.require_end(training_args)
+    data_args.check_streaming(training_args)
     checkpoint = prepare_output_dir(training_args, "captioning", peft_args)
     meta_model = build_meta_model("conditional_generation", model_args, peft_args, caption_args, training_args)
     require_room_for_captions(

@@ -32,7 +32,6 @@ from tqdm.auto import tqdm
 from transformers import BlipProcessor
 
 from blip_ft.arguments import DataArguments, Settings, changed_settings, parse, read_text, start_recipe
-from blip_ft.callbacks import explain_lost_worker
 from blip_ft.data.checks import why_unreadable
 from blip_ft.data.images import encode_row_images, open_image
 from blip_ft.data.loading import load_to_predict
@@ -45,6 +44,7 @@ from blip_ft.modeling.checkpoint_files import require_positions
 from blip_ft.models import load_model
 from blip_ft.results import predictions
 from blip_ft.results.report import THUMBNAIL_PIXELS, write_report
+from blip_ft.training.signals import explain_lost_worker
 
 logger = logging.getLogger("blip_ft.predict")
 

@@ -33,9 +33,11 @@ from blip_ft.metrics.baselines import chance_scores
 from blip_ft.metrics.retrieval import retrieval_scores, same_caption
 from blip_ft.modeling import inference
 from blip_ft.modeling.blip.contrastive import Contrastive, require_memory_for_queue
-from blip_ft.run_settings import settle_settings
-from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
-from blip_ft.training.setup import build_meta_model, load_for_training
+from blip_ft.training.notes import Baseline
+from blip_ft.training.run import run
+from blip_ft.training.run_settings import settle_settings
+from blip_ft.training.setup import build_meta_model, check_run, load_for_training, prepare_output_dir
+from blip_ft.training.trainer import BlipTrainer
 
 # ---- what to edit ----
 
@@ -77,7 +79,7 @@ def main() -> None:
     )
     if data_args.streaming:
         raise ValueError("streaming is for questions and captions: in retrieval a picture's captions must be together.")
-    data_args.require_end(training_args)
+    data_args.check_streaming(training_args)
     checkpoint = prepare_output_dir(training_args, "retrieval", peft_args)
     meta_model = build_meta_model("image_text_retrieval", model_args, peft_args, retrieval_args, training_args)
     width = meta_model.config.image_text_hidden_size

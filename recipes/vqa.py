@@ -31,9 +31,11 @@ from blip_ft.data.tables import values_of
 from blip_ft.metrics.baselines import answer_without_images
 from blip_ft.metrics.vqa import VqaAccuracy, answer_type, scoring_rule, vqa_accuracy
 from blip_ft.modeling import inference
-from blip_ft.run_settings import settle_settings
-from blip_ft.trainer import Baseline, BlipTrainer, check_run, prepare_output_dir, run
-from blip_ft.training.setup import build_meta_model, load_for_training
+from blip_ft.training.notes import Baseline
+from blip_ft.training.run import run
+from blip_ft.training.run_settings import settle_settings
+from blip_ft.training.setup import build_meta_model, check_run, load_for_training, prepare_output_dir
+from blip_ft.training.trainer import BlipTrainer
 
 # ---- what to edit ----
 
@@ -70,7 +72,7 @@ def main() -> None:
         *(Model, Data, VqaArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "vqa_demo.yaml",
     )
-    data_args.require_end(training_args)
+    data_args.check_streaming(training_args)
     checkpoint = prepare_output_dir(training_args, "vqa", peft_args)
     candidates = read_answer_list(vqa_args.answer_list)
     meta_model = build_meta_model("vqa", model_args, peft_args, vqa_args, training_args)

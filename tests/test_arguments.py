@@ -21,7 +21,7 @@ from blip_ft.arguments import (
     changed_settings,
     parse,
 )
-from blip_ft.trainer import BlipTrainer
+from blip_ft.training.trainer import BlipTrainer
 
 ALL = (ModelArguments, DataArguments, VqaArguments, PeftArguments, BlipTrainingArguments)
 
@@ -372,7 +372,7 @@ def test_settings_that_a_stream_does_not_read_are_refused(tmp_path, flags):
     stream = ["--streaming", "--max_steps", "5", "--eval_split", "test", "--dataloader_num_workers", "2"]
     _, data, _, _, training = parsed(tmp_path, "", "--dataset_name", "x", *stream, *flags)
     with pytest.raises(ValueError, match=f"{flags[0][2:].removeprefix('no_')} has no effect with --streaming"):
-        data.require_end(training)
+        data.check_streaming(training)
 
 
 LORA = sorted((RECIPES / "configs").glob("*lora.yaml"))

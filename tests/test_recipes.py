@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from transformers import BlipProcessor, PreTrainedModel
 from transformers.models.blip import modeling_blip
 
-from blip_ft import feature_store
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.data import texts
 from blip_ft.models import load_model
-from blip_ft.trainer import BlipTrainer
+from blip_ft.training import feature_cache as feature_cache
+from blip_ft.training.trainer import BlipTrainer
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def test_frozen_parts_do_not_change(recipe, data, checkpoint):
 def test_cached_features_give_the_losses_of_the_vision_model_without_running_it(
     recipe, data_of, tmp_path, monkeypatch, task, dtype, rel
 ):
-    monkeypatch.setattr(feature_store, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(feature_cache, "HF_CACHE_HOME", str(tmp_path / "cache"))
     in_training = []
     monkeypatch.setattr(
         *(modeling_blip.BlipVisionModel, "forward"),
@@ -292,7 +292,7 @@ def test_cached_features_give_the_losses_of_the_vision_model_without_running_it(
 
 def test_cached_features_are_those_of_the_checkpoint_that_a_run_goes_on_from(recipe, data, tmp_path, monkeypatch):
     """The demo's model is another one in each run until then."""
-    monkeypatch.setattr(feature_store, "HF_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(feature_cache, "HF_CACHE_HOME", str(tmp_path / "cache"))
     common = [*data, "--model_name_or_path", "demo", "--freeze", "vision_model", "--max_steps", "3"]
     common += ["--save_steps", "1", "--save_strategy", "steps", "--save_total_limit", "9", "--logging_steps", "1"]
     whole = recipe(*common, output_dir=tmp_path / "whole")

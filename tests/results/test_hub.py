@@ -188,7 +188,7 @@ def test_push_that_fails_during_training_is_a_warning(local_hub, recipe, flags, 
     local_hub.answers = {"POST .*/commit": answer}
     recover = model_card.build_model_card
     monkeypatch.setattr(  # the Hub is well again when training is over
-        "blip_ft.trainer.build_model_card", lambda *a, **k: local_hub.answers.clear() or recover(*a, **k)
+        "blip_ft.training.run.build_model_card", lambda *a, **k: local_hub.answers.clear() or recover(*a, **k)
     )
     saves = ["--skip_dry_run", "--hub_strategy", "every_save", "--save_strategy", "steps", "--save_steps", "1"]
     folder = recipe(*flags, *PUSH, *saves)
@@ -201,7 +201,7 @@ def test_hub_that_is_down_at_the_start_is_tried_again_at_the_end(local_hub, reci
     local_hub.answers = {"POST ": 503}
     recover = model_card.build_model_card
     monkeypatch.setattr(
-        "blip_ft.trainer.build_model_card", lambda *a, **k: local_hub.answers.clear() or recover(*a, **k)
+        "blip_ft.training.run.build_model_card", lambda *a, **k: local_hub.answers.clear() or recover(*a, **k)
     )
     recipe(*flags, *PUSH, "--hub_strategy", "every_save")
     assert "Nothing is pushed during training" in caplog.text

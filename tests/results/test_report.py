@@ -12,11 +12,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.integrations import integration_utils
 
-from blip_ft.callbacks import TrackerCallback
 from blip_ft.results.curves import draw_curves, panel_of
 from blip_ft.results.report import write_report
 from blip_ft.results.samples import Sample, choose_rows, choose_samples
-from blip_ft.trainer import BlipTrainer, _beside_baseline, _scores_of
+from blip_ft.training.callbacks import TrackerCallback
+from blip_ft.training.notes import beside_baseline, scores_of
+from blip_ft.training.trainer import BlipTrainer
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -161,7 +162,7 @@ def size(png: bytes) -> tuple[int, int]:
 def test_score_of_an_answer_type_is_one_whatever_its_name(kind):
     name = f"eval_vqa_accuracy_{kind}"
     others = {"eval_loss": 1.0, "eval_runtime": 2.0, "eval_samples_per_second": 3.0, "eval_mem_cpu_alloc_delta": 4}
-    assert _scores_of({"train_loss": 1.0, **others, name: 5.0}) == {name: 5.0}
+    assert scores_of({"train_loss": 1.0, **others, name: 5.0}) == {name: 5.0}
     assert panel_of(name) == "metrics, %"
     assert {panel_of(other) for other in others} == {"loss", None}
 
@@ -227,8 +228,8 @@ def test_baseline_and_words_on_the_loss_are_in_results_log_card_and_report(recip
 
 def test_model_that_is_no_better_than_a_guess_is_said_to_be(caplog):
     scores, baselines = {"eval_exact_match": 67.0, "eval_vqa_accuracy": 66.0}, {"eval_exact_match": 67.0}
-    assert "No score is above its baseline" in _beside_baseline(scores, baselines, "a guess")
-    assert "No score" not in _beside_baseline({"eval_exact_match": 67.1}, baselines, "a guess")
+    assert "No score is above its baseline" in beside_baseline(scores, baselines, "a guess")
+    assert "No score" not in beside_baseline({"eval_exact_match": 67.1}, baselines, "a guess")
 
 
 def test_parts_of_the_retrieval_loss_are_logged(recipe, few):

@@ -1,4 +1,4 @@
-"""What a frozen vision model makes of each picture, computed once and read from a memory-mapped file ever after."""
+"""On-disk cache of a frozen vision encoder's outputs."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ from tqdm.auto import tqdm
 from transformers import BlipProcessor, PreTrainedModel
 
 from blip_ft.arguments import BlipTrainingArguments
-from blip_ft.callbacks import outlive_signals
 from blip_ft.data.checks import ImageHashes
 from blip_ft.data.collators import ImageCollator
 from blip_ft.data.tables import number_images
 from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
+from blip_ft.training.signals import ignore_signals_in_worker
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # to be raised if images are decoded, resized or named in another way: old features are then not read
+
 KEY_BYTES = 41  # 40 hexadecimal digits and a newline
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 GB = 10**9
 
 
@@ -106,7 +109,7 @@ class FeatureStore:
 
 
 @dataclass
-class StoredPictures:
+class StoredImages:
     """Looks up the pictures of a batch, in the place of decoding them.
 
     Args:
@@ -127,13 +130,13 @@ class StoredPictures:
         }
 
 
-def store_pictures(
+def store_images(
     model: PreTrainedModel,
     processor: BlipProcessor,
     rows: Any,
     args: BlipTrainingArguments,
     after_batch: Callable[[], None] = lambda: None,
-) -> StoredPictures:
+) -> StoredImages:
     """Encode those pictures of rows that no earlier run has stored; a picture is then neither decoded nor encoded.
 
     Of several processes that share the folder one encodes and the others wait for it.
@@ -177,7 +180,7 @@ def store_pictures(
         "Image features of %d pictures, %d of them encoded now: %s (%.1f GB)",
         *(len(row_of_key), len(stored) - len(found), store.folder, len(stored) * store.row_bytes / GB),
     )
-    return StoredPictures(store, {image_id: stored[key] for image_id, key in key_of.items() if key in stored})
+    return StoredImages(store, {image_id: stored[key] for image_id, key in key_of.items() if key in stored})
 
 
 @torch.no_grad()
@@ -196,7 +199,7 @@ def _encode(
         args.per_device_eval_batch_size,
         collate_fn=ImageCollator(processor),
         num_workers=args.dataloader_num_workers,
-        worker_init_fn=outlive_signals,
+        worker_init_fn=ignore_signals_in_worker,
     )
     keys = iter(missing)
     model.eval()

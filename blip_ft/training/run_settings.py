@@ -14,14 +14,15 @@ import torch
 from datasets import Dataset
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, RetrievalArguments, Settings
-from blip_ft.checkpoints import explain_unreadable
 from blip_ft.data.streaming import StreamedRows
 from blip_ft.data.tables import CaptionRows
 from blip_ft.results.files import decided_by_main
+from blip_ft.training.checkpoints import explain_unreadable
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "run_settings.json"
+
 # Settings that begin so change neither weights nor scores: where and how much is logged, saved, pushed and read ahead,
 # on what device, and how memory is saved. Not the evaluation's: it chooses the best checkpoint.
 FREE = (

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
+
 BUILDING = "_saving"  # the Trainer uploads nothing that begins with _
 
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 Engine = Literal["DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP1", "FSDP2"]
+
 # each process holds a part of every weight
 SHARDED: tuple[Engine, ...] = ("ZeRO-3", "FSDP1", "FSDP2")
 

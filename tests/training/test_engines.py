@@ -18,8 +18,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers.models.blip import modeling_blip
 
-from blip_ft import feature_store
-from blip_ft.checkpoints import what_is_missing
+from blip_ft.training import feature_cache as feature_cache
+from blip_ft.training.checkpoints import what_is_missing
 
 ROOT = RECIPES.parent
 # row of the table in docs/distributed.md -> recipe, its flags
@@ -94,7 +94,7 @@ def reference(recipe, start, data_of, tmp_path, monkeypatch):
         if task == "retrieval":
             assert start("DDP", name, folder).returncode == 0
             return folder
-        monkeypatch.setattr(feature_store, "HF_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(feature_cache, "HF_CACHE_HOME", str(tmp_path / "cache"))
         flags = [*data_of(task), *own, *STEPS, "--per_device_train_batch_size", "4"]
         return recipe(*flags, output_dir=folder, task=task)
 

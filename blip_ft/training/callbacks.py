@@ -1,16 +1,10 @@
-"""What happens between the steps of training: pictures and predictions for the reader, signals, momentum weights."""
+"""What happens between the steps of training: momentum weights, curves, samples and trackers."""
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
-from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -99,128 +93,6 @@ class BestCallback(TrainerCallback):
         state.best_model_checkpoint = str(best) if is_there else None
         if not is_there:
             state.best_metric = state.best_global_step = None
-
-
-class Stopped(Exception):
-    """Raised between two steps, where weights, optimiser and random numbers belong together."""
-
-
-class Signals:
-    """Remembers SIGINT and SIGTERM until a step has ended; a second SIGINT stops at once.
-
-    Not the Trainer's enable_jit_checkpoint (5.23): that leaves out SIGINT, exits with 0 and knows one process only.
-    """
-
-    received: int | None = None
-
-    def __enter__(self) -> Signals:
-        self.process = os.getpid()
-        in_main = threading.current_thread() is threading.main_thread()  # elsewhere Python refuses handlers
-        self.previous = {
-            number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM) if in_main
-        }
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        release_sigterm()
-
-    def _remember(self, number: int, frame: Any) -> None:
-        if os.getpid() != self.process:
-            return  # a worker, which is needed until the step has ended
-        if number == self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-        logger.warning("%s: stopping after this step.", signal.Signals(number).name)
-
-    def stop_if_received(self) -> None:
-        if self.received:
-            raise Stopped
-
-
-def outlive_signals(worker: int, init: Callable[[int], None] | None = None) -> None:
-    """A loader's worker_init_fn: only its parent ends a worker, for the step that is to be ended needs it.
-
-    A terminal sends SIGINT, and timeout, torchrun and Slurm send SIGTERM, to workers too.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere nothing tells who has sent a signal
-        hold_sigterm()
-        threading.Thread(target=_end_by_parent, daemon=True).start()
-    if init:
-        init(worker)
-
-
-@contextmanager
-def explain_lost_worker(how_to_resume: Callable[[], str]) -> Iterator[None]:
-    """A loader's worker that was killed, or failed, ends in one message.
-
-    how_to_resume: sentences for its end. Raises: ChildProcessError; ValueError for a mistake of the user's.
-    """
-    try:
-        yield
-    except Exception as error:
-        text = str(error)
-        if "DataLoader worker" not in text:
-            raise
-        kind: type[Exception] = ChildProcessError
-        # torch gives a worker's own exception with its traceback
-        if " in DataLoader worker process" not in text:
-            reason = (
-                f"A worker process that loads images has ended ({text.splitlines()[0].strip()}). Usually the system "
-                "has killed it for want of memory: lower --dataloader_num_workers, or the batch size"
-            )
-        elif "/torch_" in text and "No space left" in text:
-            reason = (
-                "The worker processes that load images have too little shared memory (/dev/shm). Give the container "
-                "more (docker run --shm-size), or set --dataloader_num_workers 0"
-            )
-        else:
-            kind = ValueError if isinstance(error, ValueError) else kind
-            lines = text.splitlines()
-            place = max(number for number, line in enumerate(lines) if line.startswith('  File "'))
-            said = "\n".join(dropwhile(lambda line: line.startswith(" "), lines[place:])).strip()
-            reason = f"A worker process that loads images failed: {said.removeprefix('ValueError: ').removesuffix('.')}"
-        raise kind(f"{reason}. {how_to_resume()}") from error
-
-
-def _end_by_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def hold_sigterm() -> None:
-    """Until release_sigterm, also in workers that are started: one would die of it before its worker_init_fn."""
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-
-def release_sigterm() -> None:
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-
-
-class StopCallback(TrainerCallback):
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        hold_sigterm()
-
-    def on_step_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        release_sigterm()  # the first batch is there, and so are all workers
-
-    def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        signals, accelerator = self.trainer.signals, self.trainer.accelerator
-        if args.world_size > 1:
-            # a signal reaches the processes at different steps
-            if signals.received:
-                accelerator.set_trigger()
-            if accelerator.check_trigger():
-                signals.received = signals.received or signal.SIGTERM
-        signals.stop_if_received()
 
 
 class CurvesCallback(TrainerCallback):

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer
 
 from blip_ft.arguments import BlipTrainingArguments
-from blip_ft.checkpoints import newest_checkpoint, remove_old_checkpoints, what_is_missing
 from blip_ft.data import loading
 from blip_ft.results.files import LOCK, claim, release_folders
-from blip_ft.run_settings import _require_same_settings
-from blip_ft.trainer import _choose_output_dir
+from blip_ft.training.checkpoints import newest_checkpoint, remove_old_checkpoints, what_is_missing
+from blip_ft.training.run_settings import _require_same_settings
+from blip_ft.training.setup import _choose_output_dir
 
 # dropout: random numbers must go on too
 SAVING = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "3", "--dropout", "0.1"]
@@ -454,7 +454,7 @@ def test_folder_in_which_a_run_is_writing_is_refused(recipe, flags_of, tmp_path,
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from blip_ft.outputs import claim
+from blip_ft.results.files import claim
 claim(Path(sys.argv[1]))
 if os.fork():
     print("held", flush=True)

@@ -15,9 +15,9 @@ from conftest import RECIPES, history_of, predictions_of
 from safetensors.torch import load_file
 
 from blip_ft.arguments import start_recipe
-from blip_ft.callbacks import explain_lost_worker
 from blip_ft.data.tables import to_json
 from blip_ft.modeling.blip.contrastive import require_memory_for_queue
+from blip_ft.training.signals import explain_lost_worker
 
 
 def message_of(caplog) -> str:
@@ -75,7 +75,7 @@ def test_weights_that_only_the_last_step_broke_are_not_saved(recipe, data_of, tm
 # a program whose second process alone has a loss that is not finite, and weights that are
 BROKEN_IN_SECOND = """
 import os, runpy, sys
-from blip_ft.trainer import BlipTrainer
+from blip_ft.training.trainer import BlipTrainer
 compute_loss = BlipTrainer.compute_loss
 def broken(self, *args, **kwargs):
     loss = compute_loss(self, *args, **kwargs)
@@ -122,9 +122,9 @@ DRY_RUN = "Dry run of all stages"
 @pytest.mark.parametrize(
     ("stage", "task"),
     [
-        ("blip_ft.trainer.build_model_card", "vqa"),
-        ("blip_ft.trainer.write_report", "captioning"),
-        ("blip_ft.trainer.write_lines", "retrieval"),
+        ("blip_ft.training.run.build_model_card", "vqa"),
+        ("blip_ft.training.run.write_report", "captioning"),
+        ("blip_ft.training.run.write_lines", "retrieval"),
         ("blip_ft.modeling.inference.answer", "vqa"),
         ("blip_ft.modeling.inference.caption", "captioning"),
         ("blip_ft.modeling.inference.rank_pairs", "retrieval"),
@@ -158,7 +158,7 @@ def test_best_metric_that_is_not_measured_is_refused_before_the_first_step(recip
     ],
 )
 def test_dry_run_changes_no_number(recipe, data_of, tmp_path, caplog, monkeypatch, task, flags):
-    monkeypatch.setattr("blip_ft.feature_store.HF_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("blip_ft.training.feature_cache.HF_CACHE_HOME", str(tmp_path))
     flags = [*data_of(task), *flags, "--max_steps", "3", "--logging_steps", "1"]
     dry = recipe(*flags, output_dir=tmp_path / "dry", task=task)
     assert caplog.text.count(DRY_RUN) == 1

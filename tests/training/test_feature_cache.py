@@ -13,22 +13,22 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PillowImage
 from transformers import BlipProcessor
 
-from blip_ft import feature_store
 from blip_ft.arguments import BlipTrainingArguments, PeftArguments
 from blip_ft.data import checks
 from blip_ft.data.collators import CaptionCollator, VqaCollator
 from blip_ft.data.images import encode_row_images
-from blip_ft.feature_store import FeatureStore, store_pictures
 from blip_ft.modeling.adapters import add_lora, freeze_model
 from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
 from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
+from blip_ft.training import feature_cache
+from blip_ft.training.feature_cache import FeatureStore, store_images
 
 ROW_BYTES = 17 * 32 * 2  # 16 patches and [CLS], width 32, bf16
 
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch, tmp_path):
-    for module in (feature_store, checks):
+    for module in (feature_cache, checks):
         monkeypatch.setattr(module, "HF_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "blip_ft" / "image_features"
 
@@ -67,12 +67,12 @@ def as_dataset(paths, image_ids):
 
 @pytest.fixture
 def store(processor, tmp_path):
-    """store_pictures with a batch of two pictures, and flags over the defaults."""
+    """store_images with a batch of two pictures, and flags over the defaults."""
 
     def store(model, rows, **flags):
         fixed = {"use_cpu": True, "dataloader_num_workers": 0, "per_device_eval_batch_size": 2}
         args = BlipTrainingArguments(str(tmp_path / "run"), **{**fixed, **flags})
-        return store_pictures(model, processor, rows, args)
+        return store_images(model, processor, rows, args)
 
     return store
 
@@ -162,7 +162,7 @@ def test_equal_bytes_under_two_ids_are_encoded_once(model, rows, store, encoded,
 
 def test_interrupted_pass_goes_on_where_it_was(model, rows, store, encoded, monkeypatch):
     whole = store(model, rows)(list(rows))["image_states"]
-    shutil.rmtree(feature_store.HF_CACHE_HOME)
+    shutil.rmtree(feature_cache.HF_CACHE_HOME)
 
     append = FeatureStore.append
 
@@ -270,13 +270,13 @@ def test_of_two_at_once_one_encodes_and_the_other_waits(model, rows, store, enco
 
 
 def states_of_a_new_model(rank, golden, rows, run, home):
-    feature_store.HF_CACHE_HOME = home
+    feature_cache.HF_CACHE_HOME = home
     model = BlipForQuestionAnswering.from_pretrained(golden / "vqa")
     freeze_model(model, ["vision_model"])
     model.vision_model.embeddings.class_embedding.data += rank
     processor = BlipProcessor.from_pretrained(golden.parent / "processor")
     args = BlipTrainingArguments(str(run), use_cpu=True, dataloader_num_workers=0)
-    return store_pictures(model, processor, rows, args)(list(rows))["image_states"].float().sum(-1).tolist()
+    return store_images(model, processor, rows, args)(list(rows))["image_states"].float().sum(-1).tolist()
 
 
 def test_processes_share_the_first_ones_weights(golden, rows, processor, on_two_processes, tmp_path, home):
