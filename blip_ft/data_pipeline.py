@@ -15,7 +15,8 @@ from datasets import (
 from torch.utils.data import DataLoader
 from transformers import BlipProcessor
 
-from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments, parse
+from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments
+from blip_ft.cli import parse
 from blip_ft.data.collators import VqaCollator
 from blip_ft.data.images import encode_row_images
 from blip_ft.data.loading import load_vqa

@@ -27,7 +27,8 @@ import torch
 from PIL import Image
 from transformers import BlipProcessor
 
-from blip_ft.arguments import Settings, parse, start_recipe
+from blip_ft.arguments import Settings
+from blip_ft.cli import parse, start_recipe
 from blip_ft.data.images import IMAGE_FORMATS, longest_side, open_image, resize_to_uint8
 from blip_ft.data.texts import clean_caption, encode_prompt, encode_texts
 from blip_ft.modeling import inference

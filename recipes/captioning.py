@@ -13,15 +13,8 @@ The loss is the original's: the mean over the captions' tokens, the prompt not c
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blip_ft.arguments import (
-    BlipTrainingArguments,
-    CaptioningArguments,
-    DataArguments,
-    ModelArguments,
-    PeftArguments,
-    parse,
-    start_recipe,
-)
+from blip_ft.arguments import BlipTrainingArguments, CaptioningArguments, DataArguments, ModelArguments, PeftArguments
+from blip_ft.cli import parse, start_recipe
 from blip_ft.data.collators import CaptionCollator, ImageCollator
 from blip_ft.data.loading import load_splits
 from blip_ft.data.texts import require_room_for_captions

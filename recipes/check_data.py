@@ -26,9 +26,8 @@ from blip_ft.arguments import (
     PeftArguments,
     RetrievalArguments,
     VqaArguments,
-    parse,
-    start_recipe,
 )
+from blip_ft.cli import parse, start_recipe
 from blip_ft.data.loading import load_captions, load_vqa
 from blip_ft.data.sampling import require_whole_batch
 from blip_ft.data.splits import column_names

@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import BlipProcessor
 
-from blip_ft.arguments import DataArguments, Settings, changed_settings, parse, read_text, start_recipe
+from blip_ft.arguments import DataArguments, Settings, changed_settings
+from blip_ft.cli import parse, read_text, start_recipe
 from blip_ft.data.checks import why_unreadable
 from blip_ft.data.images import encode_row_images, open_image
 from blip_ft.data.loading import load_to_predict

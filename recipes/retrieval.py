@@ -23,9 +23,8 @@ from blip_ft.arguments import (
     ModelArguments,
     PeftArguments,
     RetrievalArguments,
-    parse,
-    start_recipe,
 )
+from blip_ft.cli import parse, start_recipe
 from blip_ft.data.collators import ImageCollator, RetrievalCollator
 from blip_ft.data.loading import load_splits
 from blip_ft.data.texts import clean_caption, encode_texts

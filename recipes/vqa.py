@@ -15,16 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from blip_ft.arguments import (
-    BlipTrainingArguments,
-    DataArguments,
-    ModelArguments,
-    PeftArguments,
-    VqaArguments,
-    parse,
-    read_text,
-    start_recipe,
-)
+from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments
+from blip_ft.cli import parse, read_text, start_recipe
 from blip_ft.data.collators import VqaCollator
 from blip_ft.data.loading import load_splits
 from blip_ft.data.tables import values_of

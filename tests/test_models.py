@@ -546,7 +546,7 @@ def test_every_call_that_loads_says_that_no_code_is_trusted():
     root = Path(__file__).parent.parent
     calls = [
         (path.name, ast.unparse(node))
-        for path in [*root.glob("blip_ft/*.py"), *root.glob("recipes/*.py")]
+        for path in [*root.glob("blip_ft/**/*.py"), *root.glob("recipes/*.py")]
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "get_config_dict")
     ]

@@ -20,8 +20,8 @@ from blip_ft.arguments import (
     PeftArguments,
     RetrievalArguments,
     VqaArguments,
-    parse,
 )
+from blip_ft.cli import parse
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "blip_ft"
@@ -37,7 +37,7 @@ WINGS = {
     "data_pipeline": {"arguments", "cli", "data", "modeling", "models"},
     "training": {"arguments", "data", "metrics", "modeling", "models", "results"},
 }
-MODULES = sorted(PACKAGE.glob("*/**/*.py"))
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
 def wing_of(module: str) -> str:
@@ -130,7 +130,7 @@ def test_recipe_commands_of_readme_and_docs_parse(command, monkeypatch):
         parse(*types, **kwargs)
         raise Parsed
 
-    monkeypatch.setattr("blip_ft.arguments.parse", parse_only)
+    monkeypatch.setattr("blip_ft.cli.parse", parse_only)
     # bf16 of a YAML needs a device that has it, and a push a name that could be one
     on_cpu = [] if words[script] in ("recipes/app.py", "recipes/check_data.py") else ["--use_cpu"]
     monkeypatch.setattr(sys, "argv", [word.replace("OWNER/", "owner/") for word in words[script:]] + on_cpu)

@@ -21,7 +21,8 @@ from huggingface_hub.utils import _http
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments, parse
+from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments
+from blip_ft.cli import parse
 from blip_ft.models import load_model
 from blip_ft.results import model_card, push
 from blip_ft.results.model_card import build_model_card, official_name

@@ -14,7 +14,7 @@ import torch
 from conftest import RECIPES, history_of, predictions_of
 from safetensors.torch import load_file
 
-from blip_ft.arguments import start_recipe
+from blip_ft.cli import start_recipe
 from blip_ft.data.tables import to_json
 from blip_ft.modeling.blip.contrastive import require_memory_for_queue
 from blip_ft.training.signals import explain_lost_worker

@@ -19,8 +19,8 @@ from blip_ft.arguments import (
     RetrievalArguments,
     VqaArguments,
     changed_settings,
-    parse,
 )
+from blip_ft.cli import parse
 from blip_ft.training.trainer import BlipTrainer
 
 ALL = (ModelArguments, DataArguments, VqaArguments, PeftArguments, BlipTrainingArguments)
@@ -243,18 +243,32 @@ def names_read(path: Path, leave_out=frozenset()) -> set[str]:
 
 def names_read_by(name: str) -> set[str]:
     """By a recipe, by the package, and by those functions of the Trainer that a run goes through."""
-    package = [path for path in (RECIPES.parent / "blip_ft").glob("*.py") if path.stem not in ("arguments", "__init__")]
+    own = RECIPES.parent / "blip_ft"
+    package = [path for path in own.rglob("*.py") if path.parent.name != "arguments" and path.stem != "cli"]
     read = set().union(*map(names_read, [RECIPES / f"{name}.py", *package]))
     if name == "predict":
         return read
-    own = {name for name in vars(BlipTrainer) if callable(getattr(BlipTrainer, name))}
+    of_trainer = {name for name in vars(BlipTrainer) if callable(getattr(BlipTrainer, name))}
     # those call the Trainer's own
-    own -= {"__init__", "get_train_dataloader", "train", "compute_loss", "log", "create_optimizer", "_save_checkpoint"}
-    own -= {"_save_optimizer_and_scheduler", "_load_from_checkpoint", "_load_optimizer_and_scheduler", "init_hf_repo"}
-    own -= {"_get_output_dir", "_push_from_checkpoint", "_finish_current_push"}
+    of_trainer -= {
+        "__init__",
+        "get_train_dataloader",
+        "train",
+        "compute_loss",
+        "log",
+        "create_optimizer",
+        "_save_checkpoint",
+    }
+    of_trainer -= {
+        "_save_optimizer_and_scheduler",
+        "_load_from_checkpoint",
+        "_load_optimizer_and_scheduler",
+        "init_hf_repo",
+    }
+    of_trainer -= {"_get_output_dir", "_push_from_checkpoint", "_finish_current_push"}
     never = {"prediction_step", "_get_eval_sampler", "predict", "hyperparameter_search", "get_test_dataloader"}
     folder = Path(transformers.__file__).parent
-    read |= names_read(folder / "trainer.py", own | never)
+    read |= names_read(folder / "trainer.py", of_trainer | never)
     setters = {name for name in vars(transformers.TrainingArguments) if name.startswith("set_")}
     read |= names_read(folder / "training_args.py", setters)
     more = ("trainer_callback", "trainer_utils", "trainer_optimizer", "integrations/integration_utils")

@@ -1,0 +1,94 @@
+"""What all argument classes share: ranges of values, and settings without effect."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+AT_LEAST_ONE = (1, math.inf)
+
+NOT_NEGATIVE = (0, math.inf)
+
+SHARE = (0, 1)
+
+TOKENS = (3, 512)  # the first, a word and [SEP]; BERT's positions
+
+# setting -> the least and the largest value that it may have, in whatever program
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("label_smoothing", "dropout", "max_bad_fraction", "lora_dropout", "momentum", "alpha"), SHARE),
+    **dict.fromkeys(
+        (
+            *("image_size", "lora_alpha", "max_train_samples", "max_eval_samples", "shuffle_buffer"),
+            *("k_test", "top_texts", "per_device_train_batch_size", "per_device_eval_batch_size"),
+            *("gradient_accumulation_steps", "generation_num_beams", "save_total_limit"),
+        ),
+        AT_LEAST_ONE,
+    ),
+    **dict.fromkeys(("max_question_tokens", "max_answer_tokens", "max_caption_tokens"), TOKENS),
+    "generation_max_length": TOKENS,
+    "generation_min_length": (0, 512),
+    **dict.fromkeys(
+        (
+            *("queue_size", "sample_steps", "dataloader_num_workers", "learning_rate", "weight_decay"),
+            *("cache_limit_gb", "max_grad_norm", "warmup_steps", "logging_steps", "eval_delay"),
+        ),
+        NOT_NEGATIVE,
+    ),
+    "lora_r": (1, 1024),  # the width of the largest BLIP; above it an adapter holds more than its layer
+    "adam_epsilon": (1e-20, math.inf),  # at 0 the step of a weight without gradient is 0 / 0
+    "num_train_epochs": (1e-6, math.inf),
+    "save_steps": (1e-6, math.inf),
+    "eval_steps": (1e-6, math.inf),  # 0 would mean logging_steps
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+}
+
+WITHOUT_LARGEST = ("dropout", "lora_dropout")  # with 1 nothing would be left to train on
+
+
+class Settings:
+    """What the argument classes of all programs share: checks of single values, and of settings that nothing reads."""
+
+    # settings of a base class that no program of this class reads -> why; refused, and not in --help
+    without_effect: ClassVar[dict[str, str]] = {}
+    # help in the place of a base class's, where that would not be true here
+    help_texts: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Raise ValueError for a value outside RANGES, for NaN and for infinity."""
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            least, most = RANGES.get(entry.name, (-math.inf, math.inf))
+            is_excluded = entry.name in WITHOUT_LARGEST and value == most
+            if math.isfinite(value) and least <= value <= most and not is_excluded:
+                continue
+            wanted = f"between {least} and {most}" if most < math.inf else f"at least {least}"
+            wanted = "a finite number" if least == -math.inf else wanted
+            excluded = f", {most} excluded" if entry.name in WITHOUT_LARGEST else ""
+            raise ValueError(f"{entry.name} must be {wanted}{excluded}, found {value}.")
+
+    def require_effect(self) -> None:
+        """Raise ValueError for a setting that is without_effect and has another value than its default."""
+        for name in changed_settings(self):
+            if name in self.without_effect:
+                raise ValueError(f"{name} has no effect here. {self.without_effect[name]}")
+
+    def unread(self) -> dict[str, str]:
+        """Settings that nothing reads because of the values of others -> "without ..." or "beside ..."."""
+        return {}
+
+
+def _default(entry: dataclasses.Field) -> Any:
+    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+
+
+def changed_settings(part: Settings) -> dict[str, Any]:
+    """Those fields that have another value than their default."""
+    values = {entry: getattr(part, entry.name) for entry in dataclasses.fields(part)}
+    return {entry.name: value for entry, value in values.items() if value != _default(entry)}
