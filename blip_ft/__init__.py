@@ -1,4 +1,4 @@
-"""Fine-tuning BLIP: the original's loss, each picture encoded once, recipes of one page."""
+"""Fine-tuning BLIP: the original's loss, each image encoded once, recipes of one page."""
 
 from blip_ft.data_pipeline import DataPipeline
 from blip_ft.metrics.vqa import VqaAccuracy, vqa_accuracy

@@ -54,8 +54,8 @@ def parse(
         raise ValueError("A model is named and no data. Give --dataset_name FOLDER_OR_HUB_ID, or --dataset_name demo.")
     if demo_config and not named & {"model_name_or_path", "dataset_name", "questions_file"}:
         logger.info(
-            "No model and no data named: training the built-in small model on built-in pictures (%s).\n"
-            "For a real checkpoint and your own pictures: accelerate launch --quiet %s --dataset_name FOLDER",
+            "No model and no data named: training the built-in small model on built-in images (%s).\n"
+            "For a real checkpoint and your own images: accelerate launch --quiet %s --dataset_name FOLDER",
             *(demo_config, sys.argv[0]),
         )
         settings = _settings_of_yaml(demo_config, parser) | settings

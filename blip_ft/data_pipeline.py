@@ -40,7 +40,7 @@ class DataPipeline:
 
     Batches hold pixel_values (rows, 3, height, width), input_ids and attention_mask (rows, question_length) and labels
     (rows, answer_length) of the most frequent answer, -100 on padding. With `group_questions: true` they are those of
-    VqaCollator, each picture once.
+    VqaCollator, each image once.
 
     Args:
         config: path of the YAML, or its content.
@@ -74,8 +74,8 @@ class DataPipeline:
         self._shuffle = torch.Generator().manual_seed(args.seed)
         self._sampler = None
         if self.data_args.group_questions:
-            pictures = number_images(self.train_rows)
-            self._sampler = _NextEpochSampler(pictures, args.per_device_train_batch_size, args.seed)
+            images = number_images(self.train_rows)
+            self._sampler = _NextEpochSampler(images, args.per_device_train_batch_size, args.seed)
 
     def get_train_dataloader(self) -> DataLoader:
         """Shuffled anew in each epoch; with grouping, cut to whole batches."""
@@ -105,10 +105,12 @@ class DataPipeline:
 
     def _collate_pairs(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         answers = [max(row["answers"], key=row["answers"].count) for row in rows]  # max gives the first on ties
-        task, tokenizer, images = self.task_args, self.processor.tokenizer, self.processor.image_processor
-        pictures = encode_row_images(rows, images)
-        pixels = pictures["pixel_values"][pictures["image_index"]]
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (images.image_mean, images.image_std))
+        task, tokenizer, image_processor = self.task_args, self.processor.tokenizer, self.processor.image_processor
+        images = encode_row_images(rows, image_processor)
+        pixels = images["pixel_values"][images["image_index"]]
+        mean, std = (
+            torch.tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
+        )
         return {
             "pixel_values": (pixels / 255 - mean) / std,
             **encode_texts([row["question"] for row in rows], tokenizer, task.max_question_tokens),

@@ -408,11 +408,11 @@ def generate_answer_blip(
     max_length: int = 20,
     num_beams: int = 3,
 ) -> str | list[str]:
-    """The answer to a question about a picture; for lists a list, the same as one by one.
+    """The answer to a question about an image; for lists a list, the same as one by one.
 
     Args:
-        image: path, bytes or PIL image, or a list of these. One picture goes with every question of a list, and one
-            question with every picture. A picture that stands several times in a list is encoded once.
+        image: path, bytes or PIL image, or a list of these. One image goes with every question of a list, and one
+            question with every image. An image that stands several times in a list is encoded once.
         max_length: tokens of an answer, [DEC] and [SEP] among them.
     Raises: ValueError for lists of different lengths, and for a model that answers no questions.
     """
@@ -429,7 +429,7 @@ def generate_answer_blip(
     elif len(questions) == 1:
         questions *= len(images)
     if len(images) != len(questions):
-        raise ValueError(f"{len(images)} pictures and {len(questions)} questions: give equally many, or one of either.")
+        raise ValueError(f"{len(images)} images and {len(questions)} questions: give equally many, or one of either.")
     training = model.training
     model.eval()
     try:
@@ -446,14 +446,14 @@ def prepare_inputs_for_blip(
 
     Args:
         images: path, bytes or PIL image, or a list of these; any mode, turned upright.
-        texts: one for each picture.
+        texts: one for each image.
         device: None leaves the tensors on the CPU.
-    Raises: ValueError for different numbers of pictures and texts.
+    Raises: ValueError for different numbers of images and texts.
     """
     images = images if isinstance(images, (list, tuple)) else [images]
     texts = [texts] if isinstance(texts, str) else list(texts)
     if len(images) != len(texts):
-        raise ValueError(f"{len(images)} pictures and {len(texts)} texts: give one text for each picture.")
+        raise ValueError(f"{len(images)} images and {len(texts)} texts: give one text for each image.")
     inputs = processor(
         images=[open_image(image) for image in images], text=texts, padding=True, truncation=True, return_tensors="pt"
     )
@@ -461,7 +461,7 @@ def prepare_inputs_for_blip(
 
 
 def get_model_info(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-    """Class, task, numbers of parameters, size in MiB, device, dtype and picture size of a model."""
+    """Class, task, numbers of parameters, size in MiB, device, dtype and image size of a model."""
     blip = without_adapter(model)
     counts = count_parameters(model)
     return {

@@ -1,4 +1,4 @@
-"""A page to try a checkpoint by hand: drop a picture, ask questions, have a caption written, or rank texts.
+"""A page to try a checkpoint by hand: drop an image, ask questions, have a caption written, or rank texts.
 
     python recipes/app.py
         opens outputs/vqa, which recipes/vqa.py leaves behind, on http://127.0.0.1:7860
@@ -45,7 +45,7 @@ MAX_FILE_SIZE = "20mb"
 MAX_PIXELS = 50_000_000
 MAX_LINES = 64  # questions, or texts, at once
 MAX_CAPTION_TOKENS = 16  # after what it begins with
-SECONDS_KEPT = 3600  # pictures that were uploaded
+SECONDS_KEPT = 3600  # images that were uploaded
 
 # the colours are the theme's, which follows the browser into the dark
 CSS = """
@@ -161,7 +161,7 @@ def is_address(host: str) -> bool:
         return False
 
 
-# ---- the three tasks: from a picture, (1, 3, height, width), and the text field to rows of strings and a score ----
+# ---- the three tasks: from an image, (1, 3, height, width), and the text field to rows of strings and a score ----
 
 Rows = list[tuple[list[str], float]]
 
@@ -197,7 +197,7 @@ def lines_of(text: str) -> list[str]:
     """Each line once."""
     lines = list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
     if not 0 < len(lines) <= MAX_LINES:
-        raise ValueError(f"Write 1 to {MAX_LINES} lines of text below the picture; there are {len(lines)}.")
+        raise ValueError(f"Write 1 to {MAX_LINES} lines of text below the image; there are {len(lines)}.")
     return lines
 
 
@@ -214,17 +214,17 @@ class Page(NamedTuple):
 PROBABILITY = "probability"
 PAGES = {
     "vqa": Page(
-        *(answer, "Ask about a picture", "Questions, one a line", "what is in the picture?", "Ask"),
+        *(answer, "Ask about an image", "Questions, one a line", "what is in the image?", "Ask"),
         columns=("question", "answer", PROBABILITY),
     ),
     "conditional_generation": Page(
-        *(write_caption, "Have a picture described", "What the caption begins with", "a picture of", "Describe"),
+        *(write_caption, "Have an image described", "What the caption begins with", "a picture of", "Describe"),
         columns=("caption", PROBABILITY),
     ),
     "image_text_retrieval": Page(
-        *(rank, "Which text fits the picture?", "Texts, one a line", "", "Rank"),
+        *(rank, "Which text fits the image?", "Texts, one a line", "", "Rank"),
         columns=("text", "score"),
-        note="A score is cosine + matching logit: it compares texts of one picture.",
+        note="A score is cosine + matching logit: it compares texts of one image.",
     ),
 }
 
@@ -240,25 +240,25 @@ def build_page(name: str, model: Any, processor: BlipProcessor) -> Any:
         gr.HTML(f"<h1>{page.heading}</h1><p>{escape(name)}</p>")
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(label="Picture", height=320, buttons=[])
+                image = gr.Image(label="Image", height=320, buttons=[])
                 # gr.Image opens the file itself, and tells nobody what is wrong with it
-                picture.preprocess = lambda payload: payload and payload.path
+                image.preprocess = lambda payload: payload and payload.path
                 text = gr.Textbox(page.text, label=page.label, lines=3, max_length=10_000)
                 button = gr.Button(page.button, variant="primary")
             with gr.Column():
                 result = gr.HTML(elem_id="result")
 
-        button.click(partial(try_picture, page, model, processor), [picture, text], result, api_name="try")
+        button.click(partial(try_image, page, model, processor), [image, text], result, api_name="try")
     return blocks
 
 
-def try_picture(page: Page, model: Any, processor: BlipProcessor, path: str | None, text: str) -> str:
+def try_image(page: Page, model: Any, processor: BlipProcessor, path: str | None, text: str) -> str:
     """HTML of the result, in which nothing that users or models write is markup, or of what to do instead."""
     start = time.perf_counter()
     try:
-        picture = read_picture(path, longest_side(processor.image_processor))
+        image = read_image(path, longest_side(processor.image_processor))
         with torch.no_grad():
-            pixels = resize_to_uint8([picture], processor.image_processor).to(model.device)
+            pixels = resize_to_uint8([image], processor.image_processor).to(model.device)
             rows = page.run(model, processor, pixels, text)
     except ValueError as error:
         return f'<p class="message">{escape(str(error))}</p>'
@@ -273,10 +273,10 @@ def try_picture(page: Page, model: Any, processor: BlipProcessor, path: str | No
     return f"<table>{table}</table><p>{seconds:.2f} seconds on {model.device.type}. {page.note}</p>"
 
 
-def read_picture(path: str | None, size: int) -> Image.Image:
+def read_image(path: str | None, size: int) -> Image.Image:
     """Upright, in RGB. Raises: ValueError that says what is wrong with it."""
     if path is None:
-        raise ValueError("Drop a picture first.")
+        raise ValueError("Drop an image first.")
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as header:
             too_large = header.width * header.height > MAX_PIXELS
@@ -287,10 +287,8 @@ def read_picture(path: str | None, size: int) -> Image.Image:
     # decoders raise what they like on broken input
     except Exception as error:
         logger.warning("%s cannot be read: %s", path, error)
-        raise ValueError(
-            f"This file is damaged, or none of {', '.join(IMAGE_FORMATS)}. Try another picture."
-        ) from error
-    raise ValueError(f"This picture has more than {MAX_PIXELS // 10**6} million pixels. Make it smaller.")
+        raise ValueError(f"This file is damaged, or none of {', '.join(IMAGE_FORMATS)}. Try another image.") from error
+    raise ValueError(f"This image has more than {MAX_PIXELS // 10**6} million pixels. Make it smaller.")
 
 
 if __name__ == "__main__":

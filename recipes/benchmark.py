@@ -1,7 +1,7 @@
 """Stock transformers against blip_ft on equal work: one process, taking turns, medians and spread.
 
     python recipes/benchmark.py             all of it, about fifteen minutes on two cores
-    python recipes/benchmark.py --quick     within three minutes: one round, one picture, 5 questions
+    python recipes/benchmark.py --quick     within three minutes: one round, one image, 5 questions
     python recipes/benchmark.py --only steps --output table.md
 
 The models have the architecture of Salesforce/blip-vqa-base and the same random weights. Questions have 12 tokens and
@@ -46,7 +46,7 @@ def blip_base() -> BlipConfig:
     size = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     ids = {"vocab_size": 30524, "bos_token_id": 30522, "pad_token_id": 0, "sep_token_id": 102, "eos_token_id": 102}
     text = {**size, **ids, "encoder_hidden_size": 768, "max_position_embeddings": 512, "label_smoothing": 0.1}
-    # its default deviation of 1e-10 would hide the pictures from the comparison of losses
+    # its default deviation of 1e-10 would hide the images from the comparison of losses
     vision = {**size, "image_size": 384, "patch_size": 16, "initializer_range": 0.02}
     return BlipConfig(vision_config=vision, text_config=text)
 
@@ -55,7 +55,7 @@ class Pair:
     """Stock's and our model with the same weights, and the same work for both.
 
     Args:
-        num_images: pictures in each batch.
+        num_images: images in each batch.
     """
 
     def __init__(self, config: BlipConfig, device: torch.device, num_images: int) -> None:
@@ -69,7 +69,7 @@ class Pair:
         self.pixels = torch.randn(num_images, 3, size, size, device=device)
 
     def batches(self, questions: int) -> dict[str, dict[str, torch.Tensor]]:
-        """For each model the inputs of `questions` questions a picture."""
+        """For each model the inputs of `questions` questions an image."""
         image_index = torch.arange(self.num_images, device=self.device).repeat_interleave(questions)
         ids = torch.randint(1, 100, (len(image_index), QUESTION_TOKENS), device=self.device)
         answers = torch.randint(1, 100, (len(image_index), ANSWER_TOKENS), device=self.device)
@@ -150,7 +150,7 @@ def steps(pair: Pair, config: BlipConfig, rounds: int, questions_per_image: Sequ
             work = {name: lambda n=name, b=batches, h=bf16: pair.step(n, b[n], h) for name in batches}
             taken = seconds(work, pair.device, rounds)
             label = (
-                f"step, {questions} question{'s' * (questions > 1)} a picture, {'bf16' if bf16 else 'fp32'}, a question"
+                f"step, {questions} question{'s' * (questions > 1)} an image, {'bf16' if bf16 else 'fp32'}, a question"
             )
             lines.append(row(label, taken, 1 / (questions * pair.num_images)))
             if questions == 5:
@@ -164,7 +164,7 @@ def steps(pair: Pair, config: BlipConfig, rounds: int, questions_per_image: Sequ
 
 
 def frozen(pair: Pair, rounds: int) -> list[str]:
-    """From the second epoch on: stock with a frozen vision model, ours with the stored features of its pictures."""
+    """From the second epoch on: stock with a frozen vision model, ours with the stored features of its images."""
     batches = pair.batches(questions=5)
     for model in (pair.stock, pair.ours):
         model.vision_model.requires_grad_(False)
@@ -194,10 +194,10 @@ def answers(pair: Pair, rounds: int) -> list[str]:
         settings = {"num_beams": 3, "max_length": 10, "min_length": 10, "do_sample": False}
         work[name] = lambda m=model, i=inputs, s=settings: m.generate(**i, **s)
     taken = seconds(work, pair.device, rounds)
-    return [row("answers, 3 beams, 5 questions a picture, fp32, a question", taken, 0.2 / pair.num_images)]
+    return [row("answers, 3 beams, 5 questions an image, fp32, a question", taken, 0.2 / pair.num_images)]
 
 
-def pictures(config: BlipConfig, rounds: int) -> list[str]:
+def image_decoding(config: BlipConfig, rounds: int) -> list[str]:
     """Decoding and resizing on one core. Stock ends with floats; ours with bytes, which the device normalises."""
     size = config.vision_config.image_size
     processor = BlipImageProcessor(size={"height": size, "width": size})
@@ -215,7 +215,7 @@ def pictures(config: BlipConfig, rounds: int) -> list[str]:
         label = f"JPEG of {width} x {height} ({len(encoded) // 1024} kB) to {size} x {size}"
         lines.append(row(label, taken, 1000, "ms"))
         per_second = [f"{1 / median(taken[name]):.0f}" for name in ("stock", "ours")]
-        lines.append(f"| the same, pictures a second and core | {per_second[0]} | {per_second[1]} | |")
+        lines.append(f"| the same, images a second and core | {per_second[0]} | {per_second[1]} | |")
     torch.set_num_threads(threads)
     return lines
 
@@ -233,7 +233,7 @@ def smooth_noise(width: int, height: int) -> bytes:
 
 
 def peak_memory(name: str, pair: Pair) -> float:
-    """MiB that one step at 5 questions a picture takes beside the model, its gradients included."""
+    """MiB that one step at 5 questions an image takes beside the model, its gradients included."""
     batch = pair.batches(questions=5)[name]
     if pair.device.type == "cuda":
         torch.cuda.synchronize()
@@ -270,9 +270,9 @@ def status_of_process(name: str) -> float:
 def order() -> list[str]:
     lines = []
     for number in (10_000, 1_000_000):
-        pictures = np.arange(number) // 5
+        images = np.arange(number) // 5
         before, begun = status_of_process("VmRSS"), time.perf_counter()
-        rows = iter(GroupedSampler(pictures, 32, seed=0))
+        rows = iter(GroupedSampler(images, 32, seed=0))
         next(rows)
         spent = time.perf_counter() - begun
         lines.append(
@@ -282,11 +282,11 @@ def order() -> list[str]:
 
 
 def memory_with_rows(number: int) -> float:
-    """MiB that the process holds once `number` questions with ten answers, five a picture, are read and in order."""
+    """MiB that the process holds once `number` questions with ten answers, five an image, are read and in order."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for picture in range(100):
-            Image.new("RGB", (8, 8)).save(folder / f"{picture}.png")
+        for image in range(100):
+            Image.new("RGB", (8, 8)).save(folder / f"{image}.png")
         with (folder / "metadata.jsonl").open("w") as file:
             for position in range(number):
                 row = {
@@ -323,10 +323,10 @@ def machine(device: torch.device) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round, one picture, 5 questions")
-    parser.add_argument("--only", default="", help="steps, frozen, answers, pictures, memory, order or loading")
+    parser.add_argument("--quick", action="store_true", help="one round, one image, 5 questions")
+    parser.add_argument("--only", default="", help="steps, frozen, answers, images, memory, order or loading")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--images", type=int, help="pictures in a batch; default 2, on CUDA 32")
+    parser.add_argument("--images", type=int, help="images in a batch; default 2, on CUDA 32")
     parser.add_argument("--output", type=Path, help="write the table there too")
     parser.add_argument("--peak", choices=("stock", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
@@ -346,14 +346,14 @@ def main() -> None:
         "steps": lambda: steps(pair, config, rounds, (5,) if args.quick else (1, 5, 13)),
         "frozen": lambda: frozen(pair, rounds),
         "answers": lambda: answers(pair, rounds),
-        "pictures": lambda: pictures(config, rounds),
+        "images": lambda: image_decoding(config, rounds),
         "memory": lambda: memory(pair),
         "order": order,
     }
     if not args.quick:
         groups["loading"] = loading
     lines = [
-        f"{machine(device)}; pictures in a batch: {images}",
+        f"{machine(device)}; images in a batch: {images}",
         "",
         "| work | stock | ours | ratio |",
         "|---|---|---|---|",

@@ -1,7 +1,7 @@
 """Fine-tune BLIP to write captions.
 
     accelerate launch --quiet recipes/captioning.py
-        trains a small new model on built-in pictures of coloured shapes, in a few minutes on a CPU
+        trains a small new model on built-in images of coloured shapes, in a few minutes on a CPU
     accelerate launch --quiet recipes/captioning.py --dataset_name FOLDER
         trains Salesforce/blip-image-captioning-base on a folder with metadata.jsonl (file_name, caption)
     accelerate launch --quiet recipes/captioning.py --config recipes/configs/captioning_base.yaml --dataset_name FILE
@@ -46,12 +46,12 @@ class Data(DataArguments):
 @dataclass
 class Training(BlipTrainingArguments):
     metrics = ("cider", "bleu", "rouge_l", "exact_match")
-    # configs/caption_coco.yaml of the original: 8 GPUs x 32 pictures, 1e-5, 5 epochs; 3 beams, 5 to 20 tokens
+    # configs/caption_coco.yaml of the original: 8 GPUs x 32 images, 1e-5, 5 epochs; 3 beams, 5 to 20 tokens
     learning_rate: float = 1e-5
     num_train_epochs: float = 5
     load_best_model_at_end: bool = True  # train_caption.py: of the epochs, there by CIDEr + BLEU-4
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Captions a step and device."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Pictures at once."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Images at once."})
     generation_max_length: int = field(default=20, metadata={"help": "Tokens of a caption, prompt included."})
     generation_num_beams: int = field(default=3, metadata={"help": "Beams of generation. Original: 3."})
 

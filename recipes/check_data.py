@@ -80,7 +80,7 @@ def main() -> None:
         print_bad_rows(bad_rows_file)
 
     print(f"\nWhat recipes/{task}.py would read of {data_args.label}:\n")
-    print(f"{'':12}{'rows':>10}{'pictures':>10}")
+    print(f"{'':12}{'rows':>10}{'images':>10}")
     for name, rows in (("train", train), ("evaluate", held_out)):
         print(f"{name:12}{len(rows):10}{len(np.unique(number_images(rows))):10}")
     print(f"\n{'words':12}{'median':>10}{'95 %':>10}{'largest':>10}")
@@ -127,7 +127,7 @@ def require_columns_of(task: str, columns: list[str], data_args: DataArguments) 
 def print_bad_rows(file: Path) -> None:
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     print(f"{len(rows)} rows cannot be used" + (f", all listed in {file}:" if rows else "."))
-    # "picture cannot be read: FileNotFoundError: ...": what follows is the row's own
+    # "image cannot be read: FileNotFoundError: ...": what follows is the row's own
     reasons = Counter(": ".join(row["reason"].split(": ")[:2]) for row in rows)
     for reason, number in reasons.most_common():
         first = next(row for row in rows if row["reason"].startswith(reason))

@@ -1,7 +1,7 @@
-"""Let a checkpoint answer questions about pictures, write their captions, or rank texts for them.
+"""Let a checkpoint answer questions about images, write their captions, or rank texts for them.
 
     python recipes/predict.py --model_name_or_path outputs/vqa --images cat.jpg --question "what is it?"
-        one picture, several, or folders of them; without --question a captioning checkpoint writes captions
+        one image, several, or folders of them; without --question a captioning checkpoint writes captions
     accelerate launch --quiet recipes/predict.py --model_name_or_path outputs/vqa --dataset_name FOLDER_OR_FILE
         rows as in training, with references or without
     accelerate launch --quiet recipes/predict.py --model_name_or_path outputs/vqa --format vqa \\
@@ -9,7 +9,7 @@
         writes results.json as the evaluation server takes it
 
 The task is the checkpoint's. predictions.jsonl and report.html are written, scores.json where there are references, and
-bad_rows.jsonl where a picture cannot be read. A run that was stopped goes on when it is started again.
+bad_rows.jsonl where an image cannot be read. A run that was stopped goes on when it is started again.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ Predict = Callable[[dict[str, torch.Tensor]], list[Line]]
 
 @dataclass
 class Data(DataArguments):
-    """Which pictures; of the training arguments those that choose and name columns count."""
+    """Which images; of the training arguments those that choose and name columns count."""
 
     _needs_annotations = False
     without_effect = {
@@ -76,20 +76,20 @@ class Data(DataArguments):
     }
 
     images: list[str] | None = field(
-        default=None, metadata={"help": "Pictures and folders of pictures, in place of dataset_name."}
+        default=None, metadata={"help": "Images and folders of images, in place of dataset_name."}
     )
     question: str | None = field(
-        default=None, metadata={"help": "Asked of every picture, in place of the data's questions."}
+        default=None, metadata={"help": "Asked of every image, in place of the data's questions."}
     )
     texts: str | None = field(
         default=None,
-        metadata={"help": "File of texts to rank for each picture, one a line. Default: the data's captions."},
+        metadata={"help": "File of texts to rank for each image, one a line. Default: the data's captions."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if sum(map(bool, (self.images, self.dataset_name, self.questions_file))) != 1:
-            raise ValueError("Name the pictures by one of --images, --dataset_name and --questions_file.")
+            raise ValueError("Name the images by one of --images, --dataset_name and --questions_file.")
         if self.question is not None and not self.question.strip():
             raise ValueError('--question is empty. Give --question "what is it?", or leave it out.')
 
@@ -114,9 +114,9 @@ class Prediction(Settings):
     format: Literal["vqa", "coco"] | None = field(
         default=None, metadata={"help": "Also results.json: official VQA results, or COCO caption results."}
     )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Questions, or pictures, at once."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Questions, or images, at once."})
     dataloader_num_workers: int = field(
-        default_factory=lambda: min(4, os.cpu_count() or 1), metadata={"help": "Processes that read pictures."}
+        default_factory=lambda: min(4, os.cpu_count() or 1), metadata={"help": "Processes that read images."}
     )
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
@@ -131,8 +131,8 @@ class Prediction(Settings):
     )
     max_caption_tokens: int = field(default=35, metadata={"help": "Longer texts to rank are cut."})
     clean_captions: bool = field(default=True, metadata={"help": "Rank texts in lower case, without punctuation."})
-    k_test: int = field(default=256, metadata={"help": "Texts of each picture that the matching head ranks."})
-    top_texts: int = field(default=10, metadata={"help": "Texts written for each picture."})
+    k_test: int = field(default=256, metadata={"help": "Texts of each image that the matching head ranks."})
+    top_texts: int = field(default=10, metadata={"help": "Texts written for each image."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,11 +207,11 @@ def read_rows(args: Data, task: str) -> tuple[Dataset, list[Line]]:
     """Rows, with references where the data has them, and those that cannot be used."""
     asks = task == "vqa"
     if args.images and asks and not args.question:
-        raise ValueError('Pictures alone ask nothing. Give --question "what is it?", or --dataset_name with questions.')
+        raise ValueError('Images alone ask nothing. Give --question "what is it?", or --dataset_name with questions.')
     if args.images:
         rows, bad_rows = list_images(args.images), []
     else:
-        rows, bad_rows = load_to_predict(args, "vqa" if asks and not args.question else "pictures")
+        rows, bad_rows = load_to_predict(args, "vqa" if asks and not args.question else "images")
     if args.question:
         rows = rows.select_columns(["image", "image_id"]).add_column("question", [args.question] * len(rows))
         rows = rows.add_column("question_id", rows["image_id"][:])
@@ -233,7 +233,7 @@ def texts_to_rank(given: list[str] | None, rows: Dataset) -> list[str]:
 
 def make_predict(model: Any, processor: BlipProcessor, args: Prediction, task: str, texts: list[str]) -> Predict:
     """The score of an answer or caption is its probability as written (inference.sequence_probabilities). That of a
-    text is cosine + matching logit: it has no bounds, and compares texts of one picture."""
+    text is cosine + matching logit: it has no bounds, and compares texts of one image."""
     tokenizer = processor.tokenizer
     cleaned = [clean_caption(text) for text in texts] if args.clean_captions else texts
     tokens = encode_texts(cleaned, tokenizer, args.max_caption_tokens) if texts else {}
@@ -261,7 +261,7 @@ def make_predict(model: Any, processor: BlipProcessor, args: Prediction, task: s
 
 
 def collate(rows: list[Line], processor: BlipProcessor, max_question_tokens: int) -> dict[str, torch.Tensor]:
-    """Each picture once, and the questions where there are any."""
+    """Each image once, and the questions where there are any."""
     batch = encode_row_images(rows, processor.image_processor)
     if "question" in rows[0]:
         batch |= encode_texts([row["question"] for row in rows], processor.tokenizer, max_question_tokens)
@@ -279,15 +279,15 @@ def predict_rows(
         collate_fn=partial(collate, processor=processor, max_question_tokens=args.max_question_tokens),
         num_workers=args.dataloader_num_workers,
     )
-    # of the rows of a picture, which stand together
+    # of the rows of an image, which stand together
     is_first = np.diff(number_images(rows)[share], prepend=-1) != 0
-    with tqdm(total=int(is_first.sum()), unit=" pictures", disable=not state.is_local_main_process) as progress:
+    with tqdm(total=int(is_first.sum()), unit=" images", disable=not state.is_local_main_process) as progress:
         for batch in loader:
             readable = batch.pop("readable").tolist()
             lines = predict({name: tensor.to(state.device) for name, tensor in batch.items()})
             here = list(islice(positions, len(readable)))
             yield {
-                position: line if good else {"unreadable_picture": True}
+                position: line if good else {"unreadable_image": True}
                 for position, line, good in zip(here, lines, readable, strict=True)
             }
             progress.update(int(is_first[: len(here)].sum()))
@@ -324,8 +324,8 @@ def write_results(
     Raises: ValueError, when all of that is written, if no image could be read.
     """
     for position, line in enumerate(lines):
-        if "unreadable_picture" in line:
-            reason = why_unreadable(rows[position]["image"]) or "picture could not be read at first, and now can"
+        if "unreadable_image" in line:
+            reason = why_unreadable(rows[position]["image"]) or "image could not be read at first, and now can"
             bad_rows.append({"split": "eval", "image_id": line["image_id"], "reason": reason})
     scores, samples = predictions.score(lines, task)
     name = data_args.dataset_name or data_args.questions_file or ", ".join(data_args.images)
@@ -349,7 +349,7 @@ def write_results(
     more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     logger.info("Predicted:\n%s%s", "\n".join(map(in_words, lines[:SHOWN])), more)
     logger.info("%d predictions: %s, to look at: %s", len(lines), folder / predictions.FILE, folder / "report.html")
-    if all("unreadable_picture" in line for line in lines):
+    if all("unreadable_image" in line for line in lines):
         raise ValueError(
             f"None of the {len(lines)} images can be read; the first: {bad_rows[-len(lines)]['reason']}\n"
             "Check image_column, image_folder and the files."
@@ -359,7 +359,7 @@ def write_results(
 def in_words(line: Line) -> str:
     """A line of predictions.jsonl on one line of a screen: the image, what was asked, what was predicted."""
     asked = [line["question"]] if "question" in line else []
-    if "unreadable_picture" in line:
+    if "unreadable_image" in line:
         said = ["the image cannot be read"]
     elif "texts" in line:
         said = [f"{best['text']} ({best['score']:.2f})" for best in line["texts"][:1]]

@@ -1,7 +1,7 @@
-"""Fine-tune BLIP to find the picture of a text and the text of a picture.
+"""Fine-tune BLIP to find the image of a text and the text of an image.
 
     accelerate launch --quiet recipes/retrieval.py
-        trains a small new model on built-in pictures of coloured shapes, in a few minutes on a CPU
+        trains a small new model on built-in images of coloured shapes, in a few minutes on a CPU
     accelerate launch --quiet recipes/retrieval.py --dataset_name FOLDER
         trains Salesforce/blip-itm-base-coco on a folder with metadata.jsonl (file_name, caption)
     accelerate launch --quiet recipes/retrieval.py --config recipes/configs/retrieval_base.yaml --dataset_name FILE
@@ -65,7 +65,7 @@ class Training(BlipTrainingArguments):
     num_train_epochs: float = 6
     load_best_model_at_end: bool = True  # train_retrieval.py: of the epochs, by the mean recall
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Pairs a step and device."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures at once."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images at once."})
 
 
 # ---- the run ----
@@ -77,7 +77,7 @@ def main() -> None:
         demo_config=Path(__file__).parent / "configs" / "retrieval_demo.yaml",
     )
     if data_args.streaming:
-        raise ValueError("streaming is for questions and captions: in retrieval a picture's captions must be together.")
+        raise ValueError("streaming is for questions and captions: in retrieval an image's captions must be together.")
     data_args.check_streaming(training_args)
     checkpoint = prepare_output_dir(training_args, "retrieval", peft_args)
     meta_model = build_meta_model("image_text_retrieval", model_args, peft_args, retrieval_args, training_args)
@@ -93,9 +93,9 @@ def main() -> None:
     model.config.itm_start_token = retrieval_args.itm_start_token
 
     def texts_of(rows):
-        by_picture = rows["captions"][:]
-        captions = [caption for own in by_picture for caption in own]
-        owner = np.repeat(np.arange(len(rows)), [len(own) for own in by_picture])
+        by_image = rows["captions"][:]
+        captions = [caption for own in by_image for caption in own]
+        owner = np.repeat(np.arange(len(rows)), [len(own) for own in by_image])
         texts = [clean_caption(caption) for caption in captions] if retrieval_args.clean_captions else captions
         return captions, texts, owner, same_caption(texts, owner)
 
@@ -138,7 +138,7 @@ def main() -> None:
         test_rows=test_rows,
         result_notes={
             "scores": "ranked by the matching head; itc_: by cosine alone",
-            "identical_captions": "are right for each of their pictures",
+            "identical_captions": "are right for each of their images",
         },
     )
 

@@ -1,7 +1,7 @@
-"""Fine-tune BLIP to answer questions about pictures.
+"""Fine-tune BLIP to answer questions about images.
 
     accelerate launch --quiet recipes/vqa.py
-        trains a small new model on built-in pictures of coloured shapes, in a few minutes on a CPU
+        trains a small new model on built-in images of coloured shapes, in a few minutes on a CPU
     accelerate launch --quiet recipes/vqa.py --dataset_name FOLDER --eval_split test
         trains Salesforce/blip-vqa-base on a folder with metadata.jsonl (file_name, question, answer)
     accelerate launch --quiet recipes/vqa.py --config recipes/configs/vqa_base_lora.yaml --dataset_name FOLDER
@@ -45,7 +45,7 @@ class Data(DataArguments):
 @dataclass
 class Training(BlipTrainingArguments):
     metrics = ("vqa_accuracy", "exact_match", "loss")
-    # configs/vqa.yaml of the original: 16 GPUs x 16 pictures, 2e-5, 10 epochs
+    # configs/vqa.yaml of the original: 16 GPUs x 16 images, 2e-5, 10 epochs
     learning_rate: float = 2e-5
     num_train_epochs: float = 10
     # train_vqa.py takes the last epoch, and to answer VQA v2's 214,000 questions ten times would cost hours

@@ -44,7 +44,7 @@ def seeded():
 
 @pytest.fixture
 def own_cache(monkeypatch, tmp_path):
-    """Nothing is remembered of the pictures and data sets of other tests."""
+    """Nothing is remembered of the images and data sets of other tests."""
     monkeypatch.setattr(checks, "HF_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache" / "datasets"))
 
@@ -79,9 +79,9 @@ def checkpoint(checkpoints) -> Path:
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory) -> Path:
-    """Eight questions, and eight captions, on four pictures; the same rows in the splits train and test."""
-    folder = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory) -> Path:
+    """Eight questions, and eight captions, on four images; the same rows in the splits train and test."""
+    folder = tmp_path_factory.mktemp("images")
     texts = [
         ("what color is it ?", ["red", "green", "blue", "white"], "{} dog on the grass"),
         ("is it a dog ?", ["yes", "no", "no", "yes"], "a picture of {} sky and a large {} cat"),
@@ -98,13 +98,13 @@ def picture_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def data_of(checkpoints, picture_folder):
+def data_of(checkpoints, image_folder):
     """Flags that name a task's checkpoint and the eight rows."""
 
     def flags(task: str) -> list[str]:
         few_pairs = ["--queue_size", "24", "--k_test", "3"] if task == "retrieval" else []
         return [
-            *("--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(picture_folder), *few_pairs),
+            *("--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(image_folder), *few_pairs),
             *("--eval_split", "test", "--learning_rate", "3e-3", "--per_device_train_batch_size", "8"),
         ]
 

@@ -24,7 +24,7 @@ class DataArguments(Settings):
         default=None,
         metadata={
             "help": "`demo`, a Hub id, an image folder with metadata.jsonl/csv/parquet, a save_to_disk folder, or a "
-            "json, jsonl, csv or parquet file with a column of picture paths."
+            "json, jsonl, csv or parquet file with a column of image paths."
         },
     )
     eval_dataset_name: str | None = field(
@@ -39,11 +39,11 @@ class DataArguments(Settings):
     )
     eval_annotations_file: str | None = field(default=None, metadata={"help": "Its annotations JSON."})
     image_folder: str | None = field(
-        default=None, metadata={"help": "Folder that picture paths start from. Default: that of the data file."}
+        default=None, metadata={"help": "Folder that image paths start from. Default: that of the data file."}
     )
     train_split: str = field(default="train", metadata={"help": "Split, or value of the column `split`, to train on."})
     eval_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on. Default: eval_fraction of the pictures of train_split."}
+        default=None, metadata={"help": "Split to evaluate on. Default: eval_fraction of the images of train_split."}
     )
     test_split: str | None = field(
         default=None,
@@ -56,7 +56,7 @@ class DataArguments(Settings):
         },
     )
     eval_fraction: float = field(
-        default=0.1, metadata={"help": "Share of the pictures (not rows) held out where there is no eval_split."}
+        default=0.1, metadata={"help": "Share of the images (not rows) held out where there is no eval_split."}
     )
     allow_image_overlap: bool = field(
         default=False,
@@ -65,7 +65,7 @@ class DataArguments(Settings):
     image_column: str | None = field(default=None, metadata={"help": "Default: `image`, else `file_name`."})
     image_id_column: str = field(
         default="image_id",
-        metadata={"help": "Same id, same picture. Made from the path or the bytes where it is missing."},
+        metadata={"help": "Same id, same image. Made from the path or the bytes where it is missing."},
     )
     question_column: str = field(default="question", metadata={"help": "Column of questions."})
     answer_column: str | None = field(
@@ -81,29 +81,27 @@ class DataArguments(Settings):
     )
     check_images: Literal["full", "header"] = field(
         default="full",
-        metadata={
-            "help": "Before training decode every picture at reduced size, or read its header only (large sets)."
-        },
+        metadata={"help": "Before training decode every image at reduced size, or read its header only (large sets)."},
     )
     max_bad_fraction: float = field(
         default=0.01,
-        metadata={"help": "Stop when a larger share of all rows has a picture that cannot be read, 0 to 1."},
+        metadata={"help": "Stop when a larger share of all rows has an image that cannot be read, 0 to 1."},
     )
     streaming: bool = field(
         default=False,
         metadata={
             "help": "Read the rows to train on as they are needed, without a copy on disk. Takes --max_steps, which is "
-            "then one epoch, and something to evaluate on; a bad picture is met in training and counts for nothing."
+            "then one epoch, and something to evaluate on; a bad image is met in training and counts for nothing."
         },
     )
     shuffle_buffer: int = field(
         default=1000,
-        metadata={"help": "Pictures that each worker holds of a stream, to draw the next one from."},
+        metadata={"help": "Images that each worker holds of a stream, to draw the next one from."},
     )
     group_questions: bool | None = field(
         default=None,
         metadata={
-            "help": "Keep a picture's questions or captions in one batch. Default: on for questions and captions, "
+            "help": "Keep an image's questions or captions in one batch. Default: on for questions and captions, "
             "off for retrieval and in DataPipeline."
         },
     )
@@ -126,9 +124,9 @@ class DataArguments(Settings):
             if self._needs_annotations and bool(getattr(self, questions)) != bool(getattr(self, answers)):
                 raise ValueError(f"{questions} and {answers} go together: the official VQA v2 files come in pairs.")
         if self.questions_file and not self.image_folder:
-            raise ValueError("questions_file needs image_folder: the folder that holds the COCO pictures.")
+            raise ValueError("questions_file needs image_folder: the folder that holds the COCO images.")
         if self.streaming and not (self.eval_split or self.eval_dataset_name or self.eval_questions_file):
-            raise ValueError("From a stream no picture can be held out. Give --eval_split or --eval_dataset_name.")
+            raise ValueError("From a stream no image can be held out. Give --eval_split or --eval_dataset_name.")
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction is a share between 0 and 1, found {self.eval_fraction}.")
         if self.eval_questions_file and not self.questions_file:
@@ -162,7 +160,7 @@ class DataArguments(Settings):
                 way_out = "Use --seed." if name == "data_seed" else "Leave it out."
                 raise ValueError(f"{name} has no effect with --streaming. {way_out}")
         if self.streaming and training_args.cache_image_features:
-            raise ValueError("cache_image_features needs to know all pictures before training: leave out --streaming.")
+            raise ValueError("cache_image_features needs to know all images before training: leave out --streaming.")
 
     @property
     def hub_id(self) -> str | None:
@@ -183,7 +181,7 @@ class DataArguments(Settings):
             return Path(source).name + (f", split {self.eval_split}" if self.eval_split else "")
         if self.eval_split or self.dataset_name == "demo":
             return f"split {self.eval_split or 'validation'}"
-        return f"{self.eval_fraction:.0%} of the pictures of {self.train_split}"
+        return f"{self.eval_fraction:.0%} of the images of {self.train_split}"
 
     @property
     def tested_on(self) -> str | None:

@@ -121,7 +121,7 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
     )
     dataloader_num_workers: int = field(
         default_factory=lambda: min(4, os.cpu_count() or 1),
-        metadata={"help": "Processes that read and resize pictures. Default: one a core, at most 4."},
+        metadata={"help": "Processes that read and resize images. Default: one a core, at most 4."},
     )
     # every column is the collator's business, and all heads are used in each step
     remove_unused_columns: bool = False
@@ -129,7 +129,7 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
     cache_image_features: bool = field(
         default=False,
         metadata={
-            "help": "With --freeze vision_model, for questions and captions: encode each training picture once, before "
+            "help": "With --freeze vision_model, for questions and captions: encode each training image once, before "
             "the first epoch, and keep the result on disk for this and later runs. Evaluation still encodes."
         },
     )
@@ -139,7 +139,7 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
     )
     cache_limit_gb: float = field(
         default=50.0,
-        metadata={"help": "Of all features kept under HF_HOME. A picture of 384 pixels takes 0.9 MB in bf16."},
+        metadata={"help": "Of all features kept under HF_HOME. An image of 384 pixels takes 0.9 MB in bf16."},
     )
     skip_dry_run: bool = field(
         default=False,
@@ -227,7 +227,7 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
             self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}
         if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
             raise ValueError(
-                "split_batches and dispatch_batches of accelerator_config cut a batch by its rows, and one of pictures "
+                "split_batches and dispatch_batches of accelerator_config cut a batch by its rows, and one of images "
                 "and their questions cannot be. Leave them out: each process makes batches of its own."
             )
         if self.n_gpu > 1:

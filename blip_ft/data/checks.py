@@ -77,9 +77,9 @@ class ImageHashes:
 
 
 def find_unreadable_images(parts: Iterable[Part], mode: str) -> dict[str, dict[str, str]]:
-    """Part -> image_id -> reason, of the pictures whose header, or in mode `full` whose pixels, cannot be read.
+    """Part -> image_id -> reason, of the images whose header, or in mode `full` whose pixels, cannot be read.
 
-    By part, for two files may count their pictures from 0 each. In mode `full`, which reads the files anyway, the
+    By part, for two files may count their images from 0 each. In mode `full`, which reads the files anyway, the
     parts also learn the content of the others.
     """
     remembered = _remembered("readable_images.txt")
@@ -89,14 +89,14 @@ def find_unreadable_images(parts: Iterable[Part], mode: str) -> dict[str, dict[s
     fresh: list[str] = []
 
     def check(image: Row) -> tuple[str | None, str | None, str | None]:
-        problem, key = _picture_problem(image, mode, known)
+        problem, key = _image_problem(image, mode, known)
         # key is None for bytes, whose hash is known from reading the rows
         return problem, key, hashes.of(image) if key and mode == "full" else None
 
     for part in parts:
         found[part.name] = {}
         ordered, column = list(part.first), part.rows.select_columns("image")
-        progress = tqdm(total=len(ordered), desc=f"Checking pictures ({part.name})", delay=3)
+        progress = tqdm(total=len(ordered), desc=f"Checking images ({part.name})", delay=3)
         with ThreadPoolExecutor() as pool:
             # in portions, for map() takes all of its input at once
             for start in range(0, len(ordered), 256):
@@ -126,15 +126,15 @@ def without_images(rows: Dataset, unreadable: dict[str, str]) -> Dataset:
 
 
 def why_unreadable(image: Row) -> str | None:
-    """Why a picture cannot be decoded; None where it can."""
-    return _picture_problem(image, "full", known=set())[0]
+    """Why an image cannot be decoded; None where it can."""
+    return _image_problem(image, "full", known=set())[0]
 
 
-def _picture_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None, str | None]:
-    """Why a picture cannot be read, if so, and under which name a good file is remembered."""
+def _image_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None, str | None]:
+    """Why an image cannot be read, if so, and under which name a good file is remembered."""
     key = None
     if image is None:
-        return "picture is missing", None
+        return "image is missing", None
     try:
         if image["bytes"] is None:
             key = f"{_signature(image['path'])} {mode}"
@@ -146,7 +146,7 @@ def _picture_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None
             open_encoded(image).close()
     # decoders raise what they like on broken input: OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
     except Exception as error:
-        return f"picture cannot be read: {type(error).__name__}: {error}", None
+        return f"image cannot be read: {type(error).__name__}: {error}", None
     return None, key
 
 
@@ -161,4 +161,4 @@ def report_bad_rows(bad: list[Row], total: int, max_fraction: float, file: Path 
             f"{summary}\nThat is more than max_bad_fraction = {max_fraction:.2%}. Mend or remove them, or set "
             f"--max_bad_fraction {math.ceil(1000 * len(bad) / total) / 1000}"
         )
-    logger.warning("%s\nThey are left out of training; in evaluation an unreadable picture counts as wrong.", summary)
+    logger.warning("%s\nThey are left out of training; in evaluation an unreadable image counts as wrong.", summary)

@@ -20,11 +20,11 @@ LookUp = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
 
 @dataclass
 class VqaCollator:
-    """Rows of image, image_id, question and answers to a batch in which each picture stands once.
+    """Rows of image, image_id, question and answers to a batch in which each image stands once.
 
     Returns pixel_values (I, 3, H, W) uint8; input_ids and attention_mask (Q, Lq); image_index (Q,);
     labels (A, La); question_index (A,); answer_weights (A,): count / number of that question's answers; readable (Q,).
-    The answers to a picture that cannot be read weigh 0. look_up takes the place of encode_row_images.
+    The answers to an image that cannot be read weigh 0. look_up takes the place of encode_row_images.
     """
 
     processor: BlipProcessor
@@ -33,16 +33,16 @@ class VqaCollator:
     look_up: LookUp | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pictures = self.look_up(rows) if self.look_up else encode_row_images(rows, self.processor.image_processor)
+        images = self.look_up(rows) if self.look_up else encode_row_images(rows, self.processor.image_processor)
         answers, question_index, weights = [], [], []
-        for index, (row, readable) in enumerate(zip(rows, pictures["readable"].tolist(), strict=True)):
+        for index, (row, readable) in enumerate(zip(rows, images["readable"].tolist(), strict=True)):
             for answer, count in Counter(row["answers"]).items():
                 answers.append(answer)
                 question_index.append(index)
                 weights.append(count / len(row["answers"]) if readable else 0.0)
         tokenizer = self.processor.tokenizer
         return {
-            **pictures,
+            **images,
             **encode_texts([row["question"] for row in rows], tokenizer, self.max_question_tokens),
             "labels": encode_labels(answers, tokenizer, self.max_answer_tokens),
             "question_index": torch.tensor(question_index),
@@ -52,10 +52,10 @@ class VqaCollator:
 
 @dataclass
 class CaptionCollator:
-    """Rows of image, image_id and caption to a batch to train on, in which each picture stands once.
+    """Rows of image, image_id and caption to a batch to train on, in which each image stands once.
 
     Returns pixel_values (I, 3, H, W) uint8; image_index (C,); input_ids and attention_mask (C, L) of prompt and
-    caption; labels (C, L), -100 on the prompt, on padding and for a picture that cannot be read; readable (C,).
+    caption; labels (C, L), -100 on the prompt, on padding and for an image that cannot be read; readable (C,).
     look_up takes the place of encode_row_images.
     Source: BLIP models/blip.py BLIP_Decoder.forward.
     """
@@ -67,25 +67,25 @@ class CaptionCollator:
     look_up: LookUp | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pictures = self.look_up(rows) if self.look_up else encode_row_images(rows, self.processor.image_processor)
+        images = self.look_up(rows) if self.look_up else encode_row_images(rows, self.processor.image_processor)
         captions = [clean_caption(row["caption"]) if self.clean else row["caption"] for row in rows]
         tokenizer = self.processor.tokenizer
         tokens = encode_texts([self.prompt + caption for caption in captions], tokenizer, self.max_tokens)
         labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
         labels[:, : len(encode_prompt(self.prompt, tokenizer))] = IGNORED
-        labels[~pictures["readable"]] = IGNORED
-        return {**pictures, **tokens, "labels": labels}
+        labels[~images["readable"]] = IGNORED
+        return {**images, **tokens, "labels": labels}
 
 
 @dataclass
 class RetrievalCollator:
-    """Rows of image, image_id and caption to a batch to train on, in which each picture stands once.
+    """Rows of image, image_id and caption to a batch to train on, in which each image stands once.
 
-    A row whose picture cannot be read is left out, for it would be a negative to the others.
+    A row whose image cannot be read is left out, for it would be a negative to the others.
 
     Returns pixel_values (I, 3, H, W) uint8; image_index (C,); image_ids (I,) int64, the same in all batches and runs;
     input_ids and attention_mask (C, L).
-    Raises: ValueError where no picture of the batch can be read.
+    Raises: ValueError where no image of the batch can be read.
     """
 
     processor: BlipProcessor
@@ -93,18 +93,18 @@ class RetrievalCollator:
     clean: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pictures = encode_row_images(rows, self.processor.image_processor)
-        if not pictures["readable"].all():
-            rows = [row for row, readable in zip(rows, pictures["readable"].tolist(), strict=True) if readable]
+        images = encode_row_images(rows, self.processor.image_processor)
+        if not images["readable"].all():
+            rows = [row for row, readable in zip(rows, images["readable"].tolist(), strict=True) if readable]
             if not rows:
-                raise ValueError("No picture of a whole batch can be read any more. Check that the files are there.")
-            pictures = encode_row_images(rows, self.processor.image_processor)
+                raise ValueError("No image of a whole batch can be read any more. Check that the files are there.")
+            images = encode_row_images(rows, self.processor.image_processor)
         captions = [clean_caption(row["caption"]) if self.clean else row["caption"] for row in rows]
         image_ids = dict.fromkeys(row["image_id"] for row in rows)
         digests = [hashlib.sha1(image_id.encode()).digest() for image_id in image_ids]
         return {
-            "pixel_values": pictures["pixel_values"],
-            "image_index": pictures["image_index"],
+            "pixel_values": images["pixel_values"],
+            "image_index": images["image_index"],
             "image_ids": torch.tensor([int.from_bytes(digest[:8], "big", signed=True) for digest in digests]),
             **encode_texts(captions, self.processor.tokenizer, self.max_tokens),
         }
@@ -112,7 +112,7 @@ class RetrievalCollator:
 
 @dataclass
 class ImageCollator:
-    """Rows of image and image_id to a batch of their pictures alone; no reference can reach the model.
+    """Rows of image and image_id to a batch of their images alone; no reference can reach the model.
 
     Returns pixel_values (rows, 3, H, W) uint8, readable (rows,).
     """
@@ -120,5 +120,5 @@ class ImageCollator:
     processor: BlipProcessor
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pictures = encode_row_images(rows, self.processor.image_processor)
-        return {"pixel_values": pictures["pixel_values"][pictures["image_index"]], "readable": pictures["readable"]}
+        images = encode_row_images(rows, self.processor.image_processor)
+        return {"pixel_values": images["pixel_values"][images["image_index"]], "readable": images["readable"]}

@@ -34,7 +34,7 @@ Scene = dict[int, tuple[str, str]]
 
 
 def load_demo(num_train: int = 3000, num_eval: int = 300, seed: int = 0) -> DatasetDict:
-    """Splits train and validation of pictures with six questions and a caption each; no scene is in both.
+    """Splits train and validation of images with six questions and a caption each; no scene is in both.
 
     Columns: image (encoded PNG), image_id, question, question_id, answers, answer_type, captions.
     """
@@ -70,7 +70,7 @@ def build_demo_config() -> BlipConfig:
     return build_small_config(build_demo_processor(), patch_size=IMAGE_SIZE // 2)
 
 
-# each in every picture once; the placeholders are filled from the scene
+# each in every image once; the placeholders are filled from the scene
 QUESTIONS = (
     "what color is the {shape} ?",
     "what shape is {color} ?",
@@ -98,7 +98,7 @@ def _rows_of(scene: Scene, image_id: str, generator: random.Random) -> list[dict
     cell = generator.choice(list(scene))
     color, shape = scene[cell]
     asked_color, asked_shape = color, shape
-    if generator.random() < 0.5:  # a shape and color that are not together in the picture
+    if generator.random() < 0.5:  # a shape and color that are not together in the image
         while (asked_color, asked_shape) in scene.values():
             asked_color, asked_shape = generator.choice(list(COLORS)), generator.choice(SHAPES)
     filled = {"shape": shape, "color": color, "place": PLACES[cell]}
@@ -133,8 +133,8 @@ def _rows_of(scene: Scene, image_id: str, generator: random.Random) -> list[dict
 
 def _paint(scene: Scene, generator: random.Random) -> bytes:
     """PNG bytes; position and size of each shape vary by a few pixels."""
-    picture = PillowImage.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (20, 20, 30))
-    pen = ImageDraw.Draw(picture)
+    image = PillowImage.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (20, 20, 30))
+    pen = ImageDraw.Draw(image)
     half = IMAGE_SIZE // 4
     for cell, (color, shape) in scene.items():
         x = (cell % 2) * 2 * half + half + generator.randint(-3, 3)
@@ -151,5 +151,5 @@ def _paint(scene: Scene, generator: random.Random) -> bytes:
             pen.rectangle((x - r, y - 3, x + r, y + 3), fill=fill)
             pen.rectangle((x - 3, y - r, x + 3, y + r), fill=fill)
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()

@@ -36,7 +36,7 @@ JPEG_SEGMENTS = {*range(0xC0, 0xD0), *range(0xDA, 0xDE), *range(0xE0, 0xF0), 0xF
 
 
 def open_image(image: Any, size: int | None = None) -> Image.Image:
-    """An upright RGB picture of any mode.
+    """An upright RGB image of any mode.
 
     Args:
         image: a path, encoded bytes, a PIL image, an array (height, width, 3) of bytes, or datasets' {"bytes": ...,
@@ -70,9 +70,9 @@ def open_encoded(image: Any) -> Image.Image:
     if isinstance(image, bytes):
         image = io.BytesIO(image)
     if image is None:
-        raise ValueError("A picture is a path, bytes or a PIL image; this row has none.")
+        raise ValueError("An image is a path, bytes or a PIL image; this row has none.")
     if not isinstance(image, (str, os.PathLike, io.BytesIO)):
-        raise ValueError(f"A picture is a path, bytes, a PIL image or an array; this is a {type(image).__name__}.")
+        raise ValueError(f"An image is a path, bytes, a PIL image or an array; this is a {type(image).__name__}.")
     if not isinstance(image, io.BytesIO):
         _require_regular_file(image)
     try:
@@ -146,7 +146,7 @@ def resize_to_uint8(images: Sequence[Image.Image], image_processor: BlipImagePro
 
 
 def encode_row_images(rows: Sequence[dict[str, Any]], image_processor: BlipImageProcessor) -> dict[str, torch.Tensor]:
-    """The pictures of rows with image and image_id, each once; one that cannot be read becomes a grey one.
+    """The images of rows with image and image_id, each once; one that cannot be read becomes a grey one.
 
     Returns pixel_values (I, 3, H, W) uint8; image_index (rows,); readable (rows,), False for the grey ones.
     """
@@ -160,7 +160,7 @@ def encode_row_images(rows: Sequence[dict[str, Any]], image_processor: BlipImage
             images.append(open_image(row["image"], longest_side(image_processor)))
         # decoders raise what they like on broken input: OSError, SyntaxError, ValueError, struct.error, zlib.error
         except Exception as error:
-            logger.warning("picture %s cannot be read and counts for nothing: %s", image_id, error)
+            logger.warning("image %s cannot be read and counts for nothing: %s", image_id, error)
             images.append(Image.new("RGB", (1, 1), (128, 128, 128)))
             unreadable.add(image_id)
     return {

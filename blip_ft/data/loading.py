@@ -45,7 +45,7 @@ def load_vqa(
 
     Columns: image ({"bytes", "path"}, not decoded), image_id, question, question_id, answers (one string or more) and,
     where the source has it, answer_type. Rows that cannot be used are left out and listed in bad_rows_file (jsonl); in
-    evaluation those whose picture cannot be read stay, to be counted as wrong. A question_id that stands twice is named
+    evaluation those whose image cannot be read stay, to be counted as wrong. A question_id that stands twice is named
     in a warning, and so are images to evaluate on that are also trained on. The second data set has the attribute
     image_overlap: an ImageOverlap, or None if the rows to train on are streamed.
 
@@ -59,10 +59,10 @@ def load_vqa(
 def load_captions(
     args: DataArguments, bad_rows_file: Path | None = None, seed: int = 42
 ) -> tuple[CaptionRows | StreamedRows, Dataset]:
-    """Captions to train on, one a row, and pictures with all their captions to evaluate on.
+    """Captions to train on, one a row, and images with all their captions to evaluate on.
 
     Columns: image ({"bytes", "path"}, not decoded), image_id, and caption to train, captions (strings) to evaluate on.
-    What a picture's rows in the source say is put together, each caption once. Bad rows, image_overlap and errors as in
+    What an image's rows in the source say is put together, each caption once. Bad rows, image_overlap and errors as in
     load_vqa.
     """
     rows = load_splits("captions", replace(args, test_split=None, test_dataset_name=None), bad_rows_file, seed)
@@ -113,7 +113,7 @@ def load_splits(
 def load_to_predict(args: DataArguments, task: str) -> tuple[Dataset, list[Row]]:
     """The rows of eval_split, or of a source's only split, and a list of those that cannot be used, with the reason.
 
-    task: vqa, with a question each, or pictures, each once. Columns as load_vqa and load_captions evaluate on; answers
+    task: vqa, with a question each, or images, each once. Columns as load_vqa and load_captions evaluate on; answers
     and captions are empty where the source has none.
     """
     tables, folder = read_source(args)
@@ -182,7 +182,7 @@ def _find_image_overlap(
     if isinstance(rows, StreamedRows):
         return None
     if isinstance(rows, CaptionRows):
-        rows = rows.pictures.select(np.unique(rows.picture))
+        rows = rows.images.select(np.unique(rows.image))
     first, second = (dictionary_of(part, "image_id").dictionary.to_pylist() for part in (rows, eval_rows))
     images = {identity[name][image_id] for image_id in first}
     ids = set(first) if is_one_source else set()  # another source may count its images from 0 too

@@ -19,19 +19,19 @@ def require_whole_batch(number: int, global_batch_size: int) -> None:
 
 
 class GroupedSampler(Sampler[int]):
-    """Row positions of one epoch in random order, the rows of a picture side by side, cut to whole global batches.
+    """Row positions of one epoch in random order, the rows of an image side by side, cut to whole global batches.
 
     Args:
-        pictures: (rows,), the number of each row's picture, as number_images gives it.
+        images: (rows,), the number of each row's image, as number_images gives it.
         global_batch_size: rows of one optimiser step: per device x processes x accumulation.
-        group: False shuffles rows, whatever their picture.
+        group: False shuffles rows, whatever their image.
     Source: the original drops the last batch (utils.py create_loader, drop_last); what is cut differs per epoch.
     """
 
-    def __init__(self, pictures: np.ndarray, global_batch_size: int, seed: int, group: bool = True) -> None:
-        require_whole_batch(len(pictures), global_batch_size)
-        self.pictures = pictures if group else np.arange(len(pictures))
-        self.length = len(pictures) // global_batch_size * global_batch_size
+    def __init__(self, images: np.ndarray, global_batch_size: int, seed: int, group: bool = True) -> None:
+        require_whole_batch(len(images), global_batch_size)
+        self.images = images if group else np.arange(len(images))
+        self.length = len(images) // global_batch_size * global_batch_size
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -42,7 +42,7 @@ class GroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng((self.seed, self.epoch))
-        place = generator.permutation(int(self.pictures.max()) + 1)[self.pictures]
+        place = generator.permutation(int(self.images.max()) + 1)[self.images]
         order = np.lexsort((generator.random(len(place)), place))
         for start in range(0, self.length, 1 << 16):  # all at once, a list of Python's integers is the larger part
             yield from order[start : min(start + (1 << 16), self.length)].tolist()

@@ -61,8 +61,8 @@ class Schema:
         if self.id_column != "image_id":
             _require_columns({"image_id_column": self.id_column}, columns)
         self.has_type = "answer_type" in columns
-        self.pictures: dict[str, int] = {}  # given image_id -> hash of the path or content that it stands for
-        self.in_place = False  # whether the pictures stay in the table that they came in
+        self.images: dict[str, int] = {}  # given image_id -> hash of the path or content that it stands for
+        self.in_place = False  # whether the images stay in the table that they came in
         self.features = Features({"image": Image(decode=False), "image_id": Value("string"), **self._text_features()})
         self.needed = {self.image_column, self.id_column, *self.text_columns.values(), "question_id", "answer_type"}
 
@@ -74,7 +74,7 @@ class Schema:
         raise NotImplementedError
 
     def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
-        """The columns beside the picture, and why the row cannot be used, if so."""
+        """The columns beside the image, and why the row cannot be used, if so."""
         raise NotImplementedError
 
     def convert(self, row: Row, position: int) -> tuple[Row, str | None]:
@@ -84,22 +84,22 @@ class Schema:
         texts, problem = self._texts(row, position)
         reason = reason or problem
         if given_id and not reason:
-            # the pictures of an id stand once in a batch: the second one would never be seen
-            picture = hash(image["path"] or made_id)
-            if self.pictures.setdefault(given_id, picture) != picture:
-                reason = f"picture is another one than that of an earlier row with {self.id_column} {given_id}"
+            # the images of an id stand once in a batch: the second one would never be seen
+            content = hash(image["path"] or made_id)
+            if self.images.setdefault(given_id, content) != content:
+                reason = f"image is another one than that of an earlier row with {self.id_column} {given_id}"
         return {"image": image, "image_id": given_id or made_id, **texts}, reason
 
     def identity(self, image_id: str, image: Row) -> int:
         """Equal for equal paths and for equal bytes, whatever their image_id."""
-        return self.pictures.get(image_id, hash(image["path"] or image_id))  # which is made of the bytes
+        return self.images.get(image_id, hash(image["path"] or image_id))  # which is made of the bytes
 
     def to_train(self, rows: list[Row]) -> Iterable[Row]:
-        """Converted rows of one picture as they are trained on."""
+        """Converted rows of one image as they are trained on."""
         return rows
 
     def good(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
-        """The rows with a picture's path or bytes and its texts."""
+        """The rows with an image's path or bytes and its texts."""
         if not any(reasons):
             return rows
         return rows.select(np.flatnonzero([reason is None for reason in reasons]))
@@ -151,24 +151,24 @@ class CaptionSchema(Schema):
 
     def to_train(self, rows: list[Row]) -> Iterable[Row]:
         captions = dict.fromkeys(caption for row in rows for caption in row["captions"])
-        picture = {name: rows[0][name] for name in ("image", "image_id")}
-        return [{**picture, "caption": caption} for caption in captions]
+        image = {name: rows[0][name] for name in ("image", "image_id")}
+        return [{**image, "caption": caption} for caption in captions]
 
     def good(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
-        """One row a picture, in order of first appearance, with the different captions of all its good rows."""
+        """One row an image, in order of first appearance, with the different captions of all its good rows."""
         first: dict[str, int] = {}
         captions: dict[int, dict[str, None]] = {}
         for position, (image_id, texts) in enumerate(zip(rows["image_id"][:], rows["captions"][:], strict=True)):
             if not reasons[position]:
                 captions.setdefault(first.setdefault(image_id, position), {}).update(dict.fromkeys(texts))
-        # put together before rows are selected: after it, datasets would copy every picture
+        # put together before rows are selected: after it, datasets would copy every image
         merged = ({"captions": list(captions.get(position, ()))} for position in range(len(rows)))
         columns = [rows.remove_columns("captions"), rows_on_disk(merged, Features(self._text_features()))]
         return concatenate_datasets(columns, axis=1).select(list(first.values()))
 
 
 def find_image(value: Any, folder: Path | None, in_place: bool) -> tuple[Row, str, str | None]:
-    """The column `image`, an image_id made of its content or file, and why the picture cannot be used, if so."""
+    """The column `image`, an image_id made of its content or file, and why the image cannot be used, if so."""
     content = value
     if isinstance(value, dict):
         content, value = value.get("bytes"), value.get("path")
@@ -176,22 +176,22 @@ def find_image(value: Any, folder: Path | None, in_place: bool) -> tuple[Row, st
         return {"bytes": content, "path": None}, hashlib.sha1(content).hexdigest(), None
     made_id = value
     if in_place and folder:
-        located, reason = value, "picture has no bytes" if value else None
+        located, reason = value, "image has no bytes" if value else None
     elif in_place:
         # of a Hub data set, whose files lie in the cache; a row that names another file is not to be trusted
         made_id = str(Path(value).resolve()) if value else None
         inside = not value or any(Path(made_id).is_relative_to(Path(cache).resolve()) for cache in HUB_CACHES)
-        located, reason = value, None if inside else "picture lies outside the Hub's cache"
+        located, reason = value, None if inside else "image lies outside the Hub's cache"
     elif isinstance(value, str):
         located, made_id, reason = _locate(value, folder)
     else:
-        located, reason = None, "picture is no path"
+        located, reason = None, "image is no path"
     # neither of both is refused by datasets
     return {"bytes": None, "path": located or ""}, _as_id(made_id) or "none", reason
 
 
 def holds_images(feature: Any) -> bool:
-    """Pictures, or what parquet has of them without their feature: {"bytes": binary, "path": string} or binary."""
+    """Images, or what parquet has of them without their feature: {"bytes": binary, "path": string} or binary."""
     if isinstance(feature, dict):
         return set(feature) == {"bytes", "path"}
     return isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary"))
@@ -258,18 +258,18 @@ def _as_text(value: Any) -> str:
     return clean_text(str(value)) if isinstance(value, (str, int, float)) else ""
 
 
-@lru_cache(maxsize=1 << 16)  # the rows of a picture repeat its path
+@lru_cache(maxsize=1 << 16)  # the rows of an image repeat its path
 def _locate(path: str, folder: Path | None) -> tuple[str | None, str, str | None]:
-    """A picture's absolute path, its image_id, and None; or None, the path as written and why it is refused.
+    """An image's absolute path, its image_id, and None; or None, the path as written and why it is refused.
 
     The image_id is the path within folder of the file itself: the same for a.png, ./a.png and a link to it.
     """
     if path != _as_id(path):
-        return None, path, "picture has no path, or one that is no text in UTF-8"
+        return None, path, "image has no path, or one that is no text in UTF-8"
     if "://" in path or path.startswith("data:"):
-        return None, path, "picture is a URL; nothing is fetched from a row"
+        return None, path, "image is a URL; nothing is fetched from a row"
     if not path.strip() or "\0" in path:
-        return None, path, "picture has no path"
+        return None, path, "image has no path"
     root, written = (folder or Path.cwd()).resolve(), path
     # COCO's archives unpack into folders that are named after the subset: train2014/COCO_train2014_000000000009.jpg
     subset = COCO_FILE.fullmatch(path)
@@ -278,9 +278,9 @@ def _locate(path: str, folder: Path | None) -> tuple[str | None, str, str | None
     try:
         resolved = (root / path).resolve()  # follows links, so that none leads out of the folder
     except (OSError, RuntimeError) as error:  # links in a circle
-        return None, written, f"picture's path leads nowhere: {error}"
+        return None, written, f"image's path leads nowhere: {error}"
     if not resolved.is_relative_to(root):
-        return None, written, f"picture lies outside {root}"
+        return None, written, f"image lies outside {root}"
     return str(resolved), resolved.relative_to(root).as_posix(), None
 
 
@@ -289,29 +289,29 @@ class Part:
 
     def __init__(self, table: Table, schema: Schema) -> None:
         self.schema, self.name = schema, schema.name
-        features, pictures = schema.features.copy(), None
+        features, images = schema.features.copy(), None
         if isinstance(table, Dataset):
-            # another column of pictures would be decoded with each row
+            # another column of images would be decoded with each row
             table = table.select_columns([name for name in table.column_names if name in schema.needed])
             feature = table.features[schema.image_column]
             if isinstance(feature, List):
                 raise ValueError(
-                    f"A row has one picture, and those of the column {schema.image_column} are lists. Give each "
-                    "picture a row, or name another column: --image_column"
+                    f"A row has one image, and those of the column {schema.image_column} are lists. Give each "
+                    "image a row, or name another column: --image_column"
                 )
             if holds_images(feature):
                 table = table.cast_column(schema.image_column, Image(decode=False))
                 if schema.folder is None or any_bytes(table, schema.image_column):
                     schema.in_place = True
-                    pictures = table.select_columns(schema.image_column).rename_columns({schema.image_column: "image"})
+                    images = table.select_columns(schema.image_column).rename_columns({schema.image_column: "image"})
                     del features["image"]
         self.reasons: list[str | None] = []
         self.first: dict[str, int] = {}  # image_id -> the first row that shows it and can be used
         # image_id -> hash of its content or, as long as that is not known, of its path: equal for one image of two ids
         self.identity: dict[str, int] = {}
         self.rows = rows_on_disk(self._convert(table, features), features)
-        if pictures is not None:
-            self.rows = concatenate_datasets([pictures, self.rows], axis=1)
+        if images is not None:
+            self.rows = concatenate_datasets([images, self.rows], axis=1)
 
     def _convert(self, table: Table, features: Features) -> Iterator[Row]:
         # what is not needed of a stream is not fetched

@@ -31,21 +31,21 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 def list_images(paths: Iterable[str]) -> Dataset:
-    """image and image_id, its path, of picture files and of those in folders, in order of their names.
+    """image and image_id, its path, of image files and of those in folders, in order of their names.
 
-    Raises: ValueError for a path that is not there, and for a folder without pictures.
+    Raises: ValueError for a path that is not there, and for a folder without images.
     """
     files = []
     for path in map(Path, paths):
         if not path.exists():
-            raise ValueError(f"There is no picture and no folder {path}. Check the path.")
+            raise ValueError(f"There is no image and no folder {path}. Check the path.")
         found = [path]
         if path.is_dir():
             known = PillowImage.registered_extensions().items()
             endings = {ending for ending, form in known if form in IMAGE_FORMATS}
             found = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
         if not found:
-            raise ValueError(f"{path} holds no picture (.jpg, .png, ...).")
+            raise ValueError(f"{path} holds no image (.jpg, .png, ...).")
         files += map(str, found)
     features = Features({"image": Image(decode=False), "image_id": Value("string")})
     rows = ({"image": {"bytes": None, "path": file}, "image_id": file} for file in dict.fromkeys(files))
@@ -53,7 +53,7 @@ def list_images(paths: Iterable[str]) -> Dataset:
 
 
 def read_source(args: DataArguments) -> tuple[dict[str, Table], Path | None]:
-    """Raw tables by split ({"": table} where the source names none), and the folder that picture paths start from."""
+    """Raw tables by split ({"": table} where the source names none), and the folder that image paths start from."""
     folder = Path(args.image_folder).expanduser() if args.image_folder else None
     if folder and not folder.is_dir():
         raise ValueError(f"image_folder must be a folder, {folder} is none.")

@@ -28,7 +28,7 @@ def column_names(args: DataArguments) -> list[str]:
 
 
 def read_splits(args: DataArguments) -> dict[str, tuple[Table, Path | None]]:
-    """Raw rows of `train` and, where they are named, of `eval` and `test`, with the folder that their picture paths
+    """Raw rows of `train` and, where they are named, of `eval` and `test`, with the folder that their image paths
     start from."""
     _require_separate_rows(args)
     tables, folder = read_source(args)
@@ -101,7 +101,7 @@ def _split_by_column(table: Table, args: DataArguments) -> tuple[Table, Table | 
         if args.eval_split or args.train_split != "train":
             raise ValueError(
                 "train_split and eval_split need a column `split` or a source with named splits; this one has neither. "
-                "Leave them out: a part of the pictures is then held out."
+                "Leave them out: a part of the images is then held out."
             )
         return table, None
     in_rows = isinstance(table, Dataset)
@@ -162,14 +162,14 @@ def hold_out_images(rows: Dataset, fraction: float, seed: int, identity: dict[st
     """identity: by image_id, of an image that may stand there under several."""
     ids, numbers = dictionary_of(rows, "image_id"), {}
     number_of_id = [numbers.setdefault(identity[image_id], len(numbers)) for image_id in ids.dictionary.to_pylist()]
-    pictures = np.array(number_of_id, int)[ids.indices.to_numpy()]
-    total = int(pictures.max(initial=-1)) + 1
+    images = np.array(number_of_id, int)[ids.indices.to_numpy()]
+    total = int(images.max(initial=-1)) + 1
     if total < 2:
-        raise ValueError(f"Holding out pictures needs two or more, found {total}. Give an eval_split.")
+        raise ValueError(f"Holding out images needs two or more, found {total}. Give an eval_split.")
     number = min(max(1, round(fraction * total)), total - 1)
-    held_out = np.isin(pictures, np.random.default_rng(seed).choice(total, number, replace=False))
+    held_out = np.isin(images, np.random.default_rng(seed).choice(total, number, replace=False))
     logger.info(
-        "No eval_split: %d of %d pictures with %d of %d rows are held out to evaluate on.",
+        "No eval_split: %d of %d images with %d of %d rows are held out to evaluate on.",
         *(number, total, held_out.sum(), len(rows)),
     )
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))

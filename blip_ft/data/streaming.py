@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 
 class StreamedRows(torch.utils.data.IterableDataset):
-    """Rows to train on, read as they are needed and without end; rows of a picture that follow each other stay so.
+    """Rows to train on, read as they are needed and without end; rows of an image that follow each other stay so.
 
     A pass over the source gives each row once, among all processes and workers together. Where the Hub has a number of
-    files that they can share evenly, each reads files of its own; else each reads all and keeps every n-th picture.
+    files that they can share evenly, each reads files of its own; else each reads all and keeps every n-th image.
     Rows that cannot be used are skipped, and listed in bad_rows_file during the first pass. Same seed, processes and
     workers: same order.
 
     The trainer sets process, num_processes, batch_size, and first_batch to begin at: those of this process before it
-    are read, but no picture of theirs is decoded.
+    are read, but no image of theirs is decoded.
 
     Raises: ValueError in a pass where more than max_bad_fraction of the rows cannot be used, counted from 1,000 rows.
     """
@@ -40,8 +40,8 @@ class StreamedRows(torch.utils.data.IterableDataset):
         self, table: Table, schema: Schema, args: DataArguments, bad_rows_file: Path | None, seed: int
     ) -> None:
         if isinstance(table, Dataset):
-            pictures = [name for name, feature in table.features.items() if isinstance(feature, Image)]
-            for name in pictures:
+            images = [name for name, feature in table.features.items() if isinstance(feature, Image)]
+            for name in images:
                 table = table.cast_column(name, Image(decode=False))
         if bad_rows_file is not None:
             bad_rows_file.unlink(missing_ok=True)  # of a run that is resumed: its rows are read, and listed, anew

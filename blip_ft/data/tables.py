@@ -59,36 +59,36 @@ def values_of(rows: Dataset, column: str) -> Iterator[Any]:
 
 
 class CaptionRows(torch.utils.data.Dataset):
-    """One caption a row, over pictures that hold several: a picture's bytes are stored once.
+    """One caption a row, over images that hold several: an image's bytes are stored once.
 
     Args:
-        pictures: columns image, image_id and captions.
+        images: columns image, image_id and captions.
         limit: use the first rows only.
     """
 
-    def __init__(self, pictures: Dataset, limit: int | None = None) -> None:
-        self.pictures = pictures
-        counts = [len(captions) for captions in pictures["captions"][:]]
-        self.picture = np.repeat(np.arange(len(counts)), counts)[:limit]
-        self.place = np.concatenate([np.arange(count) for count in counts])[:limit]  # among its picture's captions
+    def __init__(self, images: Dataset, limit: int | None = None) -> None:
+        self.images = images
+        counts = [len(captions) for captions in images["captions"][:]]
+        self.image = np.repeat(np.arange(len(counts)), counts)[:limit]
+        self.place = np.concatenate([np.arange(count) for count in counts])[:limit]  # among its image's captions
 
     def __len__(self) -> int:
-        return len(self.picture)
+        return len(self.image)
 
     def __getitem__(self, position: int) -> Row:
-        row = self.pictures[int(self.picture[position])]
+        row = self.images[int(self.image[position])]
         return {"image": row["image"], "image_id": row["image_id"], "caption": row["captions"][self.place[position]]}
 
     def captions(self) -> list[str]:
-        """Of all rows, without reading a picture."""
-        of_picture = self.pictures["captions"][:]
-        return [of_picture[picture][place] for picture, place in zip(self.picture, self.place, strict=True)]
+        """Of all rows, without reading an image."""
+        of_image = self.images["captions"][:]
+        return [of_image[image][place] for image, place in zip(self.image, self.place, strict=True)]
 
 
 def number_images(rows: Dataset | CaptionRows) -> np.ndarray:
     """(rows,) from 0 in order of first appearance, equal where the image_id is."""
     if isinstance(rows, CaptionRows):
-        return number_images(rows.pictures)[rows.picture]
+        return number_images(rows.images)[rows.image]
     return dictionary_of(rows, "image_id").indices.to_numpy()
 
 
@@ -113,9 +113,9 @@ def rows_on_disk(rows: Iterable[Row], features: Features) -> Dataset:
         portion = 100
         while chunk := list(islice(rows, portion)):
             stream.write_table(pa.Table.from_pylist(chunk, schema=features.arrow_schema))
-            # a million rows in portions of 1,000 take 100 MB more; a picture in its row may have megabytes
-            holds_pictures = any("image" in row and row["image"]["bytes"] for row in chunk)
-            portion = 100 if holds_pictures else 10_000
+            # a million rows in portions of 1,000 take 100 MB more; an image in its row may have megabytes
+            holds_images = any("image" in row and row["image"]["bytes"] for row in chunk)
+            portion = 100 if holds_images else 10_000
     return Dataset.from_file(str(file))
 
 

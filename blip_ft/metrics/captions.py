@@ -67,16 +67,16 @@ def _cider(candidates: list[_NgramCounts], references: list[list[_NgramCounts]])
     """CIDEr-D, 0-10, from the n-gram counts of each candidate and each of its references.
 
     Source: pycocoevalcap 1.2 cider_scorer.py compute_cider. As there, the weight of an n-gram comes from the references
-        of this set, so a single picture scores 0; and the length that is compared is the number of bigrams.
+        of this set, so a single image scores 0; and the length that is compared is the number of bigrams.
     """
-    pictures_with = Counter()
+    images_with = Counter()
     for captions in references:
-        pictures_with.update(set().union(*(counts for caption in captions for counts in caption)))
-    log_pictures = math.log(len(references))
-    rarity = {ngram: log_pictures - math.log(count) for ngram, count in pictures_with.items()}
+        images_with.update(set().union(*(counts for caption in captions for counts in caption)))
+    log_images = math.log(len(references))
+    rarity = {ngram: log_images - math.log(count) for ngram, count in images_with.items()}
 
     def weigh(caption: _NgramCounts) -> list[dict[tuple[str, ...], float]]:
-        return [{ngram: n * rarity.get(ngram, log_pictures) for ngram, n in counts.items()} for counts in caption]
+        return [{ngram: n * rarity.get(ngram, log_images) for ngram, n in counts.items()} for counts in caption]
 
     total = 0.0
     for candidate, captions in zip(candidates, references, strict=True):
@@ -117,26 +117,26 @@ def _longest_common_subsequence(one: list[str], other: list[str]) -> int:
 
 
 def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Scores of one caption per picture against the picture's references, as pycocoevalcap gives them, times 100.
+    """Scores of one caption per image against the image's references, as pycocoevalcap gives them, times 100.
 
     Args:
-        predictions: a caption per picture; "" counts as wrong.
-        references: the human captions per picture, one or more. CIDEr weighs words by how few pictures of this set
+        predictions: a caption per image; "" counts as wrong.
+        references: the human captions per image, one or more. CIDEr weighs words by how few images of this set
             have them, so scores of different sets, or of part of a set, do not compare.
     Returns: cider, 0-1000 (120 is a good model on COCO); bleu1 to bleu4, of the whole set, and rouge_l, 0-100.
-    Raises: ValueError if there is no picture, a picture without a reference, or not one prediction per picture.
+    Raises: ValueError if there is no image, an image without a reference, or not one prediction per image.
     Source: pycocoevalcap 1.2. Two expressions stand for its Java tokenizer: the same words in all of 5,500 captions of
         Flickr8k and COCO; other words in rare forms such as 2.5cm (there "2.5 cm"), '90s and web addresses.
     """
     if not predictions:
-        raise ValueError("Caption scores need at least one picture; got none. Check eval_split and its rows.")
+        raise ValueError("Caption scores need at least one image; got none. Check eval_split and its rows.")
     if len(predictions) != len(references):
-        found = f"{len(predictions)} predictions for {len(references)} pictures"
-        raise ValueError(f"Caption scores need one prediction per picture; got {found}.")
+        found = f"{len(predictions)} predictions for {len(references)} images"
+        raise ValueError(f"Caption scores need one prediction per image; got {found}.")
     for i, captions in enumerate(references):
         if not captions:
             raise ValueError(
-                f"Caption scores need at least one reference per picture; picture {i} has none. Leave such rows out, "
+                f"Caption scores need at least one reference per image; image {i} has none. Leave such rows out, "
                 "or set caption_column to the column that holds the captions."
             )
 
@@ -154,12 +154,12 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
 
 
 def caption_rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """0 to 1 for one caption; the mean over pictures is caption_scores' rouge_l."""
+    """0 to 1 for one caption; the mean over images is caption_scores' rouge_l."""
     return _rouge_l(_caption_words(prediction), [_caption_words(caption) for caption in references])
 
 
 def caption_exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Share of pictures whose prediction has the very words of a reference, in percent; arguments as caption_scores."""
+    """Share of images whose prediction has the very words of a reference, in percent; arguments as caption_scores."""
     return 100 * fmean(
         _caption_words(prediction) in [_caption_words(caption) for caption in captions]
         for prediction, captions in zip(predictions, references, strict=True)

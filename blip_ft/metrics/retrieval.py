@@ -79,11 +79,11 @@ def retrieval_scores(
 ) -> dict[str, float]:
     """text_recall@1, 5 and 10, image_recall@1, 5 and 10 and recall_mean, the mean of the six, in percent.
 
-    text_recall: pictures one of whose captions is found; image_recall: captions whose picture is found.
+    text_recall: images one of whose captions is found; image_recall: captions whose image is found.
 
     Args:
         similarity, right: (num_images, num_texts), as in recall_at_k.
-        for_images: another similarity to find pictures by; each direction has candidates of its own.
+        for_images: another similarity to find images by; each direction has candidates of its own.
     """
     found_images = recall_at_k(similarity if for_images is None else for_images, right)
     return both_directions(text_recall_at_k(similarity, right), found_images)

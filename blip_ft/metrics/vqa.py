@@ -154,7 +154,7 @@ class VqaAccuracy(TextMetric):
     """VQA accuracy in percent over many questions: the official VQA v2 score where a question has ten answers.
 
     compute() takes
-        predictions: a string per question; "" for a picture that could not be read.
+        predictions: a string per question; "" for an image that could not be read.
         references: the list of answers per question.
         answer_types: None for the rule of `answer_type`, or a name per question.
     and returns percents, 0-100: vqa_accuracy; exact_match, which is equality with the most frequent answer, both

@@ -90,7 +90,7 @@ def caption(
     min_length: int = 5,
     repetition_penalty: float = 1.0,
 ) -> tuple[list[str], list[float]]:
-    """A caption for each picture, without the prompt that it begins with, and its probability after that prompt.
+    """A caption for each image, without the prompt that it begins with, and its probability after that prompt.
 
     Args:
         pixel_values: (num_images, 3, height, width).
@@ -120,18 +120,18 @@ def rank_pairs(
     attention_mask: torch.Tensor,
     k: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How well each picture and text go together: by cosine, and the best once more by the matching head.
+    """How well each image and text go together: by cosine, and the best once more by the matching head.
 
-    A picture is encoded twice, once for each ranking, and none of its patches is kept in between. One that cannot be
-    read is -inf to all texts, and so are its texts to all pictures.
+    An image is encoded twice, once for each ranking, and none of its patches is kept in between. One that cannot be
+    read is -inf to all texts, and so are its texts to all images.
 
     Args:
-        collect: runs a function of model, batch (pixel_values) and positions over all pictures; see trainer.Collect.
-        owner: (num_texts,), the picture of each text, in ascending order.
+        collect: runs a function of model, batch (pixel_values) and positions over all images; see trainer.Collect.
+        owner: (num_texts,), the image of each text, in ascending order.
         input_ids, attention_mask: (num_texts, length).
-        k: texts of each picture, and pictures of each text, that the matching head ranks again.
-    Returns: three of (num_images, num_texts): cosines; cosine + matching logit, of each picture's k best texts and of
-        each text's k best pictures, -inf elsewhere.
+        k: texts of each image, and images of each text, that the matching head ranks again.
+    Returns: three of (num_images, num_texts): cosines; cosine + matching logit, of each image's k best texts and of
+        each text's k best images, -inf elsewhere.
     Source: BLIP train_retrieval.py evaluation.
     """
 
@@ -148,7 +148,7 @@ def rank_pairs(
 
     features = collect(embed, "Encoding")
     if not any(features):
-        raise ValueError("No picture to evaluate on can be read. Check that the files are there.")
+        raise ValueError("No image to evaluate on can be read. Check that the files are there.")
     width = next(result for result in features if result)["image"].shape
     nothing = np.full(width, np.nan, np.float32)
     texts = np.concatenate(
@@ -176,7 +176,7 @@ def rank_pairs(
 def embed_texts(
     model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, texts_at_once: int = 256
 ) -> torch.Tensor:
-    """(num_texts, width) of length 1 on the model's device; the product with a picture's features is their cosine."""
+    """(num_texts, width) of length 1 on the model's device; the product with an image's features is their cosine."""
     parts = [
         model.project_texts(
             model.text_encoder(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
@@ -194,7 +194,7 @@ def rank_texts(
     attention_mask: torch.Tensor,
     k: int,
 ) -> list[list[tuple[int, float]]]:
-    """For each picture the k texts of the largest cosine, as (position, cosine + matching logit), the best first.
+    """For each image the k texts of the largest cosine, as (position, cosine + matching logit), the best first.
 
     Args:
         pixel_values: (num_images, 3, height, width).
@@ -218,7 +218,7 @@ def _match(
     attention_mask: torch.Tensor,
     texts_at_once: int = 256,
 ) -> np.ndarray:
-    """(num_texts,) logits of "these belong together", for one picture's states (1, patches, width) and many texts."""
+    """(num_texts,) logits of "these belong together", for one image's states (1, patches, width) and many texts."""
     parts = []
     for ids, mask in zip(input_ids.split(texts_at_once), attention_mask.split(texts_at_once), strict=True):
         states = model.encode_pairs(image_states, ids.to(model.device), mask.to(model.device))
@@ -246,10 +246,10 @@ def answer_questions(
     images_at_once: int = 16,
     questions_at_once: int = 64,
 ) -> list[str]:
-    """An answer for each pair of picture and question, in their order; each different picture is encoded once.
+    """An answer for each pair of image and question, in their order; each different image is encoded once.
 
     Args:
-        images: paths, bytes or PIL images, one for each question; the same object, path or bytes is the same picture.
+        images: paths, bytes or PIL images, one for each question; the same object, path or bytes is the same image.
         images_at_once, questions_at_once: bound the memory; the answers do not depend on them.
     """
     # PIL images cannot be hashed

@@ -15,7 +15,7 @@ IN_BATCH = "in_batch_accuracy"  # of training, drawn beside them
 # what an evaluation gives beside scores, each by its whole name: a score may end in the name of an answer type
 NOT_SCORES = frozenset(
     ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
-    + ("unreadable_pictures",)
+    + ("unreadable_images",)
 )
 
 

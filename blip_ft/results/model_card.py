@@ -54,9 +54,9 @@ print(generate_answer_blip(loaded["model"], loaded["processor"], "cat.jpg", ["wh
 
 LIMITS = {
     "BlipForQuestionAnswering": "Answers are short, in the manner of those it was trained on, and it answers questions "
-    "that the picture cannot answer too. Stock transformers (4.54 to 5.23) ignores the padding of questions: ask it "
+    "that the image cannot answer too. Stock transformers (4.54 to 5.23) ignores the padding of questions: ask it "
     "one question at a time, or questions of equally many tokens.",
-    "BlipForConditionalGeneration": "A caption may name things that are not in the picture.",
+    "BlipForConditionalGeneration": "A caption may name things that are not in the image.",
     "BlipForImageTextRetrieval": "A score orders candidates; it is no probability that a text is true.",
 }
 
@@ -141,7 +141,7 @@ def build_model_card(
         + "\n<details><summary>All arguments, as a YAML file for --config</summary>\n\n"
         f"{_what_to_replace(arguments)}"
         f"```yaml\n{_settings(arguments)}\n```\n\n</details>\n\n"
-        f"## Limits\n\n{LIMITS[stock_class]} It knows the pictures and the language of its data, with their biases; "
+        f"## Limits\n\n{LIMITS[stock_class]} It knows the images and the language of its data, with their biases; "
         "the results above say nothing of other data.\n\n"
         f"## Licence\n\n{_licence_in_words(licence, base_model)}\n\n"
         "## Versions\n\n"

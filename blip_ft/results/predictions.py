@@ -36,7 +36,7 @@ FORMATS = {
     "coco": ("conditional_generation", "image_id", r"(?:.*\D)?(\d+)(?:\.\w+)?", "caption"),
 }
 
-# what is written of a picture that cannot be read
+# what is written of an image that cannot be read
 NOTHING: dict[str, Line] = {
     "vqa": {"answer": "", "score": None},
     "conditional_generation": {"caption": "", "score": None},
@@ -108,7 +108,7 @@ def read_parts(folder: Path) -> dict[int, Line]:
 
 
 def describe(row: Line, predicted: Line, task: str) -> Line:
-    """A line of predictions.jsonl: what the data says of a row, without its picture, and what was predicted."""
+    """A line of predictions.jsonl: what the data says of a row, without its image, and what was predicted."""
     known = {name: value for name, value in row.items() if value or name in ("image_id", "question")}
     return {**known, "image": row["image"]["path"], **NOTHING[task], **predicted}
 
@@ -133,7 +133,7 @@ def score(lines: list[Line], task: str) -> tuple[dict[str, float], list[Sample]]
         if own:
             setattr(sample, "quality" if task == "conditional_generation" else "accuracy", accuracy(text, own))
         sample.score_name = "score" if "texts" in line else "probability"
-        sample.readable = "unreadable_picture" not in line
+        sample.readable = "unreadable_image" not in line
         if task == "vqa" and own:
             sample.kind = line.get("answer_type") or answer_type(own)
         samples.append(sample)

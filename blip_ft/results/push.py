@@ -15,7 +15,7 @@ NOT_PUSHED = 3
 # Without this huggingface_hub waits for ever for an answer.
 SECONDS_TO_WAIT = 60
 
-# The Hub leaves out of every upload what a folder's .gitignore names: the user's rows, pictures, paths and pickles.
+# The Hub leaves out of every upload what a folder's .gitignore names: the user's rows, images, paths and pickles.
 GITIGNORE = (
     "predictions.jsonl\ntest_predictions.jsonl\nbad_rows.jsonl\nreport.html\nevents.out.tfevents.*\ntraining_args.bin\n"
 )

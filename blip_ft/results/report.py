@@ -29,7 +29,7 @@ def write_report(
     title: str,
     scores: dict[str, float],
     samples: Sequence[Sample],
-    open_picture: Callable[[int], Image.Image],
+    open_image: Callable[[int], Image.Image],
     log_history: Sequence[dict[str, Any]] = (),
     baselines: dict[str, float] | None = None,
     notes: Sequence[str] = (),
@@ -43,7 +43,7 @@ def write_report(
         baselines: the same of a guess that learned nothing from images.
         notes: sentences that explain the numbers.
         samples: all predictions; the page shows a part of them.
-        open_picture: the RGB picture of a sample by its position; called for those shown alone.
+        open_image: the RGB image of a sample by its position; called for those shown alone.
         log_history: as in trainer_state.json.
     """
     shown = choose_samples(samples)
@@ -51,7 +51,7 @@ def write_report(
     for position in shown:
         thumbnail = ""
         if samples[position].readable and room > 0:
-            thumbnail = _thumbnail(open_picture(position))
+            thumbnail = _thumbnail(open_image(position))
             room -= len(thumbnail)
         cards.append(_card(samples[position], thumbnail))
     kinds = sorted({samples[position].kind for position in shown} - {""})
@@ -91,11 +91,11 @@ def _curves(log_history: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _thumbnail(picture: Image.Image) -> str:
-    picture = picture.convert("RGB")
-    picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+def _thumbnail(image: Image.Image) -> str:
+    image = image.convert("RGB")
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=72)
+    image.save(file, "JPEG", quality=72)
     return _data_uri(file.getvalue(), "jpeg")
 
 
@@ -155,8 +155,8 @@ def _confusions(samples: Sequence[Sample]) -> str:
 
 
 def _card(sample: Sample, thumbnail: str) -> str:
-    missing = "no room for more pictures" if sample.readable else "picture cannot be read"
-    picture = f'<img alt="" loading="lazy" src="{thumbnail}">' if thumbnail else f"<i>{missing}</i>"
+    missing = "no room for more images" if sample.readable else "image cannot be read"
+    image = f'<img alt="" loading="lazy" src="{thumbnail}">' if thumbnail else f"<i>{missing}</i>"
     facts = [] if sample.quality is None else [f"ROUGE-L {100 * sample.quality:.0f}"]
     if sample.score is not None:
         # that of a caption is the product of all its words'
@@ -178,7 +178,7 @@ def _card(sample: Sample, thumbnail: str) -> str:
     return (
         f'<article class="{sample.verdict}" data-verdict="{sample.verdict}" data-kind="{escape(sample.kind)}"'
         f' data-band="{sample.band}">'
-        f"{picture}<div>{''.join(lines)}</div></article>\n"
+        f"{image}<div>{''.join(lines)}</div></article>\n"
     )
 
 

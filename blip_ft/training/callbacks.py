@@ -114,7 +114,7 @@ class CurvesCallback(TrainerCallback):
 
 
 class TrackerCallback(TrainerCallback):
-    """A few rows with pictures and predictions to TensorBoard, Weights & Biases and Trackio, at each evaluation."""
+    """A few rows with images and predictions to TensorBoard, Weights & Biases and Trackio, at each evaluation."""
 
     def __init__(self, trainer: Trainer, num_rows: int = 8) -> None:
         self.trainer, self.num_rows = trainer, num_rows
@@ -132,7 +132,7 @@ class TrackerCallback(TrainerCallback):
         rows = self.trainer.evaluated_rows.select(chosen)
         samples = samples_of(rows, [self.trainer.results[position] for position in chosen])
         shown = [position for position, sample in enumerate(samples) if sample.readable]
-        pictures = [open_image(rows[position]["image"], THUMBNAIL_PIXELS) for position in shown]
+        images = [open_image(rows[position]["image"], THUMBNAIL_PIXELS) for position in shown]
         columns = ["question", "references", "prediction", "score"]
         table = [
             [sample.question, ", ".join(dict.fromkeys(sample.references)), sample.prediction, sample.score]
@@ -140,15 +140,15 @@ class TrackerCallback(TrainerCallback):
         ]
         for callback in callbacks:
             if isinstance(callback, TensorBoardCallback):
-                for number, (picture, row) in enumerate(zip(pictures, table, strict=True)):
-                    pixels = np.asarray(picture.resize((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)))
+                for number, (image, row) in enumerate(zip(images, table, strict=True)):
+                    pixels = np.asarray(image.resize((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS)))
                     callback.tb_writer.add_image(f"samples/{number}", pixels, state.global_step, dataformats="HWC")
                     lines = [f"**{name}** {value}" for name, value in zip(columns, row, strict=True)]
                     callback.tb_writer.add_text(f"samples/{number}", "  \n".join(lines), state.global_step)
                 continue
             package = callback._wandb if isinstance(callback, WandbCallback) else callback._trackio
-            data = [[package.Image(picture), *row] for picture, row in zip(pictures, table, strict=True)]
-            logged = package.Table(columns=["picture", *columns], data=data)
+            data = [[package.Image(image), *row] for image, row in zip(images, table, strict=True)]
+            logged = package.Table(columns=["image", *columns], data=data)
             package.log({"samples": logged, "train/global_step": state.global_step})
 
 

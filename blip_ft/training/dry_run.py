@@ -34,7 +34,8 @@ def dry_run(
     args, rows = trainer.args, trainer.eval_dataset
     few = _few_of(rows, max(2, args.world_size))
     logger.info("Dry run of all stages on %d rows before training. --skip_dry_run leaves it out.", len(few))
-    level = logger.level
+    of_wing = logging.getLogger(__package__)
+    level = of_wing.level
     with (
         TemporaryDirectory() as folder,
         torch.random.fork_rng([args.device] if args.device.type == "cuda" else []),
@@ -44,10 +45,10 @@ def dry_run(
     ):
         _require_finite_loss(trainer)
         try:
-            logger.setLevel(logging.WARNING)  # its results say nothing
+            of_wing.setLevel(logging.WARNING)  # its results say nothing
             results = finish({}, test_rows=None if test_rows is None else _few_of(test_rows, len(few)))
         finally:
-            logger.setLevel(level)
+            of_wing.setLevel(level)
     if args.eval_strategy == "no" or isinstance(trainer.train_dataset, StreamedRows):
         return
     measured = [name.removeprefix("eval_") for name in results]

@@ -46,7 +46,7 @@ GB = 10**9
 
 @dataclass
 class FeatureStore:
-    """Image states in a folder: `states`, a row of fixed size for each picture, and `keys`, a line for each row.
+    """Image states in a folder: `states`, a row of fixed size for each image, and `keys`, a line for each row.
 
     A key is written after its row has reached the disk. What a killed run leaves is whole up to the last key.
 
@@ -70,7 +70,7 @@ class FeatureStore:
         try:
             held = lock.acquire(timeout=0)
         except Timeout:
-            logger.info("Another process is encoding pictures into %s: waiting for it.", self.folder)
+            logger.info("Another process is encoding images into %s: waiting for it.", self.folder)
             held = lock.acquire()
         with held:
             for name in ("states", "keys"):
@@ -110,17 +110,17 @@ class FeatureStore:
 
 @dataclass
 class StoredImages:
-    """Looks up the pictures of a batch, in the place of decoding them.
+    """Looks up the images of a batch, in the place of decoding them.
 
     Args:
-        row_of: image_id -> row in store; a picture that could not be read is not among them.
+        row_of: image_id -> row in store; an image that could not be read is not among them.
     """
 
     store: FeatureStore
     row_of: dict[str, int]
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """image_states (I, patches + 1, width), each picture once; image_index (rows,); readable (rows,)."""
+        """image_states (I, patches + 1, width), each image once; image_index (rows,); readable (rows,)."""
         image_ids = [row["image_id"] for row in rows]
         position = {image_id: index for index, image_id in enumerate(dict.fromkeys(image_ids))}
         return {
@@ -137,7 +137,7 @@ def store_images(
     args: BlipTrainingArguments,
     after_batch: Callable[[], None] = lambda: None,
 ) -> StoredImages:
-    """Encode those pictures of rows that no earlier run has stored; a picture is then neither decoded nor encoded.
+    """Encode those images of rows that no earlier run has stored; an image is then neither decoded nor encoded.
 
     Of several processes that share the folder one encodes and the others wait for it.
 
@@ -165,7 +165,7 @@ def store_images(
             key = key_of[image_id] = hashes.of(row["image"])
             row_of_key[key] = position
         except OSError as error:
-            logger.warning("picture %s cannot be read and counts for nothing: %s", image_id, error)
+            logger.warning("image %s cannot be read and counts for nothing: %s", image_id, error)
 
     hashes.remember()
 
@@ -177,7 +177,7 @@ def store_images(
             _encode(model, processor, rows, missing, store, args, after_batch)
         stored = store.rows()
     logger.info(
-        "Image features of %d pictures, %d of them encoded now: %s (%.1f GB)",
+        "Image features of %d images, %d of them encoded now: %s (%.1f GB)",
         *(len(row_of_key), len(stored) - len(found), store.folder, len(stored) * store.row_bytes / GB),
     )
     return StoredImages(store, {image_id: stored[key] for image_id, key in key_of.items() if key in stored})
@@ -193,7 +193,7 @@ def _encode(
     args: BlipTrainingArguments,
     after_batch: Callable[[], None],
 ) -> None:
-    """missing: key of a picture -> a row of it."""
+    """missing: key of an image -> a row of it."""
     loader = DataLoader(
         Subset(rows, list(missing.values())),
         args.per_device_eval_batch_size,
@@ -203,7 +203,7 @@ def _encode(
     )
     keys = iter(missing)
     model.eval()
-    with tqdm(total=len(missing), desc="Encoding pictures, once for all epochs") as progress:
+    with tqdm(total=len(missing), desc="Encoding images, once for all epochs") as progress:
         for batch in loader:
             with torch.autocast(model.device.type, _autocast_dtype(args), enabled=args.bf16 or args.fp16):
                 states = model.encode_images(batch["pixel_values"].to(model.device)).last_hidden_state
@@ -222,7 +222,7 @@ def require_constant_features(model: PreTrainedModel) -> None:
     """Raises: ValueError with the way out where the vision model would not give the same features in every epoch."""
     if isinstance(model, BlipForImageTextRetrieval):
         raise ValueError(
-            "cache_image_features is for questions and captions: in retrieval the momentum encoder sees pictures too. "
+            "cache_image_features is for questions and captions: in retrieval the momentum encoder sees images too. "
             "Leave it out."
         )
     vision = model.vision_model
@@ -245,7 +245,7 @@ def require_constant_features(model: PreTrainedModel) -> None:
 
 
 def _digest(model: PreTrainedModel, processor: BlipProcessor, args: BlipTrainingArguments) -> str:
-    """A name for all that the features depend on beside the picture, and the form in which they are stored."""
+    """A name for all that the features depend on beside the image, and the form in which they are stored."""
     vision = model.config.vision_config
     settings = {
         name: getattr(vision, name)
@@ -260,7 +260,7 @@ def _digest(model: PreTrainedModel, processor: BlipProcessor, args: BlipTraining
     return digest.hexdigest()[:32]
 
 
-def _require_space(home: Path, needed: int, num_pictures: int, args: BlipTrainingArguments) -> None:
+def _require_space(home: Path, needed: int, num_images: int, args: BlipTrainingArguments) -> None:
     """Raises: ValueError where needed bytes would go beyond the limit or the disk."""
     # of all weights and sizes
     used = sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
@@ -268,7 +268,7 @@ def _require_space(home: Path, needed: int, num_pictures: int, args: BlipTrainin
     if used + needed > args.cache_limit_gb * GB or needed > free:
         halve = " --cache_dtype bf16 halves it;" if args.cache_dtype == "fp32" else ""
         raise ValueError(
-            f"cache_image_features needs {needed / GB:.3g} GB for {num_pictures} pictures. {home} holds "
+            f"cache_image_features needs {needed / GB:.3g} GB for {num_images} images. {home} holds "
             f"{used / GB:.3g} GB, cache_limit_gb is {args.cache_limit_gb:g} for both, and the disk has {free / GB:.3g} "
             f"GB free.{halve} --max_train_samples and a smaller --image_size need less; --cache_limit_gb "
             f"{(used + needed) / GB:.3g} allows it; HF_HOME moves it to another disk. Folders there that other weights "

@@ -139,10 +139,10 @@ def run(
             # train() would load it too late for a vision model that is new in each run; those two load it wrapped
             trainer._load_from_checkpoint(checkpoint)
         # evaluation keeps its own collator, which decodes
-        pictures = store_images(
+        images = store_images(
             trainer.blip, trainer.processing_class, trainer.train_dataset, args, trainer.signals.stop_if_received
         )
-        trainer.data_collator = replace(trainer.data_collator, look_up=pictures)
+        trainer.data_collator = replace(trainer.data_collator, look_up=images)
     if args.eval_on_start and args.do_train and checkpoint is None:
         # before the clock of training starts; the Trainer's own would run inside it
         results |= trainer.evaluate(metric_key_prefix="before_training")
@@ -210,7 +210,7 @@ def _evaluate_and_write(
             f"{folder.resolve().name}: {data_args.label}",
             scores=scores,
             samples=samples_of(rows, eval_results),
-            open_picture=lambda position: open_image(rows[position]["image"], THUMBNAIL_PIXELS),
+            open_image=lambda position: open_image(rows[position]["image"], THUMBNAIL_PIXELS),
             log_history=trainer.state.log_history if args.do_train else (),
             baselines=baselines,
             notes=[*notes, *([f"Baseline: {baseline.words}."] if baselines else [])],
@@ -250,14 +250,14 @@ def _train(trainer: BlipTrainer, checkpoint: str | None) -> dict[str, float]:
     trainer.require_finite(weights=True)
     trainer.save_model(_internal_call=True)
     if hasattr(trainer.model, "peft_config") and trainer.is_world_process_zero():
-        # an adapter's folder tells nothing else of picture size and start tokens
+        # an adapter's folder tells nothing else of image size and start tokens
         trainer.blip.config.save_pretrained(trainer.args.output_dir)
     trainer.save_state()
     return trained.metrics
 
 
 def _write_predictions(path: Path, rows: Dataset, results: list[dict[str, Any] | None]) -> None:
-    unreadable = {"prediction": "", "unreadable_picture": True}
+    unreadable = {"prediction": "", "unreadable_image": True}
     pairs = zip(rows.remove_columns("image"), results, strict=True)
     write_lines(path, ({**row, **(result or unreadable)} for row, result in pairs))
 

@@ -95,7 +95,7 @@ def _settings_of(
 
 def _fingerprint_of_rows(rows: Dataset | CaptionRows) -> str:
     """Of their number and of all columns but the image itself, whose id is among them."""
-    table = rows.pictures if isinstance(rows, CaptionRows) else rows
+    table = rows.images if isinstance(rows, CaptionRows) else rows
     digest = hashlib.sha1()
     for batch in table.remove_columns("image").with_format("arrow").iter(10_000):
         digest.update(json.dumps(batch.to_pydict()).encode())

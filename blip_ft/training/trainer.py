@@ -78,7 +78,7 @@ Batch = dict[str, torch.Tensor]
 # model, batch and the positions of its rows in the data -> what is to be kept of each row
 Predict = Callable[[torch.nn.Module, Batch, list[int]], list[dict[str, Any]]]
 
-# a Predict and a word for the progress bar -> its results in the order of the rows; None for an unreadable picture
+# a Predict and a word for the progress bar -> its results in the order of the rows; None for an unreadable image
 Collect = Callable[[Predict, str], list[dict[str, Any] | None]]
 
 # rows to evaluate on and how to run the model over them -> what to write of each row, and metrics
@@ -90,9 +90,9 @@ class BlipTrainer(Trainer):
 
     Args:
         evaluate_rows: the task's evaluation; the batches that it meets are eval_collator's.
-        eval_collator: default data_collator. Either may add `readable` (rows,), False where a picture cannot be read.
+        eval_collator: default data_collator. Either may add `readable` (rows,), False where an image cannot be read.
         predict, describe: for a few lines every sample_steps; describe puts a row and its prediction into words.
-        group: keep the rows of a picture in one batch.
+        group: keep the rows of an image in one batch.
         run_settings: kept in each checkpoint, see settle_settings.
     After evaluate(), `results` holds what evaluate_rows gave for each row of `evaluated_rows`, in their order.
     Until `card` is there, nothing that goes wrong on the Hub stops the training.
@@ -142,7 +142,7 @@ class BlipTrainer(Trainer):
         self.add_callback(CurvesCallback())
         self.add_callback(TrackerCallback(self))
         if isinstance(self.train_dataset, StreamedRows):
-            self.args.ignore_data_skip = True  # the callback skips rows, the Trainer would decode each picture
+            self.args.ignore_data_skip = True  # the callback skips rows, the Trainer would decode each image
             self.add_callback(StreamCallback())
         if self.args.sample_steps and predict and describe:
             self.add_callback(SampleCallback(self, predict, describe))
@@ -376,7 +376,7 @@ class BlipTrainer(Trainer):
             self.blip.contrastive.load(Path(checkpoint) / CONTRASTIVE_FILE)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """This process's rows, each row of the whole in one process only; those of a picture side by side."""
+        """This process's rows, each row of the whole in one process only; those of an image side by side."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         order = np.argsort(number_images(rows), kind="stable")
         share = np.array_split(order, self.args.world_size)[self.args.process_index].tolist()
@@ -400,7 +400,7 @@ class BlipTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """What evaluate_rows keeps of a row travels between processes, never picture features."""
+        """What evaluate_rows keeps of a row travels between processes, never image features."""
         rows = dataloader.dataset.dataset
         if self.is_in_train:
             self.require_finite(weights=True)
@@ -411,7 +411,7 @@ class BlipTrainer(Trainer):
         self.evaluated_rows = rows
         self.results, metrics = self.evaluate_rows(rows, collect)
         if unreadable := self.results.count(None):
-            metrics["unreadable_pictures"] = unreadable
+            metrics["unreadable_images"] = unreadable
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         if self.is_in_train:
             self.require_best_metric(metrics)

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for name in ("good.png", "other.png"):
         Image.new("RGB", (8, 6), COLOR).save(folder / name)
@@ -62,7 +62,7 @@ def load_rows(folder, rows, load=load_vqa, **kwargs):
     return list(train), [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 def bomb(width, height):
@@ -87,7 +87,7 @@ def jpeg_of_scans(number, between=b""):
 NOISE = Image.effect_noise((64, 64), 50)
 UNREADABLE = {
     "zero bytes": b"",
-    "text": b"no picture",
+    "text": b"no image",
     "cut png": encoded(NOISE)[:1000],
     "cut jpeg": encoded(NOISE.convert("RGB"), "JPEG")[:1000],
     "header alone": encoded(NOISE)[:30],
@@ -104,11 +104,11 @@ UNREADABLE = {
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("check", ["full", "header"])
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_unreadable_picture_is_listed_or_counts_for_nothing(folder, processor, kind, check):
+def test_unreadable_image_is_listed_or_counts_for_nothing(folder, processor, kind, check):
     (folder / "bad.png").write_bytes(UNREADABLE[kind])
     rows, bad = load_rows(folder, [{"file_name": "good.png"}, {"file_name": "bad.png"}], check_images=check)
     if check == "full" or kind not in ("cut png", "cut jpeg", "scans"):
-        assert [(row["row"], row["reason"].split(":")[0]) for row in bad] == [(1, "picture cannot be read")]
+        assert [(row["row"], row["reason"].split(":")[0]) for row in bad] == [(1, "image cannot be read")]
         assert [row["image_id"] for row in rows] == ["good.png"]
     else:
         # only the header was asked for: the row is there and weighs nothing
@@ -195,7 +195,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_odd_picture_under_a_wrong_name_comes_out_upright_in_rgb(folder, processor, kind):
+def test_odd_image_under_a_wrong_name_comes_out_upright_in_rgb(folder, processor, kind):
     content, size, color = ODD[kind]
     (folder / "odd.jpg").write_bytes(content)
     rows, bad = load_rows(folder, [{"file_name": "odd.jpg"}])
@@ -208,7 +208,7 @@ def test_odd_picture_under_a_wrong_name_comes_out_upright_in_rgb(folder, process
     assert (pixels.int() - torch.tensor(color).view(3, 1, 1)).abs().max() <= 3
 
 
-def test_picture_column_of_pictures_bytes_paths_or_both(folder, tmp_path):
+def test_image_column_of_images_bytes_paths_or_both(folder, tmp_path):
     content = (folder / "good.png").read_bytes()
     columns = {
         "PIL": ([Image.open(folder / "good.png")] * 2, ImageFeature()),
@@ -221,7 +221,7 @@ def test_picture_column_of_pictures_bytes_paths_or_both(folder, tmp_path):
         features = Features({"image": feature, "question": Value("string"), "answer": Value("string")})
         rows = {"image": values, "question": ["a ?", "b ?"], "answer": ["x", "y"]}
         Dataset.from_dict(rows, features).save_to_disk(tmp_path / name)
-        # in the second row of dicts the picture has no bytes, beside one that has: it would be looked for elsewhere
+        # in the second row of dicts the image has no bytes, beside one that has: it would be looked for elsewhere
         wanted = 1 if name == "dicts" else 2
         args = {"dataset_name": str(tmp_path / name), "eval_dataset_name": str(tmp_path / name)}
         args |= {"allow_image_overlap": True, "image_folder": str(folder)}
@@ -234,7 +234,7 @@ def test_picture_column_of_pictures_bytes_paths_or_both(folder, tmp_path):
         Features({"image": List(ImageFeature()), "question": Value("string"), "answer": Value("string")}),
     )
     listed.save_to_disk(tmp_path / "lists")
-    with pytest.raises(ValueError, match="Give each picture a row"):
+    with pytest.raises(ValueError, match="Give each image a row"):
         load_vqa(DataArguments(dataset_name=str(tmp_path / "lists")))
 
 
@@ -270,7 +270,7 @@ def test_hub_data_set_may_name_no_file_beside_its_own(tmp_path, monkeypatch):
     features = Features({"image": ImageFeature(), "question": Value("string"), "answer": Value("string")})
     table = Dataset.from_dict({"image": images, "question": ["a", "b"], "answer": ["x", "y"]}, features)
     monkeypatch.setattr(sources, "_read_hub", lambda *args: {"train": table, "test": table})
-    args = DataArguments(dataset_name="owner/pictures", eval_split="test", max_bad_fraction=1.0)
+    args = DataArguments(dataset_name="owner/images", eval_split="test", max_bad_fraction=1.0)
     train, _ = load_vqa(args, tmp_path / "bad.jsonl")
     assert list(train["question"]) == ["a"]
     assert "outside the Hub's cache" in (tmp_path / "bad.jsonl").read_text()
@@ -322,20 +322,20 @@ def test_ten_thousand_words_are_cut_by_the_collators(folder, processor):
 
 
 @pytest.mark.parametrize("missing", [float("nan"), None, "", [1], {"a": 1}])
-def test_what_is_no_id_is_made_from_the_picture(folder, missing):
-    """Taken as ids, all of them would be one picture."""
+def test_what_is_no_id_is_made_from_the_image(folder, missing):
+    """Taken as ids, all of them would be one image."""
     names = ("good.png", "other.png")
     rows, _ = load_rows(folder, [{"file_name": name, "image_id": missing, "question_id": missing} for name in names])
     assert [row["image_id"] for row in rows] == list(names)
     assert [row["question_id"] for row in rows] == ["train-0", "train-1"]
 
 
-def test_second_picture_under_an_id_is_listed(folder):
+def test_second_image_under_an_id_is_listed(folder):
     names = ("good.png", "./good.png", "other.png")
     rows, bad = load_rows(folder, [{"file_name": name, "image_id": 7} for name in names])
     assert len(rows) == 2
     assert [(row["row"], row["reason"]) for row in bad] == [
-        (2, "picture is another one than that of an earlier row with image_id 7")
+        (2, "image is another one than that of an earlier row with image_id 7")
     ]
 
 
@@ -345,11 +345,11 @@ def test_repeated_question_id_is_kept_and_named(folder, caplog):
     assert "1 question_ids of the rows to train on stand in several rows, e.g. 5" in caplog.text
 
 
-def test_unreadable_picture_of_one_file_leaves_the_other_files_pictures(folder, tmp_path):
-    """Two files that count their pictures from 0."""
+def test_unreadable_image_of_one_file_leaves_the_other_files_images(folder, tmp_path):
+    """Two files that count their images from 0."""
     (folder / "bad.png").write_bytes(b"")
-    for name, picture in (("train.jsonl", "good.png"), ("eval.jsonl", "bad.png")):
-        row = {"file_name": picture, "image_id": 0, "question": "what ?", "answer": "x"}
+    for name, image in (("train.jsonl", "good.png"), ("eval.jsonl", "bad.png")):
+        row = {"file_name": image, "image_id": 0, "question": "what ?", "answer": "x"}
         (tmp_path / name).write_text(json.dumps(row))
     where = {"dataset_name": str(tmp_path / "train.jsonl"), "eval_dataset_name": str(tmp_path / "eval.jsonl")}
     args = DataArguments(**where, image_folder=str(folder), max_bad_fraction=1.0)
@@ -429,7 +429,7 @@ def test_id_with_two_values_in_official_files_is_refused(tmp_path):
 
 # ---- rows nobody would think of ----
 
-# a picture's path as it may stand in a row -> the file that it means
+# an image's path as it may stand in a row -> the file that it means
 PATHS = {
     "a.png": "a.png",
     "./a.png": "a.png",
@@ -451,9 +451,9 @@ NO_PATHS = [
 
 @pytest.fixture(scope="module")
 def zoo():
-    """A folder of good pictures in three colours and of bad ones."""
+    """A folder of good images in three colours and of bad ones."""
     with tempfile.TemporaryDirectory() as root:
-        folder = Path(root, "pictures")
+        folder = Path(root, "images")
         (folder / "sub").mkdir(parents=True)
         Image.new("RGB", (8, 8), (250, 0, 0)).save(folder / "a.png")
         Image.new("RGB", (1, 50), (0, 250, 0)).save(folder / "b.jpg", "PNG")
@@ -480,7 +480,7 @@ anything = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["answer", "caption", "x"]), inner),
 )
-pictures = st.one_of(
+images = st.one_of(
     st.sampled_from(sorted(PATHS)),
     st.sampled_from(sorted(PATHS)),
     st.sampled_from(sorted(PATHS)),
@@ -489,7 +489,7 @@ pictures = st.one_of(
 )
 row_strategy = st.fixed_dictionaries(
     {
-        "file_name": pictures,
+        "file_name": images,
         "question": st.one_of(texts, texts, anything),
         "answers": st.one_of(texts, st.lists(texts, max_size=4), anything),
         "captions": st.one_of(texts, st.lists(texts, max_size=4), anything),
@@ -556,7 +556,7 @@ def path_of(row):
 
 
 def split_by_hand(rows, task):
-    """(position, texts) of the rows to train on; all others are to be listed. One picture to an id: the first."""
+    """(position, texts) of the rows to train on; all others are to be listed. One image to an id: the first."""
     kept, shown = [], {}
     for position, row in enumerate(rows):
         content = usable(row, task)
@@ -606,8 +606,8 @@ def test_generated_rows_are_right_or_listed_or_end_in_a_message(zoo, processor, 
         assert (batch["attention_mask"].sum(1) >= 3).all() and ((batch["labels"] != -100).sum(1) >= 3).all()
         weights = torch.zeros(len(train)).index_add(0, batch["question_index"], batch["answer_weights"])
         torch.testing.assert_close(weights, torch.ones(len(train)))
-        for row, source, picture in zip(train, sources, batch["image_index"].tolist(), strict=True):
-            pixels = batch["pixel_values"][picture].flatten(1).float().mean(1)
+        for row, source, image in zip(train, sources, batch["image_index"].tolist(), strict=True):
+            pixels = batch["pixel_values"][image].flatten(1).float().mean(1)
             assert int(pixels.argmax()) == colour_of(source["file_name"]) and pixels.max() > 200, row
     else:
         together = {}

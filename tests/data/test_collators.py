@@ -1,4 +1,4 @@
-"""Pictures of any kind, and rows to batches."""
+"""Images of any kind, and rows to batches."""
 
 import io
 import json
@@ -36,7 +36,7 @@ RED = Image.new("RGB", (6, 4), (200, 10, 10))
         (as_bytes(RED.convert("1")), None),
     ],
 )
-def test_picture_of_any_mode_becomes_rgb(data, color):
+def test_image_of_any_mode_becomes_rgb(data, color):
     image = open_image({"bytes": data, "path": None})
     assert image.mode == "RGB" and image.size == (6, 4)
     if color:
@@ -53,7 +53,7 @@ def test_exif_rotation_is_applied():
     assert upright.getpixel((8, 4)) > (250, 250, 250) and upright.getpixel((8, 28)) < (5, 5, 5)
 
 
-def test_path_bytes_and_picture_are_the_same(tmp_path):
+def test_path_bytes_and_image_are_the_same(tmp_path):
     RED.save(tmp_path / "red.png")
     expected = RED.tobytes()
     for image in (
@@ -80,7 +80,7 @@ def test_large_jpeg_is_decoded_no_larger_than_needed():
     assert open_image(as_bytes(Image.fromarray(gradient), "JPEG", exif=exif), size=64).size == (75, 100)
 
 
-def test_encoded_pictures_equal_the_stock_processor(processor):
+def test_encoded_images_equal_the_stock_processor(processor):
     images = [
         Image.fromarray(np.random.default_rng(0).integers(0, 256, size, np.uint8)) for size in ((50, 70, 3), (20, 9, 3))
     ]
@@ -108,7 +108,7 @@ def row(image_id, question, answers, image=RED):
     return {"image_id": image_id, "image": image, "question": question, "answers": answers}
 
 
-def test_each_picture_stands_once_and_answers_weigh_their_share(processor):
+def test_each_image_stands_once_and_answers_weigh_their_share(processor):
     rows = [
         row("x", "is it red ?", ["yes"] * 7 + ["no"] * 3),
         row("y", "what color ?", ["red"]),
@@ -122,11 +122,11 @@ def test_each_picture_stands_once_and_answers_weigh_their_share(processor):
     assert decode_texts(batch["labels"].clamp(min=0), processor.tokenizer) == ["yes", "no", "red", "two", "three"]
 
 
-def test_unreadable_picture_is_grey_and_weighs_nothing(processor, caplog):
+def test_unreadable_image_is_grey_and_weighs_nothing(processor, caplog):
     batch = VqaCollator(processor)([row("x", "is it ?", ["yes"], b"broken"), row("y", "is it ?", ["no"])])
     assert (batch["pixel_values"][0] == 128).all()
     assert batch["answer_weights"].tolist() == [0, 1]
-    assert "picture x cannot be read" in caplog.text
+    assert "image x cannot be read" in caplog.text
 
 
 def test_long_questions_are_cut(processor):
@@ -166,7 +166,7 @@ def test_collated_captions_are_the_inputs_of_the_original(golden, processor):
     assert batch["input_ids"][:, 1:].equal(inputs["input_ids"][:, 1:])
 
 
-def test_captions_of_an_unreadable_picture_are_no_targets(processor):
+def test_captions_of_an_unreadable_image_are_no_targets(processor):
     batch = CaptionCollator(processor)(caption_rows(x=b"broken"))
     assert (batch["labels"][:2] == -100).all() and (batch["labels"][2] != -100).any()
 
@@ -182,14 +182,14 @@ def test_captions_are_cleaned_as_in_the_original_unless_asked_not_to(processor):
     assert kept == [8, 10]
 
 
-def test_evaluation_of_pictures_holds_nothing_but_pictures(processor):
+def test_evaluation_of_images_holds_nothing_but_images(processor):
     rows = [{"image_id": name, "image": RED, "captions": captions} for name, captions in CAPTIONS.items()]
     batch = ImageCollator(processor)([*rows, {**rows[0], "image_id": "z", "image": b"broken"}])
     assert set(batch) == {"pixel_values", "readable"}
     assert len(batch["pixel_values"]) == 3 and batch["readable"].tolist() == [True, True, False]
 
 
-def test_retrieval_ids_are_equal_for_equal_pictures_in_every_batch(processor):
+def test_retrieval_ids_are_equal_for_equal_images_in_every_batch(processor):
     collate = RetrievalCollator(processor)
     batch, other = collate(caption_rows()), collate(caption_rows()[2:])
     assert batch["image_ids"].shape == (2,) and batch["image_ids"].dtype == torch.int64
@@ -199,8 +199,8 @@ def test_retrieval_ids_are_equal_for_equal_pictures_in_every_batch(processor):
     assert batch["input_ids"][:, 0].tolist() == [101] * 3
 
 
-def test_unreadable_picture_leaves_the_batch_of_retrieval(processor):
+def test_unreadable_image_leaves_the_batch_of_retrieval(processor):
     batch = RetrievalCollator(processor)(caption_rows(x=b"broken"))
     assert len(batch["pixel_values"]) == len(batch["input_ids"]) == len(batch["image_ids"]) == 1
-    with pytest.raises(ValueError, match="No picture of a whole batch can be read"):
+    with pytest.raises(ValueError, match="No image of a whole batch can be read"):
         RetrievalCollator(processor)(caption_rows(x=b"broken", y=b"broken"))

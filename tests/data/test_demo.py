@@ -1,4 +1,4 @@
-"""The built-in data: repeatable, never the same picture in both splits, all of it known to its tokenizer."""
+"""The built-in data: repeatable, never the same image in both splits, all of it known to its tokenizer."""
 
 import io
 from collections import Counter
@@ -20,22 +20,22 @@ def test_same_seed_draws_the_same_and_another_does_not(small):
     assert small["train"]["question"] != load_demo(60, 20, 2)["train"]["question"]
 
 
-def test_each_picture_has_six_questions_and_a_caption(small):
+def test_each_image_has_six_questions_and_a_caption(small):
     assert set(Counter(small["train"]["image_id"]).values()) == {6}
     assert len(small["train"]) == 360 and all(len(captions) == 1 for captions in small["train"]["captions"])
 
 
 def test_no_scene_is_in_both_splits():
     """Compared as scenes, for the same one can be painted a few pixels apart."""
-    pictures, scenes = {}, {}
+    images, scenes = {}, {}
     for name, rows in load_demo().items():
         first = rows.select(range(0, len(rows), 6))
-        pictures[name] = {image["bytes"] for image in first["image"]}
+        images[name] = {image["bytes"] for image in first["image"]}
         scenes[name] = {
             (captions[0], occupied_cells(image["bytes"]))
             for captions, image in zip(first["captions"], first["image"], strict=True)
         }
-    for parts in (pictures, scenes):
+    for parts in (images, scenes):
         assert len(parts["train"]) == 3000 and len(parts["validation"]) == 300
         assert not parts["train"] & parts["validation"]
 

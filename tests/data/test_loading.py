@@ -37,8 +37,8 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures, and no file that tells of them yet."""
-    folder = tmp_path / "pictures"
+    """Three images, and no file that tells of them yet."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for number, name in enumerate("abc"):
         Image.new("RGB", (20, 10), (80 * number, 0, 0)).save(folder / f"{name}.png")
@@ -87,8 +87,8 @@ def test_every_source_gives_the_same_rows(folder, tmp_path, source):
     ids = [row["image_id"] for row in rows]
     assert ids[0] == ids[1] and len(set(ids)) == 3
     assert len({row["question_id"] for row in rows}) == 4
-    pictures = [row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes() for row in rows]
-    assert pictures == [(folder / row["file_name"]).read_bytes() for row in ROWS]
+    images = [row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes() for row in rows]
+    assert images == [(folder / row["file_name"]).read_bytes() for row in ROWS]
 
 
 def test_official_vqa_pair_gives_ten_answers_types_and_ids(folder, tmp_path):
@@ -173,7 +173,7 @@ def test_split_column_selects_and_an_unknown_split_lists_those_there(folder):
         load_vqa(DataArguments(dataset_name=str(folder), eval_split="dev"))
 
 
-def test_held_out_pictures_are_never_trained_on(folder, caplog):
+def test_held_out_images_are_never_trained_on(folder, caplog):
     write_metadata(folder, ROWS)
     caplog.set_level("INFO")
     splits = [load_vqa(DataArguments(dataset_name=str(folder), eval_fraction=0.34), seed=seed) for seed in range(5)]
@@ -182,7 +182,7 @@ def test_held_out_pictures_are_never_trained_on(folder, caplog):
         assert len(set(held_out["image_id"])) == 1
         assert not set(train["image_id"]) & set(held_out["image_id"])
     assert len({held_out["image_id"][0] for _, held_out in splits}) > 1
-    assert "1 of 3 pictures" in caplog.text
+    assert "1 of 3 images" in caplog.text
 
 
 @pytest.mark.parametrize("load", [load_vqa, load_captions])
@@ -217,7 +217,7 @@ def test_images_to_train_and_to_evaluate_on_are_counted(folder, tmp_path, caplog
     shutil.copy(folder / "c.png", other / "copy.png")
     Image.new("RGB", (9, 9)).save(other / "a.png")
     write_metadata(folder, [{**row, "captions": ["a dog"], "image_id": row["file_name"][0]} for row in ROWS])
-    rows = [("pictures/b.png", "x"), ("other/copy.png", "y"), ("other/a.png", "a")]
+    rows = [("images/b.png", "x"), ("other/copy.png", "y"), ("other/a.png", "a")]
     rows = [{**ROWS[0], "file_name": name, "captions": ["a dog"], "image_id": number} for name, number in rows]
     write_metadata(tmp_path, rows, "rows.jsonl")
     where = {"dataset_name": str(folder), "eval_dataset_name": str(tmp_path / "rows.jsonl"), "check_images": check}
@@ -254,7 +254,7 @@ def test_same_id_in_two_splits_of_a_source_is_one_image(folder):
         {"eval_split": "train"},
         {"eval_dataset_name": "{folder}"},
         {"eval_dataset_name": "{folder}/metadata.jsonl"},
-        {"eval_dataset_name": "{folder}/../pictures", "eval_split": "train"},
+        {"eval_dataset_name": "{folder}/../images", "eval_split": "train"},
         {"train_split": "test", "eval_split": "test", "streaming": True},
         {"dataset_name": "demo", "train_split": "validation"},
         {"dataset_name": "demo", "eval_dataset_name": "demo"},
@@ -322,10 +322,10 @@ def broken_rows(folder, tmp_path):
     noise = Image.effect_noise((64, 64), 50)
     noise.save(folder / "cut.png")
     (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:1000])
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     Image.new("RGB", (4, 4)).save(tmp_path / "outside.png")
     os.symlink(tmp_path / "outside.png", folder / "link.png")
-    pictures = {
+    images = {
         "empty.png": "cannot be read",
         "cut.png": "cannot be read",
         "text.png": "cannot be read",
@@ -335,7 +335,7 @@ def broken_rows(folder, tmp_path):
         "link.png": "lies outside",
         "http://example.org/a.png": "is a URL",
     }
-    rows = [({"file_name": name, "question": "what is it ?", "answers": ["x"]}, why) for name, why in pictures.items()]
+    rows = [({"file_name": name, "question": "what is it ?", "answers": ["x"]}, why) for name, why in images.items()]
     rows += [({**ROWS[0], "question": question}, "question is empty") for question in ("", "  ", None, 3)]
     rows += [({**ROWS[0], "answers": answers}, "answer is empty") for answers in ("", None, [])]
     return rows
@@ -355,14 +355,14 @@ def test_rows_that_cannot_be_used_are_left_out_counted_and_listed(folder, tmp_pa
     assert set(train["image_id"]) <= {"a.png", "b.png", "c.png"}
 
 
-def test_unreadable_picture_stays_in_evaluation(folder):
+def test_unreadable_image_stays_in_evaluation(folder):
     (folder / "b.png").write_bytes(b"")
     write_metadata(folder, [{**row, "split": split} for split in ("train", "test") for row in ROWS])
     train, evaluation = load_vqa(DataArguments(dataset_name=str(folder), eval_split="test", max_bad_fraction=1.0))
     assert "b.png" not in train["image_id"] and "b.png" in evaluation["image_id"]
 
 
-def test_good_pictures_are_read_once_and_again_when_they_change(folder, monkeypatch):
+def test_good_images_are_read_once_and_again_when_they_change(folder, monkeypatch):
     write_metadata(folder, ROWS)
     load_vqa(DataArguments(dataset_name=str(folder)))
     opened = []
@@ -376,27 +376,27 @@ def test_good_pictures_are_read_once_and_again_when_they_change(folder, monkeypa
         load_vqa(DataArguments(dataset_name=str(folder)))
 
 
-PICTURES = np.repeat(np.arange(6), [3, 1, 4, 1, 5, 2])
+IMAGES = np.repeat(np.arange(6), [3, 1, 4, 1, 5, 2])
 
 
-def test_grouped_order_holds_every_row_once_and_pictures_together():
-    order = list(GroupedSampler(PICTURES, global_batch_size=4, seed=0))
+def test_grouped_order_holds_every_row_once_and_images_together():
+    order = list(GroupedSampler(IMAGES, global_batch_size=4, seed=0))
     assert len(order) == 16 and sorted(order) == list(range(16))
-    pictures = [PICTURES[row] for row in order]
-    changes = sum(one != other for one, other in zip(pictures, pictures[1:], strict=False))
-    assert changes == len(set(PICTURES)) - 1
+    images = [IMAGES[row] for row in order]
+    changes = sum(one != other for one, other in zip(images, images[1:], strict=False))
+    assert changes == len(set(IMAGES)) - 1
 
 
 def test_order_differs_per_epoch_and_repeats_per_seed():
-    sampler, twin = GroupedSampler(PICTURES, 1, seed=5), GroupedSampler(PICTURES, 1, seed=5)
+    sampler, twin = GroupedSampler(IMAGES, 1, seed=5), GroupedSampler(IMAGES, 1, seed=5)
     first = list(sampler)
     sampler.set_epoch(1)
     assert list(sampler) != first == list(twin)
-    assert list(GroupedSampler(PICTURES, 1, seed=6)) != first
+    assert list(GroupedSampler(IMAGES, 1, seed=6)) != first
 
 
 def test_order_is_cut_to_whole_steps_elsewhere_in_each_epoch():
-    sampler = GroupedSampler(PICTURES, 5, seed=0, group=False)
+    sampler = GroupedSampler(IMAGES, 5, seed=0, group=False)
     cut = []
     for epoch in range(4):
         sampler.set_epoch(epoch)
@@ -407,15 +407,15 @@ def test_order_is_cut_to_whole_steps_elsewhere_in_each_epoch():
 
 
 def test_ungrouped_order_is_a_plain_shuffle():
-    rows = list(GroupedSampler(PICTURES, 1, seed=0, group=False))
-    pictures = [PICTURES[row] for row in rows]
+    rows = list(GroupedSampler(IMAGES, 1, seed=0, group=False))
+    images = [IMAGES[row] for row in rows]
     assert sorted(rows) == list(range(16))
-    assert sum(one != other for one, other in zip(pictures, pictures[1:], strict=False)) > len(set(PICTURES)) - 1
+    assert sum(one != other for one, other in zip(images, images[1:], strict=False)) > len(set(IMAGES)) - 1
 
 
 def test_batch_larger_than_the_data_names_the_largest_that_fits():
     with pytest.raises(ValueError, match="Choose at most 16"):
-        GroupedSampler(PICTURES, 17, seed=0)
+        GroupedSampler(IMAGES, 17, seed=0)
 
 
 def test_order_that_is_handed_out_in_several_parts_holds_every_row_once():
@@ -487,16 +487,16 @@ def test_saved_dataset_dict_has_named_splits(folder, tmp_path):
         load_vqa(DataArguments(**where, eval_split="test"))
 
 
-def pictures_in_parquet(folder, images, name="metadata.parquet", **columns):
-    """One question for each {"bytes", "path"}, and further columns of pictures."""
-    picture = {"bytes": Value("binary"), "path": Value("string")}
-    features = {"image": picture, **dict.fromkeys(columns, ImageFeature()), "question": Value("string")}
+def images_in_parquet(folder, images, name="metadata.parquet", **columns):
+    """One question for each {"bytes", "path"}, and further columns of images."""
+    image = {"bytes": Value("binary"), "path": Value("string")}
+    features = {"image": image, **dict.fromkeys(columns, ImageFeature()), "question": Value("string")}
     rows = {"image": images, **columns, "question": [row["question"] for row in ROWS[: len(images)]]}
     answers = {"answer": ["x"] * len(images)}
     Dataset.from_dict({**rows, **answers}, Features({**features, "answer": Value("string")})).to_parquet(folder / name)
 
 
-def test_parquet_of_encoded_pictures_needs_no_feature(folder):
+def test_parquet_of_encoded_images_needs_no_feature(folder):
     rows = [{"image": (folder / f"{name}.png").read_bytes(), "question": "what ?", "answer": "x"} for name in "abc"]
     pd.DataFrame(rows).to_parquet(folder / "metadata.parquet")
     train, held_out = load_vqa(DataArguments(dataset_name=str(folder)))
@@ -504,7 +504,7 @@ def test_parquet_of_encoded_pictures_needs_no_feature(folder):
 
 
 def test_parquet_path_without_bytes_starts_from_the_folder(folder):
-    pictures_in_parquet(folder, [{"bytes": None, "path": f"{name}.png"} for name in "abc"])
+    images_in_parquet(folder, [{"bytes": None, "path": f"{name}.png"} for name in "abc"])
     rows = [row for part in load_vqa(DataArguments(dataset_name=str(folder))) for row in part]
     assert {row["image"]["path"] for row in rows} == {str(folder / f"{name}.png") for name in "abc"}
 
@@ -512,16 +512,16 @@ def test_parquet_path_without_bytes_starts_from_the_folder(folder):
 def test_parquet_path_without_bytes_never_leads_out_of_the_folder(folder, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "outside.png")
     outside = {"bytes": None, "path": str(tmp_path / "outside.png")}
-    pictures_in_parquet(folder, [outside, outside])
+    images_in_parquet(folder, [outside, outside])
     with pytest.raises(ValueError, match="(?s)2 of 2 rows.*lies outside"):
         load_vqa(DataArguments(dataset_name=str(folder)))
     inside = [{"bytes": (folder / f"{name}.png").read_bytes(), "path": None} for name in "ab"]
-    pictures_in_parquet(folder, [*inside, outside], "mixed.parquet")
-    with pytest.raises(ValueError, match="(?s)1 of 3 rows.*picture has no bytes"):
+    images_in_parquet(folder, [*inside, outside], "mixed.parquet")
+    with pytest.raises(ValueError, match="(?s)1 of 3 rows.*image has no bytes"):
         load_vqa(DataArguments(dataset_name=str(folder / "mixed.parquet")))
 
 
-def test_missing_picture_is_left_out_of_training_and_kept_in_evaluation(folder, tmp_path):
+def test_missing_image_is_left_out_of_training_and_kept_in_evaluation(folder, tmp_path):
     images = [(folder / f"{name}.png").read_bytes() for name in "ab"] + [None]
     rows = [
         {"image": image and {"bytes": image, "path": None}, "question": "what ?", "answer": "x", "split": split}
@@ -534,12 +534,12 @@ def test_missing_picture_is_left_out_of_training_and_kept_in_evaluation(folder, 
     args = DataArguments(dataset_name=str(tmp_path / "saved"), eval_split="test", max_bad_fraction=1.0)
     train, evaluation = load_vqa(args, file)
     assert [len(train), len(evaluation)] == [2, 3]
-    assert [json.loads(line)["reason"] for line in file.read_text().splitlines()] == ["picture is missing"] * 2
+    assert [json.loads(line)["reason"] for line in file.read_text().splitlines()] == ["image is missing"] * 2
 
 
-def test_another_column_of_pictures_is_not_decoded(folder):
+def test_another_column_of_images_is_not_decoded(folder):
     images = [{"bytes": (folder / f"{name}.png").read_bytes(), "path": None} for name in "abc"]
-    pictures_in_parquet(folder, images, mask=[{"bytes": b"broken", "path": None}] * 3)
+    images_in_parquet(folder, images, mask=[{"bytes": b"broken", "path": None}] * 3)
     train, held_out = load_vqa(DataArguments(dataset_name=str(folder)))
     assert len(train) + len(held_out) == 3
 
@@ -587,7 +587,7 @@ def test_advised_bad_fraction_is_enough(folder):
 def test_image_folder_may_start_from_home(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_metadata(tmp_path, ROWS, "rows.jsonl")
-    assert len(load(dataset_name=str(tmp_path / "rows.jsonl"), image_folder="~/pictures")) == 4
+    assert len(load(dataset_name=str(tmp_path / "rows.jsonl"), image_folder="~/images")) == 4
 
 
 def test_header_check_passes_what_only_a_full_check_refuses(folder, tmp_path):
@@ -624,7 +624,7 @@ CAPTIONS = {"a.png": ["a dog", "a brown dog"], "b.png": ["a cat"], "c.png": ["a 
 
 
 def captions_of(train, evaluation):
-    """What both parts hold together: picture -> captions."""
+    """What both parts hold together: image -> captions."""
     found = {row["image_id"]: row["captions"] for row in evaluation}
     for row in train:
         found.setdefault(row["image_id"], []).append(row["caption"])
@@ -632,7 +632,7 @@ def captions_of(train, evaluation):
 
 
 @pytest.mark.parametrize("form", ["caption", "captions", "save_to_disk"])
-def test_captions_of_a_picture_are_put_together_from_all_its_rows(folder, tmp_path, form):
+def test_captions_of_an_image_are_put_together_from_all_its_rows(folder, tmp_path, form):
     where = {"dataset_name": str(folder)}
     if form == "captions":
         write_metadata(folder, [{"file_name": name, "captions": captions} for name, captions in CAPTIONS.items()])
@@ -649,7 +649,7 @@ def test_captions_of_a_picture_are_put_together_from_all_its_rows(folder, tmp_pa
     assert list(number_images(train)) == [list(dict.fromkeys(shown)).index(image_id) for image_id in shown]
 
 
-def test_caption_limits_count_captions_to_train_and_pictures_to_evaluate_on(folder):
+def test_caption_limits_count_captions_to_train_and_images_to_evaluate_on(folder):
     write_metadata(folder, [{**row, "split": split} for split in ("train", "test") for row in CAPTION_ROWS])
     args = DataArguments(dataset_name=str(folder), eval_split="test", max_train_samples=2, max_eval_samples=2)
     train, evaluation = load_captions(args)
@@ -657,7 +657,7 @@ def test_caption_limits_count_captions_to_train_and_pictures_to_evaluate_on(fold
     assert evaluation["captions"][:] == [["a dog", "a brown dog"], ["a cat"]]
 
 
-def test_row_without_caption_is_bad_and_leaves_its_picture_the_others(folder, tmp_path):
+def test_row_without_caption_is_bad_and_leaves_its_image_the_others(folder, tmp_path):
     write_metadata(folder, [*CAPTION_ROWS, {"file_name": "a.png", "caption": " "}])
     args = DataArguments(dataset_name=str(folder), max_bad_fraction=0.5)
     train, evaluation = load_captions(args, tmp_path / "bad.jsonl")
@@ -726,7 +726,7 @@ def test_other_source_to_evaluate_on_starts_from_its_own_folder(folder, tmp_path
         load_captions(DataArguments(**where))
 
 
-def test_pictures_in_bytes_are_not_copied_when_captions_are_put_together(folder, tmp_path):
+def test_images_in_bytes_are_not_copied_when_captions_are_put_together(folder, tmp_path):
     rows = [
         {
             "image": {"bytes": (folder / row["file_name"]).read_bytes(), "path": None},

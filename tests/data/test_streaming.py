@@ -20,20 +20,20 @@ from blip_ft.data.loading import load_captions, load_vqa
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-# three questions on each of ten pictures, which is no multiple of four readers
+# three questions on each of ten images, which is no multiple of four readers
 ROWS = [
-    {"file_name": f"{picture}.png", "question": f"q {picture} {number} ?", "answer": "dog", "caption": f"dog {number}"}
-    for picture in range(10)
+    {"file_name": f"{image}.png", "question": f"q {image} {number} ?", "answer": "dog", "caption": f"dog {number}"}
+    for image in range(10)
     for number in range(3)
 ]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    for picture in range(10):
-        Image.new("RGB", (8, 8), (20 * picture, 0, 0)).save(folder / f"{picture}.png")
+    for image in range(10):
+        Image.new("RGB", (8, 8), (20 * image, 0, 0)).save(folder / f"{image}.png")
     return folder
 
 
@@ -52,7 +52,7 @@ ALL = sorted(row["question"] for row in ROWS)
 
 
 @pytest.mark.parametrize("places", [1, 4])
-def test_a_pass_gives_every_row_once_and_pictures_together(folder, places):
+def test_a_pass_gives_every_row_once_and_images_together(folder, places):
     rows = stream(folder)
     parts = [list(rows.read_pass(0, place, places)) for place in range(places)]
     assert sorted(questions(row for part in parts for row in part)) == ALL
@@ -127,9 +127,7 @@ def test_files_of_the_hub_are_shared_out_or_read_by_all(folder, tmp_path, monkey
         *(schema.VqaSchema, "convert"),
         lambda self, row, position, real=schema.VqaSchema.convert: read.append(self.name) or real(self, row, position),
     )
-    args = DataArguments(
-        "owner/pictures", eval_split="test", max_eval_samples=2, max_train_samples=limit, streaming=True
-    )
+    args = DataArguments("owner/images", eval_split="test", max_eval_samples=2, max_train_samples=limit, streaming=True)
     rows, evaluation = load_vqa(args)
     assert len(evaluation) == 2 and read == ["eval"] * 2
     readers = 4 if limit is None else 3
@@ -167,7 +165,7 @@ def test_bad_rows_are_skipped_and_listed_once_and_too_many_stop_the_run(folder, 
         next(iter(stream(folder, [*([broken[30]] * 20), *ROWS], max_bad_fraction=0.019)))
 
 
-def test_unreadable_picture_of_a_stream_weighs_nothing(folder, processor):
+def test_unreadable_image_of_a_stream_weighs_nothing(folder, processor):
     (folder / "3.png").write_bytes(b"")
     rows = list(stream(folder).read_pass(0))
     batch = VqaCollator(processor)(rows)
@@ -175,16 +173,16 @@ def test_unreadable_picture_of_a_stream_weighs_nothing(folder, processor):
     assert batch["answer_weights"].sum() == 27
 
 
-def test_more_readers_than_pictures_end_in_a_message(folder):
+def test_more_readers_than_images_end_in_a_message(folder):
     with pytest.raises(ValueError, match=r"too few rows for 12 readers \(processes x --dataloader_num_workers\)"):
         list(stream(folder).read_pass(0, 11, 12))
 
 
 @pytest.fixture
-def flags(checkpoints, picture_folder):
+def flags(checkpoints, image_folder):
     def of(task):
         return [
-            *("--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(picture_folder), "--streaming"),
+            *("--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(image_folder), "--streaming"),
             *("--eval_split", "test", "--learning_rate", "3e-3", "--per_device_train_batch_size", "3"),
             *("--gradient_accumulation_steps", "2", "--max_steps", "6"),
             *("--save_strategy", "steps", "--save_steps", "2"),
@@ -234,5 +232,5 @@ def test_stream_goes_on_with_the_settings_it_began_with_only(recipe, flags, tmp_
 
 
 def test_stream_needs_rows_to_evaluate_on():
-    with pytest.raises(ValueError, match="no picture can be held out. Give --eval_split or --eval_dataset_name"):
-        DataArguments(dataset_name="owner/pictures", streaming=True)
+    with pytest.raises(ValueError, match="no image can be held out. Give --eval_split or --eval_dataset_name"):
+        DataArguments(dataset_name="owner/images", streaming=True)

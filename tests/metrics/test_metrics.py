@@ -338,7 +338,7 @@ def test_caption_words_are_those_of_the_java_tokenizer(caption, words):
 def test_caption_scores_of_short_prediction_are_as_worked_out():
     scores = caption_scores(["a dog", "x"], [["a dog runs"], ["y z", "y"]])
     # bleu1: two of three words found; candidates have 3 words, the closest references 3 + 1. rouge_l: precision 1 and
-    # recall 2/3 in the first picture, nothing in the second
+    # recall 2/3 in the first image, nothing in the second
     assert scores["bleu1"] == pytest.approx(100 * 2 / 3 * math.exp(1 - 4 / 3), abs=1e-6)
     assert scores["bleu2"] == pytest.approx(100 * math.sqrt(2 / 3) * math.exp(1 - 4 / 3), abs=1e-6)
     assert scores["rouge_l"] == pytest.approx(100 * 2.44 * (2 / 3) / (2 / 3 + 1.44) / 2, abs=1e-6)
@@ -346,8 +346,8 @@ def test_caption_scores_of_short_prediction_are_as_worked_out():
 
 def test_cider_of_short_prediction_is_as_worked_out():
     scores = caption_scores(["a dog", "x"], [["a dog runs"], ["y z"]])
-    # every n-gram is in one picture only, so weights are equal: cosine 2 / sqrt(2 * 3) of words, 1 / sqrt(1 * 2) of
-    # pairs, one pair apart; the mean of four lengths, of two pictures
+    # every n-gram is in one image only, so weights are equal: cosine 2 / sqrt(2 * 3) of words, 1 / sqrt(1 * 2) of
+    # pairs, one pair apart; the mean of four lengths, of two images
     expected = (2 / math.sqrt(6) + 1 / math.sqrt(2)) / 4 * math.exp(-1 / 72) / 2
     assert scores["cider"] == pytest.approx(1000 * expected, abs=1e-6)
 
@@ -355,7 +355,7 @@ def test_cider_of_short_prediction_is_as_worked_out():
 def test_cider_weighs_words_by_the_references_of_the_set():
     captions = ["a dog runs away", "a red bus stops"]
     assert caption_scores(captions, [[caption] for caption in captions])["cider"] == pytest.approx(1000)
-    # in every picture, or in the only one: no weight
+    # in every image, or in the only one: no weight
     assert caption_scores(captions[:1] * 2, [captions[:1]] * 2)["cider"] == 0
     assert caption_scores(captions[:1], [captions[:1]])["cider"] == 0
 
@@ -372,8 +372,8 @@ def test_caption_scores_of_empty_prediction_are_zero():
     ("predictions", "references", "message"),
     [
         ([], [], "Check eval_split"),
-        (["a dog"], [["a dog"], ["a cat"]], "got 1 predictions for 2 pictures"),
-        (["a dog", "a cat"], [["a dog"], []], "picture 1 has none. Leave such rows out, or set caption_column"),
+        (["a dog"], [["a dog"], ["a cat"]], "got 1 predictions for 2 images"),
+        (["a dog", "a cat"], [["a dog"], []], "image 1 has none. Leave such rows out, or set caption_column"),
     ],
 )
 def test_caption_scores_refuse_inputs_that_do_not_fit(predictions, references, message):
@@ -381,7 +381,7 @@ def test_caption_scores_refuse_inputs_that_do_not_fit(predictions, references, m
         caption_scores(predictions, references)
 
 
-def test_caption_scores_of_1000_pictures_take_seconds():
+def test_caption_scores_of_1000_images_take_seconds():
     captions = CAPTION_SETS["flickr8k_200_four_references"]["tokenized"] * 5
     start = time.perf_counter()
     caption_scores([prediction for prediction, *_ in captions], captions)
@@ -439,7 +439,7 @@ def test_texts_fit_every_image_that_has_the_same_caption():
     assert right.tolist() == [[True, True, True, False], [False, True, True, False], [False, False, False, True]]
 
 
-def test_retrieval_scores_take_pictures_and_texts_from_their_own_ranking():
+def test_retrieval_scores_take_images_and_texts_from_their_own_ranking():
     scores = retrieval_scores(SIMILARITY, retrieval._right_pairs(SIMILARITY, OWNER))
     assert scores["image_recall@1"] == 50 and scores["text_recall@1"] == pytest.approx(100 / 3)
     assert scores["recall_mean"] == pytest.approx((50 + 100 * 3 + 100 * 2 + 100 / 3 - 100) / 6)

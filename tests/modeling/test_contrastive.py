@@ -17,7 +17,7 @@ def load(golden, queue_size=7, dtype=torch.float64, **settings):
 
 
 def pairs_of(texts_per_image, seed=0):
-    """Pictures with the named numbers of texts, ids 10, 11, ..., and negatives to draw from them."""
+    """Images with the named numbers of texts, ids 10, 11, ..., and negatives to draw from them."""
     generator = torch.Generator().manual_seed(seed)
     image_index = torch.repeat_interleave(torch.arange(len(texts_per_image)), torch.tensor(texts_per_image))
     lengths = torch.randint(3, 10, image_index.shape, generator=generator)
@@ -98,7 +98,7 @@ def test_steps_leave_no_gradient_of_the_temperature_to_the_next(golden):
     assert gradients[0] == gradients[1]
 
 
-def test_negatives_are_drawn_by_softmax_among_other_pictures():
+def test_negatives_are_drawn_by_softmax_among_other_images():
     logits = torch.tensor([0.0, 1.0, 2.0, 3.0]).repeat(20000, 1)
     same = torch.tensor([False, False, False, True]).expand_as(logits)
     share = draw_negatives(logits, same).bincount(minlength=4) / 20000
@@ -113,7 +113,7 @@ def test_negatives_are_drawn_where_every_weight_beside_the_own_rounds_to_zero():
     assert drawn[0] in (1, 2) and drawn[1] == -1
 
 
-def test_pairs_of_one_picture_are_never_negatives(golden, monkeypatch):
+def test_pairs_of_one_image_are_never_negatives(golden, monkeypatch):
     model, batch = load(golden), pairs_of([2, 1, 3])
     batch["image_ids"] = torch.tensor([5, 6, 5])
     drawn = []
@@ -126,7 +126,7 @@ def test_pairs_of_one_picture_are_never_negatives(golden, monkeypatch):
         assert [row == 2 for row in negatives.tolist()] == [True, True, False, True, True, True]
 
 
-def test_a_batch_of_one_picture_has_no_negatives_and_trains(golden):
+def test_a_batch_of_one_image_has_no_negatives_and_trains(golden):
     model, batch = load(golden), pairs_of([3])
     output = model(**{**batch, "negatives": None})
     output.loss.backward()
@@ -160,7 +160,7 @@ def test_grouped_loss_gradient_and_queue_equal_ungrouped(golden, texts_per_image
         torch.testing.assert_close(ours, wanted, atol=1e-10, rtol=0)
 
 
-def test_each_picture_is_encoded_once_by_model_and_momentum(golden):
+def test_each_image_is_encoded_once_by_model_and_momentum(golden):
     model, batch = load(golden), pairs_of([2, 3])
     rows, keys = [], []
     model.vision_model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
@@ -229,7 +229,7 @@ def test_trained_model_holds_stock_keys_and_scores_as_stock(golden, tmp_path):
     torch.testing.assert_close(model(**inputs).itm_score, wanted, atol=1e-10, rtol=0)
 
 
-def test_one_picture_goes_with_all_texts_as_in_stock(golden):
+def test_one_image_goes_with_all_texts_as_in_stock(golden):
     model, batch = load(golden).eval(), pairs_of([3])
     stock = modeling_blip.BlipForImageTextRetrieval.from_pretrained(golden / "retrieval", dtype=torch.float64)
     inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")}
@@ -291,18 +291,18 @@ def test_autocast_computes_with_the_momentum_weights_near_full_precision(golden)
 
 def test_loss_without_state_or_with_missing_ids_says_what_to_do(golden):
     model, batch = load(golden), pairs_of([2, 1])
-    with pytest.raises(ValueError, match="each of 2 pictures, found 3"):
+    with pytest.raises(ValueError, match="each of 2 images, found 3"):
         model(**{**batch, "image_ids": torch.arange(3)})
     model.contrastive = None
     with pytest.raises(ValueError, match=r"model.contrastive = Contrastive\(model\)"):
         model(**batch)
 
 
-UNEQUAL = [2, 1], [1, 2, 1]  # texts of each picture on the first and the second process: 3 and 4 pairs
+UNEQUAL = [2, 1], [1, 2, 1]  # texts of each image on the first and the second process: 3 and 4 pairs
 
 
 def part_of(batch, rank):
-    """One process's pictures and texts, padded to its own longest; negatives still count through all pairs."""
+    """One process's images and texts, padded to its own longest; negatives still count through all pairs."""
     images, texts = (slice(0, 2), slice(0, 3)) if rank == 0 else (slice(2, 5), slice(3, 7))
     longest = int(batch["attention_mask"][texts].sum(1).max())
     return {

@@ -151,7 +151,7 @@ def test_stock_transformers_still_drops_the_cross_attention_mask(golden):
 
 
 def short_questions(seed: int, number: int = 120):
-    """Random pictures and questions of 3 to 8 tokens, padded to the 29 tokens of a long one that is put last."""
+    """Random images and questions of 3 to 8 tokens, padded to the 29 tokens of a long one that is put last."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(number + 1, 3, 32, 32, generator=generator)
     ids = torch.randint(1, 90, (number + 1, 29), generator=generator)

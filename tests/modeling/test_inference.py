@@ -1,4 +1,4 @@
-"""Ranking pictures and texts against each other, and how sure a model is of what it writes."""
+"""Ranking images and texts against each other, and how sure a model is of what it writes."""
 
 import numpy as np
 import pytest
@@ -10,12 +10,12 @@ from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
 from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
 from blip_ft.modeling.inference import caption, embed_texts, rank_pairs, rank_texts, sequence_probabilities
 
-OWNER = np.array([0, 0, 1, 2, 2, 2, 3])  # the picture of each of seven texts
+OWNER = np.array([0, 0, 1, 2, 2, 2, 3])  # the image of each of seven texts
 
 
 @pytest.fixture
 def ranked(golden):
-    """Runs rank_pairs as the trainer does, two pictures a batch, and gives what a slow computation is made of."""
+    """Runs rank_pairs as the trainer does, two images a batch, and gives what a slow computation is made of."""
     model = BlipForImageTextRetrieval.from_pretrained(golden / "retrieval")
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(4, 3, 32, 32, generator=generator)
@@ -53,13 +53,13 @@ def test_ranking_equals_scoring_every_pair(ranked):
         assert np.isneginf(np.delete(for_images[:, text], best)).all()
 
 
-def test_unreadable_picture_is_found_by_nothing_and_finds_nothing(ranked):
+def test_unreadable_image_is_found_by_nothing_and_finds_nothing(ranked):
     _, _, ids, mask, collect = ranked
     scores = rank_pairs(lambda *args: collect(*args, unreadable=(2,)), OWNER, ids, mask, k=100)
     for matrix in scores:
         assert np.isneginf(matrix[2]).all() and np.isneginf(matrix[:, 3:6]).all()
         assert np.isfinite(np.delete(matrix, 2, axis=0)[:, [0, 1, 2, 6]]).all()
-    with pytest.raises(ValueError, match="No picture to evaluate on can be read"):
+    with pytest.raises(ValueError, match="No image to evaluate on can be read"):
         rank_pairs(lambda *args: collect(*args, unreadable=range(4)), OWNER, ids, mask, k=1)
 
 

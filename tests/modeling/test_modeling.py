@@ -23,7 +23,7 @@ def load(golden, task):
 
 
 def grouped_batch(task, texts_per_image, seed=0):
-    """Pictures with the named numbers of texts; questions of unequal length, 1 to 3 answers each."""
+    """Images with the named numbers of texts; questions of unequal length, 1 to 3 answers each."""
     generator = torch.Generator().manual_seed(seed)
     num_texts = sum(texts_per_image)
     lengths = torch.randint(3, 10, (num_texts,), generator=generator)
@@ -64,7 +64,7 @@ def test_grouped_loss_and_gradient_equal_ungrouped(golden, task, texts_per_image
     torch.testing.assert_close(grad, wanted_grad, atol=1e-10, rtol=0)
 
 
-def test_each_picture_is_encoded_once(golden):
+def test_each_image_is_encoded_once(golden):
     model, batch = load(golden, "vqa"), grouped_batch("vqa", [3, 3])
     rows = []
     model.vision_model.register_forward_pre_hook(
@@ -89,7 +89,7 @@ def test_beams_share_keys_and_values_of_what_they_read(golden, task, num_beams):
     else:
         text = {name: batch[name] for name in ("input_ids", "attention_mask", "image_index")}
         ids = model.generate(pixel_values=batch["pixel_values"], **text, max_new_tokens=6, num_beams=num_beams)
-    # once for all steps, a row for each picture or question
+    # once for all steps, a row for each image or question
     assert rows == [len(ids)] * len(layers)
 
 
@@ -123,7 +123,7 @@ def test_answers_to_one_question_share_its_keys_and_values(golden):
 
 
 def split(batch, task, at):
-    """The batch's first `at` texts and the rest, each with its own pictures, padded to its own longest."""
+    """The batch's first `at` texts and the rest, each with its own images, padded to its own longest."""
     halves = []
     for texts in (slice(None, at), slice(at, None)):
         index = batch["image_index"][texts]
@@ -149,7 +149,7 @@ def split(batch, task, at):
 
 def test_accumulation_leaves_loss_and_gradient_unchanged(golden, task):
     model, batch = load(golden, task), grouped_batch(task, [3, 1, 4])
-    halves = split(batch, task, at=2)  # through the middle of a picture's texts
+    halves = split(batch, task, at=2)  # through the middle of an image's texts
     num_items = sum(model.count_loss_items(half) for half in halves)
     assert num_items == model.count_loss_items(batch)
     loss, grad = gradient(model, *halves, num_items_in_batch=num_items)
@@ -214,7 +214,7 @@ def test_checkpoint_loads_in_stock_with_no_missing_and_no_unexpected_key(golden,
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
-def test_resized_model_takes_larger_pictures_and_loads_in_stock(golden, tmp_path):
+def test_resized_model_takes_larger_images_and_loads_in_stock(golden, tmp_path):
     model = BlipForQuestionAnswering.from_pretrained(golden / "vqa")
     pixels = torch.randn(1, 3, 48, 48)
     interpolated = model.encode_images(pixels, interpolate_pos_encoding=True).last_hidden_state
@@ -226,13 +226,13 @@ def test_resized_model_takes_larger_pictures_and_loads_in_stock(golden, tmp_path
 
 
 @pytest.mark.parametrize("size", [24, 40])
-def test_pictures_of_another_size_are_refused(golden, size):
+def test_images_of_another_size_are_refused(golden, size):
     model = BlipForQuestionAnswering.from_pretrained(golden / "vqa")
     with pytest.raises(ValueError, match="image_size="):
         model.encode_images(torch.randn(1, 3, size, size))
 
 
-def test_mismatched_numbers_of_pictures_and_texts_are_refused(golden):
+def test_mismatched_numbers_of_images_and_texts_are_refused(golden):
     model, batch = load(golden, "vqa"), grouped_batch("vqa", [2, 1])
     with pytest.raises(ValueError, match="pass image_index"):
         model(**{**batch, "image_index": None})
@@ -343,6 +343,6 @@ def test_image_states_take_the_place_of_pixel_values(golden, task):
     assert torch.equal(model(**batch, image_states=image_states).loss, wanted)
     # bfloat16 keeps 8 bits
     torch.testing.assert_close(model(**batch, image_states=image_states.bfloat16()).loss, wanted, rtol=2**-8, atol=0)
-    for pictures in ({}, {"pixel_values": pixel_values, "image_states": image_states}):
+    for images in ({}, {"pixel_values": pixel_values, "image_states": image_states}):
         with pytest.raises(ValueError, match="pixel_values or image_states: one of them"):
-            model(**batch, **pictures)
+            model(**batch, **images)

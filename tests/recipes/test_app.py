@@ -34,54 +34,54 @@ def app() -> dict:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """A good picture and some that are none."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> Path:
+    """A good image and some that are none."""
+    folder = tmp_path_factory.mktemp("images")
     Image.effect_noise((60, 40), 90).convert("RGB").save(folder / "good.png")
     content = (folder / "good.png").read_bytes()
     (folder / "truncated.png").write_bytes(content[: len(content) // 2])
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     (folder / "empty.png").touch()
     (folder / "postscript.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     Image.new("1", (8000, 8000)).save(folder / "large.png")
     Image.new("1", (20000, 20000)).save(folder / "bomb.png")
     turned = Image.Exif()
     turned[274] = 6
-    picture = Image.open(folder / "good.png")
-    picture.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=turned)
+    image = Image.open(folder / "good.png")
+    image.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=turned)
     return folder
 
 
 @pytest.fixture
-def try_picture(app, checkpoints, pictures):
-    """Runs what the button does, and returns HTML; and the model, its processor and the picture good.png for it."""
+def try_image(app, checkpoints, images):
+    """Runs what the button does, and returns HTML; and the model, its processor and the image good.png for it."""
 
     def start(task: str):
         loaded = load_model(checkpoints[task], device="cpu")
         model, processor = loaded["model"], loaded["processor"]
         page = app["PAGES"][app["TASK_OF_CLASS"][type(model).__name__]]
 
-        def run(text: str, picture: str | None = "good.png", page=page) -> str:
-            return app["try_picture"](page, model, processor, picture and str(pictures / picture), text)
+        def run(text: str, image: str | None = "good.png", page=page) -> str:
+            return app["try_image"](page, model, processor, image and str(images / image), text)
 
-        pixels = resize_to_uint8([open_image(pictures / "good.png")], processor.image_processor)
+        pixels = resize_to_uint8([open_image(images / "good.png")], processor.image_processor)
         return run, model, processor, pixels
 
     return start
 
 
-def test_each_question_gets_the_answer_of_inference(try_picture, pictures):
-    run, model, processor, _ = try_picture("vqa")
+def test_each_question_gets_the_answer_of_inference(try_image, images):
+    run, model, processor, _ = try_image("vqa")
     questions = ["what color is it ?", "is it a dog ?"]
     html = run("\n".join([*questions, "", questions[0]]))
-    answers = inference.answer_questions(model, processor, [str(pictures / "good.png")] * 2, questions)
+    answers = inference.answer_questions(model, processor, [str(images / "good.png")] * 2, questions)
     for question, answer in zip(questions, answers, strict=True):
         assert html.count(f"<td>{question}</td><td>{answer}</td>") == 1
     assert GOOD in html
 
 
-def test_caption_goes_on_where_it_is_told_to_begin(try_picture):
-    run, model, processor, pixels = try_picture("captioning")
+def test_caption_goes_on_where_it_is_told_to_begin(try_image):
+    run, model, processor, pixels = try_image("captioning")
     for prompt, length in (("a picture of", 20), ("", 17)):
         (text,), (score,) = inference.caption(model, processor.tokenizer, pixels, prompt, max_length=length)
         html = run(f" {prompt}\n")
@@ -89,8 +89,8 @@ def test_caption_goes_on_where_it_is_told_to_begin(try_picture):
     assert "too long to begin with" in run("the dog " * 30)
 
 
-def test_texts_are_ranked_as_by_scoring_each_pair(try_picture):
-    run, model, processor, pixels = try_picture("retrieval")
+def test_texts_are_ranked_as_by_scoring_each_pair(try_image):
+    run, model, processor, pixels = try_image("retrieval")
     texts = ["a dog on the grass", "a cat", "two people riding horse", "a city street with bus and car"]
     tokens = encode_texts(texts, processor.tokenizer, 64)
     with torch.no_grad():
@@ -101,16 +101,16 @@ def test_texts_are_ranked_as_by_scoring_each_pair(try_picture):
     assert [html.index(row) for row in rows] == sorted(html.index(row) for row in rows)
 
 
-def test_picture_is_turned_upright(try_picture):
-    run, *_ = try_picture("vqa")
+def test_image_is_turned_upright(try_image):
+    run, *_ = try_image("vqa")
     question = "what color is it ?"
     assert run(question, "turned.png").split("seconds")[0][:-5] == run(question).split("seconds")[0][:-5]
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "message"),
     [
-        (None, "Drop a picture first"),
+        (None, "Drop an image first"),
         ("truncated.png", "damaged"),
         ("text.png", "damaged"),
         ("empty.png", "damaged"),
@@ -119,19 +119,19 @@ def test_picture_is_turned_upright(try_picture):
         ("bomb.png", "more than 50 million pixels"),
     ],
 )
-def test_bad_picture_ends_in_a_message(try_picture, picture, message):
-    run, *_ = try_picture("vqa")
-    assert message in run("what color is it ?", picture)
+def test_bad_image_ends_in_a_message(try_image, image, message):
+    run, *_ = try_image("vqa")
+    assert message in run("what color is it ?", image)
 
 
 @pytest.mark.parametrize("text", ["", " \n", "a\n" + "\n".join(map(str, range(64)))])
-def test_no_line_and_too_many_end_in_a_message(try_picture, text):
-    run, *_ = try_picture("vqa")
+def test_no_line_and_too_many_end_in_a_message(try_image, text):
+    run, *_ = try_image("vqa")
     assert "Write 1 to 64 lines" in run(text)
 
 
-def test_what_users_and_models_write_is_no_markup(app, try_picture):
-    run, *_ = try_picture("vqa")
+def test_what_users_and_models_write_is_no_markup(app, try_image):
+    run, *_ = try_image("vqa")
     page = app["PAGES"]["vqa"]._replace(run=lambda *args: [([HOSTILE, HOSTILE], 0.5)])
     assert run("").count("<img") == run(HOSTILE, page=page).count("<img") == 0
     assert run(HOSTILE, page=page).count("&lt;img src=x") == 2
@@ -251,7 +251,7 @@ def url(checkpoint, tmp_path_factory):
 
 
 @pytest.mark.browser
-def test_page_in_a_browser(browser, url, checkpoint, pictures, tmp_path):
+def test_page_in_a_browser(browser, url, checkpoint, images, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.wait import WebDriverWait
 
@@ -266,10 +266,10 @@ def test_page_in_a_browser(browser, url, checkpoint, pictures, tmp_path):
         png = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True})
         (tmp_path / name).write_bytes(base64.b64decode(png["data"]))
 
-    def try_picture(name: str, wanted: str) -> str:
+    def try_image(name: str, wanted: str) -> str:
         for remove in browser.find_elements(By.CSS_SELECTOR, "[aria-label='Remove Image']"):
             remove.click()
-        find("input[type=file]").send_keys(str(pictures / name))
+        find("input[type=file]").send_keys(str(images / name))
         find("[aria-label='Remove Image']")
         find("button.primary").click()
         WebDriverWait(browser, 30).until(lambda _: wanted in find("#result").text)
@@ -280,19 +280,19 @@ def test_page_in_a_browser(browser, url, checkpoint, pictures, tmp_path):
     questions = ["what color is it ?", HOSTILE]
     find("textarea").clear()
     find("textarea").send_keys("\n".join(questions))
-    text = try_picture("good.png", GOOD)
+    text = try_image("good.png", GOOD)
     screenshot("1280.png")
     loaded = load_model(checkpoint, device="cpu")
-    images = [str(pictures / "good.png")] * 2
-    answers = inference.answer_questions(loaded["model"], loaded["processor"], images, questions)
+    asked = [str(images / "good.png")] * 2
+    answers = inference.answer_questions(loaded["model"], loaded["processor"], asked, questions)
     for question, answer in zip(questions, answers, strict=True):
         assert f"{question} {answer}" in text
     assert not browser.find_elements(By.CSS_SELECTOR, "#result img")
 
-    try_picture("text.png", "damaged")
-    try_picture("bomb.png", "million pixels")
+    try_image("text.png", "damaged")
+    try_image("bomb.png", "million pixels")
     screenshot("bad.png")
-    assert try_picture("good.png", GOOD).split(GOOD)[0][:-5] == text.split(GOOD)[0][:-5]
+    assert try_image("good.png", GOOD).split(GOOD)[0][:-5] == text.split(GOOD)[0][:-5]
     resize(390)
     screenshot("390.png")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390

@@ -21,8 +21,8 @@ def check(monkeypatch, tmp_path, capsys):
     return run
 
 
-def test_questions_are_counted_by_row_picture_length_type_and_answer(check, picture_folder):
-    lines = check("--dataset_name", picture_folder, "--eval_split", "test", "--per_device_train_batch_size", "8")
+def test_questions_are_counted_by_row_image_length_type_and_answer(check, image_folder):
+    lines = check("--dataset_name", image_folder, "--eval_split", "test", "--per_device_train_batch_size", "8")
     assert lines[0] == "0 rows cannot be used."
     assert "train 8 4" in lines and "evaluate 8 4" in lines
     assert "question 5 5 5" in lines and "answer 1 1 1" in lines
@@ -34,32 +34,30 @@ def test_questions_are_counted_by_row_picture_length_type_and_answer(check, pict
 
 
 @pytest.mark.parametrize("config", ["captioning_base_lora", "retrieval_base"])
-def test_yaml_of_any_recipe_is_taken_and_captions_are_counted(check, picture_folder, config):
+def test_yaml_of_any_recipe_is_taken_and_captions_are_counted(check, image_folder, config):
     path = RECIPES / "configs" / f"{config}.yaml"
     task = config.split("_")[0]
-    rows = ["--dataset_name", picture_folder, "--eval_split", "test", "--per_device_train_batch_size", "8"]
+    rows = ["--dataset_name", image_folder, "--eval_split", "test", "--per_device_train_batch_size", "8"]
     lines = check("--config", path, *rows, "--task", task, "--gradient_accumulation_steps", "1")
-    assert f"What recipes/{task}.py would read of {picture_folder.name}:" in lines
+    assert f"What recipes/{task}.py would read of {image_folder.name}:" in lines
     assert "train 8 4" in lines and "evaluate 4 4" in lines
     assert "caption 7.5 10 10" in lines  # five words or ten
 
 
-def test_rows_of_captions_alone_need_no_task(check, picture_folder, tmp_path):
-    rows = [json.loads(line) for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
+def test_rows_of_captions_alone_need_no_task(check, image_folder, tmp_path):
+    rows = [json.loads(line) for line in (image_folder / "metadata.jsonl").read_text().splitlines()]
     kept = [{name: row[name] for name in ("file_name", "caption")} for row in rows]
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    flags = ["--dataset_name", "captions.jsonl", "--image_folder", picture_folder]
+    flags = ["--dataset_name", "captions.jsonl", "--image_folder", image_folder]
     lines = check(*flags, "--per_device_train_batch_size", "6")
     assert "What recipes/captioning.py would read of captions.jsonl:" in lines
 
 
-def test_bad_rows_are_counted_by_reason_and_too_many_end_in_exit_code_1(
-    check, picture_folder, tmp_path, capsys, caplog
-):
-    rows = [json.loads(line) for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
+def test_bad_rows_are_counted_by_reason_and_too_many_end_in_exit_code_1(check, image_folder, tmp_path, capsys, caplog):
+    rows = [json.loads(line) for line in (image_folder / "metadata.jsonl").read_text().splitlines()]
     rows += [{**rows[0], "file_name": name} for name in ("none.png", "nowhere.png", "../a.png")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--dataset_name", "rows.jsonl", "--image_folder", picture_folder, "--eval_split", "test"]
+    flags = ["--dataset_name", "rows.jsonl", "--image_folder", image_folder, "--eval_split", "test"]
     flags += ["--per_device_train_batch_size", "8"]
     with pytest.raises(SystemExit) as stopped:
         check(*flags)
@@ -67,25 +65,25 @@ def test_bad_rows_are_counted_by_reason_and_too_many_end_in_exit_code_1(
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == [
         "3 rows cannot be used, all listed in bad_rows.jsonl:",
-        "2 picture cannot be read: FileNotFoundError, first train row 8 (none.png)",
+        "2 image cannot be read: FileNotFoundError, first train row 8 (none.png)",
     ]
     assert "--max_bad_fraction 0.158" in caplog.text
     assert check(*flags, "--max_bad_fraction", "0.158")[-1] == "This can be trained on, with at most 8 rows a step."
     assert len((tmp_path / "bad_rows.jsonl").read_text().splitlines()) == 3
 
 
-def test_batch_of_more_rows_than_there_are_is_refused_as_in_a_recipe(check, picture_folder, caplog):
+def test_batch_of_more_rows_than_there_are_is_refused_as_in_a_recipe(check, image_folder, caplog):
     with pytest.raises(SystemExit):
-        check("--dataset_name", picture_folder, "--eval_split", "test", "--per_device_train_batch_size", "9")
+        check("--dataset_name", image_folder, "--eval_split", "test", "--per_device_train_batch_size", "9")
     assert "Choose at most 8" in caplog.text
 
 
-def test_rows_of_the_other_kind_of_task_are_sent_there(check, picture_folder, tmp_path, caplog):
-    rows = [json.loads(line) for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
+def test_rows_of_the_other_kind_of_task_are_sent_there(check, image_folder, tmp_path, caplog):
+    rows = [json.loads(line) for line in (image_folder / "metadata.jsonl").read_text().splitlines()]
     for name, columns in (("captions", ("file_name", "caption")), ("questions", ("file_name", "question", "answer"))):
         lines = [json.dumps({column: row[column] for column in columns}) + "\n" for row in rows]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    folder = ["--image_folder", picture_folder]
+    folder = ["--image_folder", image_folder]
     with pytest.raises(SystemExit):
         check("--dataset_name", "captions.jsonl", *folder, "--task", "vqa")
     assert "Check them with --task captioning" in caplog.text and "question_column file_name" not in caplog.text
@@ -94,11 +92,11 @@ def test_rows_of_the_other_kind_of_task_are_sent_there(check, picture_folder, tm
     assert "Check them with --task vqa" in caplog.messages[-1]
 
 
-def test_batch_size_is_that_of_the_recipe(check, picture_folder, caplog):
+def test_batch_size_is_that_of_the_recipe(check, image_folder, caplog):
     """Eight rows fill no batch of 16, which recipes/vqa.py takes, nor one of 32."""
     for task, size in (("vqa", 16), ("captioning", 32), ("retrieval", 32)):
         program = runpy.run_path(str(RECIPES / f"{task}.py"))
         assert program["Training"].per_device_train_batch_size == size
         with pytest.raises(SystemExit):
-            check("--dataset_name", picture_folder, "--eval_split", "test", "--task", task)
+            check("--dataset_name", image_folder, "--eval_split", "test", "--task", task)
         assert f"One step takes {size} rows" in caplog.messages[-1]

@@ -42,15 +42,15 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_questions_of_a_data_set_are_answered_in_its_order_and_scored(predict, picture_folder, checkpoint):
-    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test", "--per_device_eval_batch_size", "3"]
+def test_questions_of_a_data_set_are_answered_in_its_order_and_scored(predict, image_folder, checkpoint):
+    flags = ["--dataset_name", str(image_folder), "--eval_split", "test", "--per_device_eval_batch_size", "3"]
     folder = predict("vqa", *flags)
     lines = lines_of(folder / "predictions.jsonl")
-    rows = [row for row in lines_of(picture_folder / "metadata.jsonl") if row["split"] == "test"]
+    rows = [row for row in lines_of(image_folder / "metadata.jsonl") if row["split"] == "test"]
     assert [line["question"] for line in lines] == [row["question"] for row in rows]
     assert [Path(line["image"]).name for line in lines] == [row["file_name"] for row in rows]
     loaded = load_model(checkpoint, device="cpu")
-    images = [str(picture_folder / row["file_name"]) for row in rows]
+    images = [str(image_folder / row["file_name"]) for row in rows]
     answers = generate_answer_blip(
         loaded["model"], loaded["processor"], images, [row["question"] for row in rows], max_length=10
     )
@@ -62,21 +62,21 @@ def test_questions_of_a_data_set_are_answered_in_its_order_and_scored(predict, p
     assert {path.name for path in folder.iterdir()} == {"predictions.jsonl", "scores.json", "report.html"}
 
 
-def test_one_picture_and_a_question_by_hand(predict, picture_folder):
-    picture = str(picture_folder / "1.png")
-    folder = predict("vqa", "--images", picture, "--question", "is it a dog ?")
+def test_one_image_and_a_question_by_hand(predict, image_folder):
+    image = str(image_folder / "1.png")
+    folder = predict("vqa", "--images", image, "--question", "is it a dog ?")
     (line,) = lines_of(folder / "predictions.jsonl")
-    assert (line["image"], line["question"], line["image_id"]) == (picture, "is it a dog ?", picture)
+    assert (line["image"], line["question"], line["image_id"]) == (image, "is it a dog ?", image)
     assert not (folder / "scores.json").exists()
     assert "is it a dog ?" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("task", ["vqa", "captioning", "retrieval"])
-def test_first_predictions_are_on_the_screen(predict, picture_folder, tmp_path, task, caplog):
+def test_first_predictions_are_on_the_screen(predict, image_folder, tmp_path, task, caplog):
     caplog.set_level("INFO")
     (folder := tmp_path / "images").mkdir()
     for number in range(12):
-        shutil.copy(picture_folder / f"{number % 4}.png", folder / f"{number:02}.png")
+        shutil.copy(image_folder / f"{number % 4}.png", folder / f"{number:02}.png")
     (folder / "01.png").write_bytes(b"none")
     (tmp_path / "texts.txt").write_text("a dog\na cat")
     more = {"vqa": ["--question", "is it\x1b[2J a dog ?"], "retrieval": ["--texts", str(tmp_path / "texts.txt")]}
@@ -90,8 +90,8 @@ def test_first_predictions_are_on_the_screen(predict, picture_folder, tmp_path, 
         assert text.startswith(f"  {line['image']} |") and f"| {best or '(nothing)'} (" in text
 
 
-def test_one_question_of_every_picture_of_a_data_set(predict, picture_folder):
-    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test", "--question", "what color is it ?"]
+def test_one_question_of_every_image_of_a_data_set(predict, image_folder):
+    flags = ["--dataset_name", str(image_folder), "--eval_split", "test", "--question", "what color is it ?"]
     lines = lines_of(predict("vqa", *flags) / "predictions.jsonl")
     assert [(line["image_id"], line["question"]) for line in lines] == [
         (f"{number}.png", "what color is it ?") for number in range(4)
@@ -99,11 +99,11 @@ def test_one_question_of_every_picture_of_a_data_set(predict, picture_folder):
     assert not any("answers" in line or "captions" in line for line in lines)
 
 
-def test_captions_of_a_folder_for_the_evaluation_server(predict, picture_folder, tmp_path):
+def test_captions_of_a_folder_for_the_evaluation_server(predict, image_folder, tmp_path):
     (tmp_path / "val").mkdir()
     for number in (2, 1):
-        shutil.copy(picture_folder / f"{number}.png", tmp_path / "val" / f"COCO_val2014_{number:012d}.png")
-    (tmp_path / "val" / "notes.txt").write_text("no picture")
+        shutil.copy(image_folder / f"{number}.png", tmp_path / "val" / f"COCO_val2014_{number:012d}.png")
+    (tmp_path / "val" / "notes.txt").write_text("no image")
     folder = predict("captioning", "--images", str(tmp_path / "val"), "--format", "coco")
     lines = lines_of(folder / "predictions.jsonl")
     wanted = [{"image_id": number, "caption": line["caption"]} for number, line in zip((1, 2), lines, strict=True)]
@@ -111,21 +111,21 @@ def test_captions_of_a_folder_for_the_evaluation_server(predict, picture_folder,
     assert all(line["caption"] and 0 < line["score"] < 1 for line in lines)
 
 
-def test_captions_are_scored_against_all_references_of_a_picture(predict, picture_folder):
-    folder = predict("captioning", "--dataset_name", str(picture_folder), "--eval_split", "test")
+def test_captions_are_scored_against_all_references_of_an_image(predict, image_folder):
+    folder = predict("captioning", "--dataset_name", str(image_folder), "--eval_split", "test")
     assert [len(line["captions"]) for line in lines_of(folder / "predictions.jsonl")] == [2] * 4
     assert {"cider", "bleu4", "rouge_l", "exact_match"} <= set(json.loads((folder / "scores.json").read_text()))
 
 
-def test_texts_of_a_file_and_of_the_data_are_ranked_for_each_picture(predict, picture_folder, tmp_path):
+def test_texts_of_a_file_and_of_the_data_are_ranked_for_each_image(predict, image_folder, tmp_path):
     (tmp_path / "texts.txt").write_text("a red dog\n\na blue sky\na red dog\ntwo giraffe\n")
     flags = ["--texts", str(tmp_path / "texts.txt"), "--top_texts", "2"]
-    folder = predict("retrieval", "--images", str(picture_folder), *flags)
+    folder = predict("retrieval", "--images", str(image_folder), *flags)
     for line in lines_of(folder / "predictions.jsonl"):
         first, second = line["texts"]
         assert first["score"] >= second["score"] and first["text"] != second["text"]
         assert {first["text"], second["text"]} <= {"a red dog", "a blue sky", "two giraffe"}
-    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test"]
+    flags = ["--dataset_name", str(image_folder), "--eval_split", "test"]
     folder = predict("retrieval", *flags, folder=tmp_path / "data")
     lines = lines_of(folder / "predictions.jsonl")
     found = [line["texts"][0]["text"] in line["captions"] for line in lines]
@@ -133,9 +133,9 @@ def test_texts_of_a_file_and_of_the_data_are_ranked_for_each_picture(predict, pi
     assert all(len(line["texts"]) == 8 for line in lines)
 
 
-def test_official_questions_without_annotations_become_official_results(predict, picture_folder, tmp_path):
+def test_official_questions_without_annotations_become_official_results(predict, image_folder, tmp_path):
     for number in (7, 9):
-        shutil.copy(picture_folder / "0.png", tmp_path / f"COCO_test2015_{number:012d}.jpg")
+        shutil.copy(image_folder / "0.png", tmp_path / f"COCO_test2015_{number:012d}.jpg")
     questions = [
         {"image_id": image, "question": "what color is it ?", "question_id": image * 10 + number}
         for number, image in enumerate([7, 9, 7])
@@ -149,9 +149,9 @@ def test_official_questions_without_annotations_become_official_results(predict,
     ]
 
 
-def test_stopped_run_goes_on_after_its_last_whole_line(predict, picture_folder, tmp_path, monkeypatch):
+def test_stopped_run_goes_on_after_its_last_whole_line(predict, image_folder, tmp_path, monkeypatch):
     """It stops in the third of four batches; then the last line that it wrote is cut in two."""
-    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test", "--per_device_eval_batch_size", "2"]
+    flags = ["--dataset_name", str(image_folder), "--eval_split", "test", "--per_device_eval_batch_size", "2"]
     whole = lines_of(predict("vqa", *flags, folder=tmp_path / "whole") / "predictions.jsonl")
     asked, answer = [], inference.answer
 
@@ -180,13 +180,13 @@ def test_stopped_run_goes_on_after_its_last_whole_line(predict, picture_folder, 
     assert lines == whole and scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
-def test_run_with_other_settings_does_not_go_on(predict, picture_folder, monkeypatch, caplog):
-    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test"]
+def test_run_with_other_settings_does_not_go_on(predict, image_folder, monkeypatch, caplog):
+    flags = ["--dataset_name", str(image_folder), "--eval_split", "test"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(inference, "answer", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         predict("vqa", *flags)
     with pytest.raises(SystemExit):
-        predict("vqa", *flags, "--generation_num_beams", "1", "--image_folder", str(picture_folder))
+        predict("vqa", *flags, "--generation_num_beams", "1", "--image_folder", str(image_folder))
     assert "holds an unfinished run with another image_folder, generation_num_beams" in caplog.text
     predict("vqa", *flags)
     with pytest.raises(SystemExit):
@@ -195,10 +195,10 @@ def test_run_with_other_settings_does_not_go_on(predict, picture_folder, monkeyp
 
 
 def test_folder_in_which_another_predict_is_writing_is_refused_or_passed_over(
-    predict, picture_folder, tmp_path, monkeypatch, caplog
+    predict, image_folder, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.chdir(tmp_path)
-    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test"]
+    flags = ["--dataset_name", str(image_folder), "--eval_split", "test"]
     assert claim(tmp_path / "predicted")
     with pytest.raises(SystemExit):
         predict("vqa", *flags)
@@ -210,29 +210,29 @@ def test_folder_in_which_another_predict_is_writing_is_refused_or_passed_over(
     assert not Path("outputs/predict").exists() and folder.exists()
 
 
-def test_unreadable_picture_is_listed_and_the_rest_is_answered(predict, picture_folder, tmp_path):
+def test_unreadable_image_is_listed_and_the_rest_is_answered(predict, image_folder, tmp_path):
     (tmp_path / "broken").mkdir()
     for number in range(4):
-        shutil.copy(picture_folder / f"{number}.png", tmp_path / "broken" / f"COCO_x_{number}.png")
-    (tmp_path / "broken" / "COCO_x_2.png").write_bytes(b"no picture")
+        shutil.copy(image_folder / f"{number}.png", tmp_path / "broken" / f"COCO_x_{number}.png")
+    (tmp_path / "broken" / "COCO_x_2.png").write_bytes(b"no image")
     questions = [{"file_name": f"COCO_x_{n}.png", "question": "what ?", "question_id": n} for n in range(4)]
     questions.insert(0, {"file_name": "../../away.png", "question": "what ?", "question_id": 4})
     (tmp_path / "broken" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     out = predict("vqa", "--dataset_name", str(tmp_path / "broken"), "--format", "vqa")
     assert json.loads((out / "results.json").read_text())[2] == {"question_id": 2, "answer": ""}
     lines = lines_of(out / "predictions.jsonl")
-    assert [line.get("unreadable_picture", False) for line in lines] == [False, False, True, False]
+    assert [line.get("unreadable_image", False) for line in lines] == [False, False, True, False]
     assert lines[2]["answer"] == "" and lines[2]["score"] is None and lines[1]["answer"]
     away, bad = lines_of(out / "bad_rows.jsonl")
     assert "lies outside" in away["reason"] and away["row"] == 0
     # no number of a row: that among the lines is another one than that in the data
     assert bad.keys() == {"split", "image_id", "reason"}
     assert bad["image_id"] == "COCO_x_2.png" and "UnidentifiedImageError" in bad["reason"]
-    assert "picture cannot be read" in (out / "report.html").read_text()
+    assert "image cannot be read" in (out / "report.html").read_text()
 
 
-def test_two_processes_write_what_one_writes(predict, picture_folder, checkpoint, tmp_path):
-    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test", "--per_device_eval_batch_size", "2"]
+def test_two_processes_write_what_one_writes(predict, image_folder, checkpoint, tmp_path):
+    flags = ["--dataset_name", str(image_folder), "--eval_split", "test", "--per_device_eval_batch_size", "2"]
     one = lines_of(predict("vqa", *flags) / "predictions.jsonl")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(RECIPES / "predict.py")]
     common = ["--model_name_or_path", str(checkpoint), "--use_cpu", "--dataloader_num_workers", "0"]
@@ -247,7 +247,7 @@ def test_two_processes_write_what_one_writes(predict, picture_folder, checkpoint
     assert one == two and scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
-def test_adapter_does_what_it_was_trained_for(predict, picture_folder, checkpoints, tmp_path):
+def test_adapter_does_what_it_was_trained_for(predict, image_folder, checkpoints, tmp_path):
     """Its base names another task."""
     base = load_model(checkpoints["vqa"], device="cpu")
     other = shutil.copytree(checkpoints["vqa"], tmp_path / "base")
@@ -256,37 +256,37 @@ def test_adapter_does_what_it_was_trained_for(predict, picture_folder, checkpoin
     adapted = add_lora(base["model"], PeftArguments(use_peft=True))
     adapted.peft_config["default"].base_model_name_or_path = str(other)
     save_model(adapted, tmp_path / "adapter")
-    folder = predict(str(tmp_path / "adapter"), "--images", str(picture_folder / "0.png"), "--question", "is it ?")
+    folder = predict(str(tmp_path / "adapter"), "--images", str(image_folder / "0.png"), "--question", "is it ?")
     assert "answer" in lines_of(folder / "predictions.jsonl")[0]
 
 
 MISTAKES = {
     "nothing named": ([], "by one of --images, --dataset_name and --questions_file"),
-    "no question": (["--images", "{pictures}"], 'Give --question "what is it?"'),
-    "no such picture": (["--images", "none.jpg", "--question", "is it ?"], "no picture and no folder none.jpg"),
-    "no picture": (["--images", "{empty}", "--question", "is it ?"], "holds no picture"),
-    "no split": (["--dataset_name", "{pictures}", "--eval_split", "dev"], "the data has train, test"),
-    "other format": (["--dataset_name", "{pictures}", "--format", "coco"], "is for conditional_generation"),
+    "no question": (["--images", "{images}"], 'Give --question "what is it?"'),
+    "no such image": (["--images", "none.jpg", "--question", "is it ?"], "no image and no folder none.jpg"),
+    "no image": (["--images", "{empty}", "--question", "is it ?"], "holds no image"),
+    "no split": (["--dataset_name", "{images}", "--eval_split", "dev"], "the data has train, test"),
+    "other format": (["--dataset_name", "{images}", "--format", "coco"], "is for conditional_generation"),
     "no number": (
-        ["--images", "{pictures}", "--question", "what ?", "--format", "vqa"],
+        ["--images", "{images}", "--question", "what ?", "--format", "vqa"],
         "needs ids that are numbers, found '",
     ),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_ends_in_one_message(predict, picture_folder, tmp_path, caplog, mistake):
+def test_mistake_ends_in_one_message(predict, image_folder, tmp_path, caplog, mistake):
     flags, message = MISTAKES[mistake]
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as stopped:
-        predict("vqa", *(flag.format(pictures=picture_folder, empty=tmp_path / "empty") for flag in flags))
+        predict("vqa", *(flag.format(images=image_folder, empty=tmp_path / "empty") for flag in flags))
     assert stopped.value.code == 1
     assert message in caplog.text and "Traceback" not in caplog.text
     assert not (tmp_path / "predicted").exists()
 
 
-def test_rows_of_all_splits_are_taken_with_a_word(picture_folder, caplog):
-    rows, _ = load_to_predict(DataArguments(dataset_name=str(picture_folder)), "vqa")
+def test_rows_of_all_splits_are_taken_with_a_word(image_folder, caplog):
+    rows, _ = load_to_predict(DataArguments(dataset_name=str(image_folder)), "vqa")
     assert len(rows) == 16 and "Choose one with --eval_split" in caplog.text
 
 
@@ -296,20 +296,20 @@ def test_lines_are_read_back_whatever_their_texts_hold(tmp_path):
     assert read_parts(tmp_path) == lines
 
 
-def test_pickled_weights_are_taken_where_that_is_said(predict, picture_folder, checkpoint, tmp_path, caplog):
+def test_pickled_weights_are_taken_where_that_is_said(predict, image_folder, checkpoint, tmp_path, caplog):
     pickled = shutil.copytree(checkpoint, tmp_path / "pickled")
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
-    asked = [str(pickled), "--images", str(picture_folder / "0.png"), "--question", "is it ?"]
+    asked = [str(pickled), "--images", str(image_folder / "0.png"), "--question", "is it ?"]
     with pytest.raises(SystemExit):
         predict(*asked)
     assert "add --allow_pickle" in caplog.text
     assert lines_of(predict(*asked, "--allow_pickle") / "predictions.jsonl")
 
 
-def test_texts_are_asked_for_where_there_are_none(predict, picture_folder, caplog):
+def test_texts_are_asked_for_where_there_are_none(predict, image_folder, caplog):
     with pytest.raises(SystemExit):
-        predict("retrieval", "--images", str(picture_folder))
+        predict("retrieval", "--images", str(image_folder))
     assert "Give --texts FILE with one a line" in caplog.text
 
 
@@ -337,14 +337,14 @@ OUT_OF_RANGE = {
 
 @pytest.mark.parametrize("mistake", OUT_OF_RANGE)
 def test_settings_are_checked_as_in_the_recipes_before_the_model_loads(
-    predict, picture_folder, tmp_path, monkeypatch, caplog, mistake
+    predict, image_folder, tmp_path, monkeypatch, caplog, mistake
 ):
     task, flags, message = OUT_OF_RANGE[mistake]
     (tmp_path / "utf16.txt").write_text("a dog\n", encoding="utf-16")
-    names = {"folder": picture_folder, "utf16": tmp_path / "utf16.txt"}
+    names = {"folder": image_folder, "utf16": tmp_path / "utf16.txt"}
     monkeypatch.delattr(PreTrainedModel, "from_pretrained")
     with pytest.raises(SystemExit) as stopped:
-        predict(task, "--images", str(picture_folder), *(flag.format(**names) for flag in flags))
+        predict(task, "--images", str(image_folder), *(flag.format(**names) for flag in flags))
     assert stopped.value.code == 1 and message.format(**names) in caplog.text
 
 
@@ -359,22 +359,22 @@ def test_settings_are_checked_as_in_the_recipes_before_the_model_loads(
     ],
 )
 def test_settings_that_the_checkpoint_does_not_read_are_refused(
-    predict, picture_folder, tmp_path, caplog, task, flags, message
+    predict, image_folder, tmp_path, caplog, task, flags, message
 ):
     with pytest.raises(SystemExit):
-        predict(task, "--images", str(picture_folder), *flags)
+        predict(task, "--images", str(image_folder), *flags)
     assert message in caplog.text and not (tmp_path / "predicted").exists()
 
 
 @pytest.mark.parametrize(("task", "column"), [("vqa", "caption_column"), ("captioning", "question_column")])
-def test_columns_that_the_checkpoint_does_not_read_are_refused(predict, picture_folder, caplog, task, column):
+def test_columns_that_the_checkpoint_does_not_read_are_refused(predict, image_folder, caplog, task, column):
     with pytest.raises(SystemExit):
-        predict(task, "--dataset_name", str(picture_folder), "--eval_split", "test", f"--{column}", "answer")
+        predict(task, "--dataset_name", str(image_folder), "--eval_split", "test", f"--{column}", "answer")
     assert f"--{column} is for a checkpoint of the task" in caplog.text
 
 
-def test_run_in_which_no_image_can_be_read_ends_in_one_message(predict, picture_folder, tmp_path, caplog):
+def test_run_in_which_no_image_can_be_read_ends_in_one_message(predict, image_folder, tmp_path, caplog):
     with pytest.raises(SystemExit) as stopped:
-        predict("captioning", "--dataset_name", str(picture_folder), "--image_column", "question")
+        predict("captioning", "--dataset_name", str(image_folder), "--image_column", "question")
     assert stopped.value.code == 1 and "None of the" in caplog.text and "Check image_column" in caplog.text
     assert len(lines_of(tmp_path / "predicted" / "bad_rows.jsonl")) == 2

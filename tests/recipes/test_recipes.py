@@ -59,12 +59,12 @@ def test_eight_rows_are_learned_by_heart_and_every_file_is_written(recipe, data_
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def test_no_reference_caption_reaches_the_model_in_evaluation(recipe, data_of, picture_folder, tmp_path):
+def test_no_reference_caption_reaches_the_model_in_evaluation(recipe, data_of, image_folder, tmp_path):
     """Other references, and the same captions are written."""
     written = []
-    rows = [json.loads(line) for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (image_folder / "metadata.jsonl").read_text().splitlines()]
     for name in ("plain", "other"):
-        folder = shutil.copytree(picture_folder, tmp_path / name)
+        folder = shutil.copytree(image_folder, tmp_path / name)
         if name == "other":
             rows = [{**row, "caption": "two giraffe"} if row["split"] == "test" else row for row in rows]
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -149,27 +149,27 @@ def test_launched_without_arguments_it_trains_the_demo_and_says_so(tmp_path):
         [*command, "--max_steps", "2", "--max_eval_samples", "60"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "training the built-in small model on built-in pictures" in done.stderr
+    assert "training the built-in small model on built-in images" in done.stderr
     assert "--dataset_name FOLDER" in done.stderr
     results = results_of(tmp_path / "outputs" / "vqa")
     assert results["before_training_exact_match"] < 50
     assert (tmp_path / "outputs" / "vqa" / "model.safetensors").is_file()
 
 
-def test_demo_learns_to_answer_nine_of_ten_questions_about_new_pictures(demo_run):
+def test_demo_learns_to_answer_nine_of_ten_questions_about_new_images(demo_run):
     results = results_of(demo_run("vqa"))
     assert results["before_training_exact_match"] < 50
     assert results["eval_exact_match"] >= 90
     assert results["answer_types"] == "of the data"
 
 
-def test_demo_learns_to_write_captions_of_new_pictures_exactly(demo_run):
+def test_demo_learns_to_write_captions_of_new_images_exactly(demo_run):
     results = results_of(demo_run("captioning"))
     assert results["before_training_exact_match"] < 50
     assert results["eval_exact_match"] >= 95
 
 
-def test_demo_learns_to_find_new_pictures_and_their_texts(demo_run):
+def test_demo_learns_to_find_new_images_and_their_texts(demo_run):
     results = results_of(demo_run("retrieval"))
     for name in ("text_recall", "image_recall"):
         assert results[f"before_training_{name}@10"] < 20
@@ -231,7 +231,7 @@ def test_same_seed_gives_the_same_weights_and_another_does_not(recipe, data, tmp
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_adapter_remembers_picture_size_and_start_token(recipe, data, tmp_path):
+def test_adapter_remembers_image_size_and_start_token(recipe, data, tmp_path):
     flags = ["--use_peft", "--image_size", "48", "--question_start_token", "enc", "--max_steps", "2"]
     folder = recipe(*data, *flags)
     loaded = load_model(folder)
@@ -305,14 +305,14 @@ def test_cached_features_are_those_of_the_checkpoint_that_a_run_goes_on_from(rec
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_evaluation_without_a_readable_picture_scores_nothing_and_ends(recipe, data_of, picture_folder, tmp_path):
-    folder = shutil.copytree(picture_folder, tmp_path / "broken")
+def test_evaluation_without_a_readable_image_scores_nothing_and_ends(recipe, data_of, image_folder, tmp_path):
+    folder = shutil.copytree(image_folder, tmp_path / "broken")
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     lines = [{**row, "file_name": "gone.png"} if row["split"] == "test" else row for row in lines]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     flags = ["--dataset_name", str(folder), "--max_bad_fraction", "0.6", "--max_steps", "1"]
     results = results_of(recipe(*data_of("vqa"), *flags))
-    assert results["eval_exact_match"] == 0 and results["eval_unreadable_pictures"] == 8
+    assert results["eval_exact_match"] == 0 and results["eval_unreadable_images"] == 8
 
 
 def test_model_flags_are_stored_in_the_checkpoint(recipe, data):
@@ -520,8 +520,8 @@ def test_retrieval_lowers_its_rate_when_recall_no_longer_rises(recipe, data_of):
     assert "eval_recall_mean" in results_of(folder)
 
 
-def test_demo_model_on_own_data_learns_at_its_own_rate(recipe, picture_folder, caplog):
-    flags = ["--dataset_name", str(picture_folder), "--eval_split", "test", "--per_device_train_batch_size", "8"]
+def test_demo_model_on_own_data_learns_at_its_own_rate(recipe, image_folder, caplog):
+    flags = ["--dataset_name", str(image_folder), "--eval_split", "test", "--per_device_train_batch_size", "8"]
     caplog.set_level("INFO", "blip_ft")
     folder = recipe("--model_name_or_path", "demo", *flags, "--max_steps", "1", "--logging_steps", "1")
     assert "taking learning_rate 8e-4 and warmup_steps 0.1" in caplog.text
@@ -586,9 +586,9 @@ def test_answer_list_that_is_none_is_refused_before_the_model_loads(
 
 
 @pytest.fixture
-def three_splits(picture_folder, tmp_path):
-    """The rows of picture_folder, of its fourth image to test on and of the third to evaluate on."""
-    folder = shutil.copytree(picture_folder, tmp_path / "three")
+def three_splits(image_folder, tmp_path):
+    """The rows of image_folder, of its fourth image to test on and of the third to evaluate on."""
+    folder = shutil.copytree(image_folder, tmp_path / "three")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     splits = {"2.png": "val", "3.png": "test"}
     rows = [{**row, "split": splits.get(row["file_name"], "train")} for row in rows if row["split"] == "train"]
@@ -698,8 +698,8 @@ def test_final_model_is_evaluated_once_on_the_test_rows(recipe, data_of, three_s
     assert not any(name.startswith("test_") for entry in history for name in entry)
 
 
-def test_images_that_are_also_trained_on_are_counted_in_results_card_and_report(recipe, data, picture_folder):
-    flags = ["--test_dataset_name", str(picture_folder), "--test_split", "train", "--allow_image_overlap"]
+def test_images_that_are_also_trained_on_are_counted_in_results_card_and_report(recipe, data, image_folder):
+    flags = ["--test_dataset_name", str(image_folder), "--test_split", "train", "--allow_image_overlap"]
     folder = recipe(*data, *flags, "--max_steps", "1", "--max_eval_samples", "3")
     results = results_of(folder)
     assert results["eval_images_trained_on"] == results["eval_images"] == 2

@@ -57,8 +57,8 @@ def local_hub(monkeypatch, tmp_path, checkpoints):
 
 
 @pytest.fixture
-def flags(checkpoint, picture_folder):
-    data = ["--dataset_name", str(picture_folder), "--eval_split", "test", "--per_device_train_batch_size", "8"]
+def flags(checkpoint, image_folder):
+    data = ["--dataset_name", str(image_folder), "--eval_split", "test", "--per_device_train_batch_size", "8"]
     return ["--model_name_or_path", str(checkpoint), *data]
 
 
@@ -87,7 +87,7 @@ def assert_whole(folder: Path) -> None:
     ids=["vqa", "vqa-lora", "captioning", "retrieval-lora"],
 )
 def test_pushed_run_loads_by_its_id_in_stock_as_its_card_says(
-    local_hub, recipe, flags, task, more, picture_folder, monkeypatch, tmp_path, capfd, caplog
+    local_hub, recipe, flags, task, more, image_folder, monkeypatch, tmp_path, capfd, caplog
 ):
     caplog.set_level("DEBUG")
     base, peft = f"maker/{task}", "--use_peft" in more
@@ -98,7 +98,7 @@ def test_pushed_run_loads_by_its_id_in_stock_as_its_card_says(
     rows_and_pickles = {"predictions.jsonl", "report.html", "training_args.bin"}
     assert rows_and_pickles < {path.name for path in folder.iterdir()}
     assert not rows_and_pickles & set(pushed.files) and not any("checkpoint-" in path for path in pushed.files)
-    # they hold questions and pictures
+    # they hold questions and images
     assert any(folder.rglob("*tfevents*")) == ("tensorboard" in more)
     assert not any("tfevents" in path for path in pushed.files)
     assert_token_is_nowhere(folder, caplog.text, *capfd.readouterr())
@@ -110,7 +110,7 @@ def test_pushed_run_loads_by_its_id_in_stock_as_its_card_says(
     assert local_hub.repositories[base].commits[-1] in card.text
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    Path("cat.jpg").write_bytes((picture_folder / "0.png").read_bytes())
+    Path("cat.jpg").write_bytes((image_folder / "0.png").read_bytes())
     stock_code, own_code = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     stock, own = {}, {}
     exec(compile(stock_code, "README.md", "exec"), stock)

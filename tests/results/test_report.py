@@ -83,7 +83,7 @@ def test_page_is_one_file_that_asks_for_nothing(write):
     assert 'name="viewport"' in html and "prefers-color-scheme: dark" in html
 
 
-def test_page_of_many_large_pictures_and_long_texts_stays_under_five_megabytes(write):
+def test_page_of_many_large_images_and_long_texts_stays_under_five_megabytes(write):
     samples = [Sample("long " * 1000, "why " * 1000, ["so"] * 10, 0.0, 0.9) for _ in range(1000)]
     path = write(samples, history=[{"step": step, "loss": 1.0} for step in range(500)], size=(1200, 1200))
     assert path.stat().st_size < 5_000_000
@@ -139,9 +139,9 @@ def test_confusions_are_counted_and_a_model_that_always_says_the_same_is_seen(wr
     assert "timesnoyes3 Predictions" in text  # no row for a pair seen once, none for what is right
 
 
-def test_unreadable_picture_is_said_and_not_opened(write):
+def test_unreadable_image_is_said_and_not_opened(write):
     page = Page(write([Sample("", references=["no"], accuracy=0.0, readable=False)]).read_text())
-    assert "picture cannot be read" in page.text
+    assert "image cannot be read" in page.text
     assert not any(tag == "img" for tag, _ in page.tags)
 
 
@@ -158,7 +158,7 @@ def size(png: bytes) -> tuple[int, int]:
     return Image.open(io.BytesIO(png)).size
 
 
-@pytest.mark.parametrize("kind", ["loss", "runtime", "per_second", "unreadable_pictures", "samples_per_second", "@5"])
+@pytest.mark.parametrize("kind", ["loss", "runtime", "per_second", "unreadable_images", "samples_per_second", "@5"])
 def test_score_of_an_answer_type_is_one_whatever_its_name(kind):
     name = f"eval_vqa_accuracy_{kind}"
     others = {"eval_loss": 1.0, "eval_runtime": 2.0, "eval_samples_per_second": 3.0, "eval_mem_cpu_alloc_delta": 4}
@@ -168,13 +168,13 @@ def test_score_of_an_answer_type_is_one_whatever_its_name(kind):
 
 
 @pytest.fixture
-def few(checkpoints, picture_folder):
+def few(checkpoints, image_folder):
     """Flags of a run of three steps."""
 
     def flags(task: str) -> list[str]:
         queue = ["--queue_size", "24", "--k_test", "3"] if task == "retrieval" else []
         return [
-            *("--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(picture_folder), *queue),
+            *("--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(image_folder), *queue),
             *("--eval_split", "test", "--per_device_train_batch_size", "8", "--max_steps", "3", "--logging_steps", "1"),
         ]
 
@@ -250,7 +250,7 @@ def test_results_before_training_are_on_the_screen(recipe, few, caplog):
     assert caplog.text.index(said) < caplog.text.index("Results, ")
 
 
-def test_tensorboard_gets_numbers_pictures_and_predictions_in_output_dir(recipe, few, tmp_path, monkeypatch):
+def test_tensorboard_gets_numbers_images_and_predictions_in_output_dir(recipe, few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = recipe(*few("vqa"), "--report_to", "tensorboard", "--eval_on_start")
     assert not (tmp_path / "runs").exists()
@@ -293,8 +293,8 @@ class Package:
     def __init__(self) -> None:
         self.logged = []
 
-    def Image(self, picture):
-        return picture.size
+    def Image(self, image):
+        return image.size
 
     def Table(self, columns, data):
         return [dict(zip(columns, row, strict=True)) for row in data]
@@ -303,10 +303,10 @@ class Package:
         self.logged.append(entry)
 
 
-def test_wandb_and_trackio_get_a_table(picture_folder, tmp_path):
+def test_wandb_and_trackio_get_a_table(image_folder, tmp_path):
     rows = Dataset.from_list(
         [
-            {"image": {"bytes": None, "path": str(picture_folder / "0.png")}, "image_id": "0", "captions": ["a", "b"]},
+            {"image": {"bytes": None, "path": str(image_folder / "0.png")}, "image_id": "0", "captions": ["a", "b"]},
             {"image": {"bytes": None, "path": "gone.png"}, "image_id": "1", "captions": ["c"]},
         ]
     )
@@ -321,7 +321,7 @@ def test_wandb_and_trackio_get_a_table(picture_folder, tmp_path):
     )
     state = SimpleNamespace(is_world_process_zero=True, global_step=7)
     TrackerCallback(trainer).on_evaluate(None, state, None)
-    table = [{"picture": (40, 36), "question": "", "references": "a, b", "prediction": "a", "score": 0.5}]
+    table = [{"image": (40, 36), "question": "", "references": "a, b", "prediction": "a", "score": 0.5}]
     for package in (callbacks[0]._wandb, callbacks[1]._trackio):
         assert package.logged == [{"samples": table, "train/global_step": 7}]
 

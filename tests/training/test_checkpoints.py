@@ -40,10 +40,10 @@ KINDS = {
 
 
 @pytest.fixture
-def flags_of(checkpoints, picture_folder):
+def flags_of(checkpoints, image_folder):
     def flags(kind: str) -> tuple[str, list[str]]:
         task, settings = KINDS[kind]
-        source = ["--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(picture_folder)]
+        source = ["--model_name_or_path", str(checkpoints[task]), "--dataset_name", str(image_folder)]
         rest = ["--eval_split", "test", "--learning_rate", "3e-3", *SAVING]
         return task, [*source, *settings, *rest, *(["--k_test", "3"] if task == "retrieval" else [])]
 
@@ -301,12 +301,12 @@ def test_checkpoint_with_content_of_another_kind_ends_in_one_message_and_runs_no
 
 
 def test_resuming_with_other_settings_or_data_is_refused_with_all_differences(
-    recipe, flags_of, checkpointed, checkpoints, picture_folder, tmp_path, caplog, monkeypatch
+    recipe, flags_of, checkpointed, checkpoints, image_folder, tmp_path, caplog, monkeypatch
 ):
     task, flags = flags_of("full")
     flags = [*flags, "--max_steps", "3", "--resume_from_checkpoint", "last"]
-    moved = shutil.copytree(picture_folder, tmp_path / "moved")
-    edited = shutil.copytree(picture_folder, tmp_path / "edited")
+    moved = shutil.copytree(image_folder, tmp_path / "moved")
+    edited = shutil.copytree(image_folder, tmp_path / "edited")
     rows = (edited / "metadata.jsonl").read_text()
     (edited / "metadata.jsonl").write_text(rows.replace('"answer": "red"', '"answer": "blue"'))
     other_base = shutil.copytree(checkpoints[task], tmp_path / "base")

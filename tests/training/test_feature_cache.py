@@ -50,7 +50,7 @@ def model(load):
 
 @pytest.fixture
 def rows(tmp_path):
-    """Five pictures, the first with two rows."""
+    """Five images, the first with two rows."""
     generator = torch.Generator().manual_seed(0)
     for number in range(5):
         pixels = torch.randint(256, (40, 36, 3), generator=generator, dtype=torch.uint8)
@@ -67,7 +67,7 @@ def as_dataset(paths, image_ids):
 
 @pytest.fixture
 def store(processor, tmp_path):
-    """store_images with a batch of two pictures, and flags over the defaults."""
+    """store_images with a batch of two images, and flags over the defaults."""
 
     def store(model, rows, **flags):
         fixed = {"use_cpu": True, "dataloader_num_workers": 0, "per_device_eval_batch_size": 2}
@@ -79,7 +79,7 @@ def store(processor, tmp_path):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The number of pictures of each batch that the vision model has seen."""
+    """The number of images of each batch that the vision model has seen."""
     sizes = []
     encode = BlipForQuestionAnswering.encode_images
 
@@ -97,13 +97,13 @@ def test_stored_states_are_those_of_the_vision_model(model, rows, store, process
     decoded = encode_row_images(list(rows), processor.image_processor)
     with torch.no_grad():
         wanted = model.encode_images(decoded["pixel_values"]).last_hidden_state
-    # the pass encodes two pictures at once and this test five, which rounds the sums otherwise
+    # the pass encodes two images at once and this test five, which rounds the sums otherwise
     torch.testing.assert_close(batch["image_states"].float(), wanted, rtol=2**-8 if dtype == "bf16" else 0, atol=2e-6)
     assert batch["image_states"].dtype == torch_dtype
     assert torch.equal(batch["image_index"], decoded["image_index"]) and batch["readable"].all()
 
 
-def test_only_pictures_that_are_not_stored_are_encoded(load, rows, store, encoded, tmp_path):
+def test_only_images_that_are_not_stored_are_encoded(load, rows, store, encoded, tmp_path):
     store(load(), rows.select(range(3)))
     assert encoded == [2]
     store(load(), rows)
@@ -154,9 +154,9 @@ def test_equal_bytes_under_two_ids_are_encoded_once(model, rows, store, encoded,
     content = (tmp_path / "0.png").read_bytes()
     images = [{"bytes": content, "path": None}] * 2
     features = Features({"image": Image(decode=False), "image_id": Value("string")})
-    pictures = store(model, Dataset.from_dict({"image": images, "image_id": ["a", "b"]}, features))
+    looked_up = store(model, Dataset.from_dict({"image": images, "image_id": ["a", "b"]}, features))
     assert encoded == [1]
-    states = pictures([{"image_id": "a"}, {"image_id": "b"}])["image_states"]
+    states = looked_up([{"image_id": "a"}, {"image_id": "b"}])["image_states"]
     assert torch.equal(states[0], states[1]) and states.any()
 
 
@@ -248,17 +248,17 @@ def test_other_precision_uses_another_store(model, rows, store, encoded, flags):
     assert sum(encoded) == 10
 
 
-def test_unreadable_pictures_count_for_nothing(model, rows, store, processor, tmp_path):
-    (tmp_path / "1.png").write_bytes(b"no picture")
+def test_unreadable_images_count_for_nothing(model, rows, store, processor, tmp_path):
+    (tmp_path / "1.png").write_bytes(b"no image")
     (tmp_path / "2.png").unlink()
-    pictures = store(model, rows)
+    images = store(model, rows)
     readable = [True, True, False, False, True, True]
     asked = [{**row, "question": "is it ?", "answers": ["yes", "no"], "caption": "a dog"} for row in rows]
-    batch = VqaCollator(processor, look_up=pictures)(asked)
+    batch = VqaCollator(processor, look_up=images)(asked)
     assert batch["readable"].tolist() == readable
     assert batch["answer_weights"].view(6, 2).sum(1).tolist() == [float(good) for good in readable]
     assert not batch["image_states"][1:3].any() and "pixel_values" not in batch
-    captioned = CaptionCollator(processor, look_up=pictures)(asked)
+    captioned = CaptionCollator(processor, look_up=images)(asked)
     assert (captioned["labels"] != -100).any(1).tolist() == readable
 
 
@@ -288,19 +288,19 @@ def test_processes_share_the_first_ones_weights(golden, rows, processor, on_two_
 
 
 def test_a_worker_gets_the_place_and_not_the_features(model, rows, store):
-    pictures = store(model, rows)
-    content = pickle.dumps(pictures)
+    images = store(model, rows)
+    content = pickle.dumps(images)
     assert len(content) < ROW_BYTES
-    assert torch.equal(pickle.loads(content)(list(rows))["image_states"], pictures(list(rows))["image_states"])
+    assert torch.equal(pickle.loads(content)(list(rows))["image_states"], images(list(rows))["image_states"])
 
 
 def test_too_small_a_limit_is_refused_before_anything_is_encoded(model, rows, store, encoded):
     limit = 4.5 * ROW_BYTES / 1e9
-    with pytest.raises(ValueError, match=r"needs 5.44e-06 GB for 5 pictures.*--cache_limit_gb 5.44e-06 allows it"):
+    with pytest.raises(ValueError, match=r"needs 5.44e-06 GB for 5 images.*--cache_limit_gb 5.44e-06 allows it"):
         store(model, rows, cache_limit_gb=limit)
     assert encoded == []
     store(model, rows.select([0, 2]), cache_limit_gb=limit)
-    with pytest.raises(ValueError, match=r"needs 3.26e-06 GB for 3 pictures.*holds 2.26e-06 GB"):
+    with pytest.raises(ValueError, match=r"needs 3.26e-06 GB for 3 images.*holds 2.26e-06 GB"):
         store(model, rows, cache_limit_gb=limit)
     with pytest.raises(ValueError, match="--cache_dtype bf16 halves it"):
         store(model, rows, cache_limit_gb=limit, cache_dtype="fp32")

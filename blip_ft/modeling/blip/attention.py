@@ -62,7 +62,7 @@ class FusedTextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         )
         if image_index is not None and is_cross:
             key, value = key[image_index], value[image_index]
-        # texts of one picture become one long row of queries: its keys and values are neither computed nor copied twice
+        # texts of one image become one long row of queries: its keys and values are neither computed nor copied twice
         query = self.query(hidden_states).view(len(key), -1, self.num_attention_heads, self.attention_head_size)
         query = query.transpose(1, 2)  # (rows, heads, texts per row x length, head_dim)
         if mask is not None and mask.dtype != query.dtype:

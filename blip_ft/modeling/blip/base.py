@@ -43,9 +43,9 @@ class BlipBase:
         """
         vision = self.config.vision_config
         if pixel_values.shape[-2:] != (vision.image_size, vision.image_size) and not interpolate_pos_encoding:
-            # transformers 5.23 reads the first rows of the position table for a smaller picture, without a word
+            # transformers 5.23 reads the first rows of the position table for a smaller image, without a word
             raise ValueError(
-                f"The model takes pictures of {vision.image_size} x {vision.image_size} pixels, found "
+                f"The model takes images of {vision.image_size} x {vision.image_size} pixels, found "
                 f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}. Resize them, load the model with "
                 "image_size=..., or pass interpolate_pos_encoding=True."
             )
@@ -70,7 +70,7 @@ class BlipBase:
         return modeling_blip.BaseModelOutputWithPooling(last_hidden_state=image_states.to(self.dtype))
 
     def resize_position_embeddings(self, image_size: int) -> None:
-        """Take pictures of image_size x image_size from now on: the position table is interpolated once and stored."""
+        """Take images of image_size x image_size from now on: the position table is interpolated once and stored."""
         embeddings = self.vision_model.embeddings
         patch = embeddings.patch_size
         if image_size < patch or image_size % patch:
@@ -97,7 +97,7 @@ class BlipBase:
         image_index: torch.Tensor | None,
         **kwargs,
     ) -> torch.Tensor:
-        """(num_texts, length, width): states of texts that have seen their pictures."""
+        """(num_texts, length, width): states of texts that have seen their images."""
         if start_token == "enc":
             input_ids = input_ids.clone()
             input_ids[:, 0] = self.config.text_config.bos_token_id + 1  # the original adds [ENC] right after [DEC]
@@ -112,15 +112,15 @@ class BlipBase:
     def _drop_trivial_index(
         self, image_index: torch.Tensor | None, num_images: int, num_texts: int
     ) -> torch.Tensor | None:
-        """image_index, or None where the texts of each picture stand side by side, equally many for each."""
+        """image_index, or None where the texts of each image stand side by side, equally many for each."""
         if image_index is None:
             if num_texts != num_images and num_images != 1:
                 raise ValueError(
-                    f"{num_images} pictures and {num_texts} texts: pass image_index, the picture of each text."
+                    f"{num_images} images and {num_texts} texts: pass image_index, the image of each text."
                 )
             return None
         if len(image_index) != num_texts:
-            raise ValueError(f"image_index names the picture of each of {num_texts} texts, found {len(image_index)}.")
+            raise ValueError(f"image_index names the image of each of {num_texts} texts, found {len(image_index)}.")
         if num_texts % num_images == 0:
             in_turn = torch.arange(num_images, device=image_index.device).repeat_interleave(num_texts // num_images)
             if torch.equal(image_index, in_turn):

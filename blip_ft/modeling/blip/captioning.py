@@ -30,7 +30,7 @@ class BlipForConditionalGeneration(BlipBase, modeling_blip.BlipForConditionalGen
         Args:
             pixel_values: (num_images, 3, height, width), float as the processor gives it or uint8.
             input_ids, attention_mask: (num_captions, length). Position 0 is read as [DEC], whatever it holds.
-            image_index: (num_captions,), the picture of each caption; None: one each.
+            image_index: (num_captions,), the image of each caption; None: one each.
             labels: (num_captions, length), -100 on prompt and padding; what attention_mask hides is not counted.
             num_items_in_batch: targets of the whole step, over accumulation and processes; default those of this batch.
             image_states: (num_images, patches + 1, width), what encode_images gave, instead of pixel_values.

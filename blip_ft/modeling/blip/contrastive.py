@@ -16,7 +16,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-# what no feature of a picture or a text depends on, so that the momentum copy can do without
+# what no feature of an image or a text depends on, so that the momentum copy can do without
 _MATCHING_ONLY = ("crossattention", "itm_head")
 
 
@@ -27,7 +27,7 @@ class Contrastive:
 
     Args:
         model: a BlipForImageTextRetrieval on its device, with its adapters, frozen as it will be trained.
-        queue_size: pairs of a picture and a text remembered; 0 leaves those of the batch.
+        queue_size: pairs of an image and a text remembered; 0 leaves those of the batch.
         momentum: share of the momentum weights that a step keeps.
         alpha: weight of the soft targets from the first epoch's end on, 0-1.
         temperature: where the trained temperature starts.
@@ -90,12 +90,12 @@ class Contrastive:
         text_keys: torch.Tensor,
         ids: torch.Tensor,
     ) -> torch.Tensor:
-        """Cross-entropy of each picture over the texts of batch and queue and the other way round, averaged.
+        """Cross-entropy of each image over the texts of batch and queue and the other way round, averaged.
 
         Args:
             image_features, text_features: (num_pairs, width) of length 1, from the model.
             image_keys, text_keys: (num_pairs, width), from the momentum weights.
-            ids: (num_pairs,), the picture of each pair; equal ids are right answers to each other.
+            ids: (num_pairs,), the image of each pair; equal ids are right answers to each other.
         """
         filled = min(int(self.num_queued), self.queue_size)
         all_images = torch.cat([image_keys, self.image_queue[:filled]])  # (num_pairs + filled, width)

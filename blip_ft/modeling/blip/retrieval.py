@@ -46,19 +46,19 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
     ) -> BlipImageTextRetrievalOutput:
         """Scores, and with image_ids the loss: loss_itc (contrast over batch and queue) + loss_itm (matching).
 
-        A text and its picture are one pair; both losses are means over pairs. In training mode the pairs then join the
+        A text and its image are one pair; both losses are means over pairs. In training mode the pairs then join the
         queue. Processes share their pairs as negatives, and need not have equally many.
 
         Args:
             pixel_values: (num_images, 3, height, width), float as the processor gives it or uint8.
             input_ids, attention_mask: (num_texts, length), [CLS] first.
-            image_ids: (num_images,) int64, equal for equal pictures in the whole data set: pairs of one picture are
+            image_ids: (num_images,) int64, equal for equal images in the whole data set: pairs of one image are
                 right answers to each other, never negatives.
-            image_index: (num_texts,), the picture of each text; None: one each.
+            image_index: (num_texts,), the image of each text; None: one each.
             use_itm_head: itm_score is (num_texts, 2), the logits of a wrong and a right pair. If False, and always with
                 image_ids, it is (num_images, num_texts), cosines.
-            negatives: (2, num_texts), instead of drawing them: the pair whose picture is put to this pair's text, and
-                the pair whose text is put to this pair's picture; -1 for none. The pairs of all processes count, in
+            negatives: (2, num_texts), instead of drawing them: the pair whose image is put to this pair's text, and
+                the pair whose text is put to this pair's image; -1 for none. The pairs of all processes count, in
                 rank order.
         Source: BLIP models/blip_retrieval.py, negative_all_rank.
         """
@@ -108,7 +108,7 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
         return F.normalize(self.vision_proj(image_states[:, 0]), dim=-1)
 
     def project_texts(self, text_states: torch.Tensor) -> torch.Tensor:
-        """(num_texts, width) of length 1, of the states that text_encoder gives without pictures."""
+        """(num_texts, width) of length 1, of the states that text_encoder gives without images."""
         return F.normalize(self.text_proj(text_states[:, 0]), dim=-1)
 
     def encode_pairs(
@@ -119,7 +119,7 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
         image_index: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """(num_texts, length, width): the texts, having seen their pictures. itm_head reads position 0."""
+        """(num_texts, length, width): the texts, having seen their images. itm_head reads position 0."""
         start_token = getattr(self.config, "itm_start_token", "cls")
         return self._encode_text_with_image(start_token, image_states, input_ids, attention_mask, image_index, **kwargs)
 
@@ -140,14 +140,14 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
         """
         contrastive, num_images, num_texts = self.contrastive, len(image_states), len(input_ids)
         if len(image_ids) != num_images:
-            raise ValueError(f"image_ids names each of {num_images} pictures, found {len(image_ids)} ids.")
+            raise ValueError(f"image_ids names each of {num_images} images, found {len(image_ids)} ids.")
         if self._drop_trivial_index(image_index, num_images, num_texts) is None:
             image_index = torch.arange(num_texts, device=input_ids.device) * num_images // num_texts
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         image_features, text_features, image_keys, text_keys = features
 
-        # row i of what follows is the pair of text i and its picture, in all_... those of every process
+        # row i of what follows is the pair of text i and its image, in all_... those of every process
         all_states, first_image = gather(image_states)
         all_ids, all_images = gather(torch.stack([image_ids[image_index], image_index + first_image], 1))[0].unbind(1)
         all_texts, first_text = gather(torch.stack([input_ids, attention_mask], 1))  # (all pairs, 2, longest)
@@ -168,7 +168,7 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
         if self.training:
             contrastive.enqueue(all_image_keys, all_text_keys, all_ids)
 
-        # each text with its picture, with a wrong picture, and a wrong text with the picture; -1 takes any, uncounted
+        # each text with its image, with a wrong image, and a wrong text with the image; -1 takes any, uncounted
         other_images, other_texts = negatives
         images, image_index = all_images[torch.cat([own, other_images, own])].unique(return_inverse=True)
         input_ids, attention_mask = all_texts[torch.cat([own, own, other_texts])].unbind(1)

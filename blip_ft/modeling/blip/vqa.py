@@ -35,7 +35,7 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
         Args:
             pixel_values: (num_images, 3, height, width), float as the processor gives it or uint8.
             input_ids, attention_mask: (num_questions, question_length).
-            image_index: (num_questions,), the picture of each question; None: one each.
+            image_index: (num_questions,), the image of each question; None: one each.
             labels: (num_answers, answer_length), padding -100 or the pad id. Position 0 is read as [DEC].
             question_index: (num_answers,), the question of each answer; None: one each.
             answer_weights: (num_answers,); None: 1 each.
@@ -86,7 +86,7 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
         image_index: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """(num_questions, question_length, width): what the decoder reads of question and picture."""
+        """(num_questions, question_length, width): what the decoder reads of question and image."""
         start_token = getattr(self.config, "question_start_token", "cls")
         return self._encode_text_with_image(start_token, image_states, input_ids, attention_mask, image_index, **kwargs)
 
