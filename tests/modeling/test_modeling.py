@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers.models.blip import modeling_blip
 
@@ -200,6 +201,25 @@ def test_bytes_are_normalised_as_the_processor_does(golden, processor):
     model.vision_model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model.encode_images(pixels)
     torch.testing.assert_close(seen[0], floats, atol=1e-6, rtol=0)
+
+
+@pytest.fixture
+def nan_in_new_memory(monkeypatch):
+    """Fill memory that torch has not initialized with NaN, instead of whatever was there."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("cls", [BlipForQuestionAnswering, BlipForConditionalGeneration, BlipForImageTextRetrieval])
+def test_weights_that_a_checkpoint_lacks_are_initialized(golden, tmp_path, nan_in_new_memory, cls):
+    cls(cls.config_class.from_pretrained(golden / "vqa")).save_pretrained(tmp_path)
+    save_file({}, tmp_path / "model.safetensors", {"format": "pt"})
+    model, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(model.state_dict()) == info["missing_keys"]
+    assert [name for name, weight in model.state_dict().items() if not weight.isfinite().all()] == []
 
 
 @pytest.mark.parametrize("cls", [BlipForQuestionAnswering, BlipForConditionalGeneration, BlipForImageTextRetrieval])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import initialization
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.models.blip import modeling_blip, modeling_blip_text
 
@@ -122,7 +123,13 @@ class BlipTextLayer(modeling_blip_text.BlipTextLayer):  # by this name FSDP and 
 
 
 class FusedTextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
-    """Beams that go on from one text share the keys and values of what they read: those are computed and kept once."""
+    """The beams of one text share the keys and values of the cross-attention, which are computed and stored once."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # transformers 5.23 leaves this bias as uninitialized memory if a checkpoint does not have it
+        if isinstance(module, modeling_blip_text.BlipTextLMPredictionHead):
+            initialization.zeros_(module.bias)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs) -> tuple[torch.Tensor, dict]:
         shared = {name: kwargs.pop(name, None) for name in ("encoder_hidden_states", "encoder_attention_mask")}
