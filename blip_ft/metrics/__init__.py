@@ -1,4 +1,4 @@
-"""Scores of answers, captions and retrieval, on strings and arrays alone."""
+"""Scores for answers, captions and retrieval. They need only strings and arrays, no model."""
 
 from blip_ft.metrics.captions import CaptionScores, caption_scores
 from blip_ft.metrics.retrieval import recall_at_k, retrieval_scores

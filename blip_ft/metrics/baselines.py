@@ -1,4 +1,4 @@
-"""What a guess reaches that does not look at the image, and the lowest possible loss."""
+"""Baselines that do not use the images, and the lowest possible loss."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from blip_ft.metrics.retrieval import both_directions
 def answer_without_images(
     questions: Iterable[str], answers: Iterable[Sequence[str]], asked: Sequence[str]
 ) -> list[str]:
-    """The answer to each question asked that its words alone suggest.
+    """Guess the answer to each question from its words alone.
 
-    It is the most frequent training answer to the same question; if it was not trained on, to questions that begin
-    with the same two words; else of all.
+    The guess is the most frequent training answer to the same question. If the question is not in the training data, it
+    is the most frequent answer to questions that begin with the same two words, or else to all questions.
 
     Args:
-        questions, answers: of the rows trained on, one question and its answers each.
+        questions, answers: training data, each question with its answers.
+        asked: the questions to answer.
     """
     wanted = {key for question in asked for key in _keys_of(question)}
     counts: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
@@ -37,14 +38,14 @@ def _keys_of(question: str) -> list[tuple[str, ...]]:
 
 
 def chance_scores(right: np.ndarray) -> dict[str, float]:
-    """What retrieval_scores gives on average for a random order, in percent. right: (num_images, num_texts)."""
+    """Expected retrieval_scores of a random ranking, in percent. right: (num_images, num_texts), as in recall_at_k."""
 
     def chance(right: np.ndarray) -> dict[str, float]:
         num_queries, num_candidates = right.shape
         wrong = num_candidates - right.sum(axis=1)  # (num_queries,)
         recalls, missed = {}, np.ones(num_queries)
         for drawn in range(10):
-            # the odds that no right one is drawn now, after as many wrong ones
+            # probability that this candidate is wrong if all earlier ones were wrong
             odds = np.clip((wrong - drawn) / max(1, num_candidates - drawn), 0, 1)
             missed *= np.where(wrong == num_candidates, 1, odds)
             recalls[f"recall@{drawn + 1}"] = 100 * float(1 - missed.mean())
@@ -54,9 +55,9 @@ def chance_scores(right: np.ndarray) -> dict[str, float]:
 
 
 def smoothing_floor(num_words: int, label_smoothing: float) -> float:
-    """The least cross-entropy of a token under smoothed labels: the entropy of the labels.
+    """The lowest possible cross-entropy of a token with label smoothing, which is the entropy of the smoothed labels.
 
-    label_smoothing, 0 to 1, is spread evenly over all num_words, as torch's cross_entropy does.
+    label_smoothing, 0-1, is spread evenly over all num_words, as in torch's cross_entropy.
     """
     other = label_smoothing / num_words
     own = 1 - label_smoothing + other

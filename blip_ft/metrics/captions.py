@@ -1,4 +1,4 @@
-"""Caption scores: CIDEr-D, BLEU and ROUGE-L as pycocoevalcap computes them, without Java."""
+"""Caption scores: CIDEr-D, BLEU and ROUGE-L as in pycocoevalcap, without Java."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from blip_ft.metrics.text_metric import TextMetric
 
-# What pycocoevalcap's tokenizer makes of a caption: the Penn Treebank's words in lower case, without most punctuation.
-# It means to drop brackets too, but compares "-lrb-" with "-LRB-", so they stay words.
+# The tokenizer of pycocoevalcap splits a caption into Penn Treebank words in lower case, without most punctuation. It
+# should also remove brackets, but compares "-lrb-" with "-LRB-", so brackets remain as words.
 _SPELLED = str.maketrans(
     {"(": " -lrb- ", ")": " -rrb- ", "[": " -lsb- ", "]": " -rsb- ", "{": " -lcb- ", "}": " -rcb- ", "’": "'"}
 )
@@ -24,18 +24,18 @@ _SPLIT = re.compile(
 
 _WORD = re.compile(
     r"-[lr][rsc]b-|'(?:s|m|d|ll|re|ve)\b"
-    r"|(?:[^\W\d_]\.){2,}|(?:ave|dr|etc|jr|mrs?|ms|rd|sr|st|vs)\."  # u.s. and those that captions have
+    r"|(?:[^\W\d_]\.){2,}|(?:ave|dr|etc|jr|mrs?|ms|rd|sr|st|vs)\."  # u.s., and abbreviations found in captions
     r"|\w+(?:(?:['/.-]|(?<=\d)[,:](?=\d))\w+)*"  # t-shirt, n't, and/or, 1,000, 12:30
     r"|[!?]{2,}|[^\w\s\"'`.,:;!?…–—“”‘-]"  # "!" is dropped, "!!" is not; & and $ are words
 )
 
 _MAX_NGRAM = 4
 
-_NgramCounts = list[Counter[tuple[str, ...]]]  # of one caption; entry n - 1 is for runs of n words
+_NgramCounts = list[Counter[tuple[str, ...]]]  # for one caption; entry n - 1 counts the n-grams
 
 
 def _caption_words(caption: str) -> list[str]:
-    """A caption's words as pycocoevalcap's scorers see them. Words joined by spaces come back as they were."""
+    """Split a caption into words as pycocoevalcap does. Splitting the words joined by spaces gives the same words."""
     return _WORD.findall(_SPLIT.sub(" ", caption.lower().translate(_SPELLED)))
 
 
@@ -44,9 +44,9 @@ def _count_ngrams(words: list[str]) -> _NgramCounts:
 
 
 def _bleu(candidates: list[_NgramCounts], references: list[list[_NgramCounts]]) -> list[float]:
-    """BLEU-1 to BLEU-4 of the whole set, 0-1, from the n-gram counts of each candidate and each of its references.
+    """Corpus BLEU-1 to BLEU-4, 0-1, from the n-gram counts of each candidate and of its references.
 
-    Source: pycocoevalcap 1.2 bleu_scorer.py compute_score(option="closest"), with its two constants against zeros.
+    Source: pycocoevalcap 1.2 bleu_scorer.py compute_score(option="closest"), with its two constants that avoid zeros.
     """
     matched, proposed = np.zeros(_MAX_NGRAM), np.zeros(_MAX_NGRAM)
     closest_length = 0
@@ -64,10 +64,10 @@ def _bleu(candidates: list[_NgramCounts], references: list[list[_NgramCounts]]) 
 
 
 def _cider(candidates: list[_NgramCounts], references: list[list[_NgramCounts]]) -> float:
-    """CIDEr-D, 0-10, from the n-gram counts of each candidate and each of its references.
+    """CIDEr-D, 0-10, from the n-gram counts of each candidate and of its references.
 
-    Source: pycocoevalcap 1.2 cider_scorer.py compute_cider. As there, the weight of an n-gram comes from the references
-        of this set, so a single image scores 0; and the length that is compared is the number of bigrams.
+    Source: pycocoevalcap 1.2 cider_scorer.py compute_cider. As there, the weight of an n-gram is computed from the
+        references of this set, so a set of one image scores 0, and the compared lengths are the numbers of bigrams.
     """
     images_with = Counter()
     for captions in references:
@@ -94,9 +94,10 @@ def _cider(candidates: list[_NgramCounts], references: list[list[_NgramCounts]])
 
 
 def _rouge_l(candidate: list[str], captions: list[list[str]]) -> float:
-    """ROUGE-L of one candidate's words, 0-1: the best precision and the best recall over the references, beta 1.2.
+    """ROUGE-L of one candidate's words, 0-1, from the best precision and best recall over the references, beta 1.2.
 
-    Source: pycocoevalcap 1.2 rouge.py calc_score. Unlike it, nothing against an empty reference is 0, not 1.
+    Source: pycocoevalcap 1.2 rouge.py calc_score. Unlike there, an empty candidate against an empty reference scores 0,
+        not 1.
     """
     common = [_longest_common_subsequence(candidate, caption) for caption in captions]
     if not any(common):
@@ -117,27 +118,29 @@ def _longest_common_subsequence(one: list[str], other: list[str]) -> int:
 
 
 def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Scores of one caption per image against the image's references, as pycocoevalcap gives them, times 100.
+    """Compute the scores of pycocoevalcap, times 100, for one caption per image.
 
     Args:
-        predictions: a caption per image; "" counts as wrong.
-        references: the human captions per image, one or more. CIDEr weighs words by how few images of this set
-            have them, so scores of different sets, or of part of a set, do not compare.
-    Returns: cider, 0-1000 (120 is a good model on COCO); bleu1 to bleu4, of the whole set, and rouge_l, 0-100.
-    Raises: ValueError if there is no image, an image without a reference, or not one prediction per image.
-    Source: pycocoevalcap 1.2. Two expressions stand for its Java tokenizer: the same words in all of 5,500 captions of
-        Flickr8k and COCO; other words in rare forms such as 2.5cm (there "2.5 cm"), '90s and web addresses.
+        predictions: one caption per image; "" counts as wrong.
+        references: one or more human captions per image. In CIDEr, a word that fewer images of the set have weighs
+            more, so scores of different sets, or of parts of a set, are not comparable.
+    Returns: cider, 0-1000 (120 is a good model on COCO); bleu1 to bleu4, for the whole set, and rouge_l, 0-100.
+    Raises: ValueError if there are no images, an image has no reference, or the numbers of predictions and images
+        differ.
+    Source: pycocoevalcap 1.2. Two regular expressions replace its Java tokenizer. They give the same words for all of
+        5,500 captions of Flickr8k and COCO, and other words for rare forms such as 2.5cm (there "2.5 cm"), '90s and
+        web addresses.
     """
     if not predictions:
-        raise ValueError("Caption scores need at least one image; got none. Check eval_split and its rows.")
+        raise ValueError("Caption scores need at least one image, found none. Check eval_split and its rows.")
     if len(predictions) != len(references):
         found = f"{len(predictions)} predictions for {len(references)} images"
-        raise ValueError(f"Caption scores need one prediction per image; got {found}.")
+        raise ValueError(f"Caption scores need one prediction per image, found {found}.")
     for i, captions in enumerate(references):
         if not captions:
             raise ValueError(
-                f"Caption scores need at least one reference per image; image {i} has none. Leave such rows out, "
-                "or set caption_column to the column that holds the captions."
+                f"Caption scores need at least one reference per image; image {i} has none. Remove such rows, or set "
+                "caption_column to the column with the captions."
             )
 
     candidates = [_caption_words(caption) for caption in predictions]
@@ -154,12 +157,12 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
 
 
 def caption_rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """0 to 1 for one caption; the mean over images is caption_scores' rouge_l."""
+    """ROUGE-L of one caption, 0-1. The mean over images, times 100, is rouge_l of caption_scores."""
     return _rouge_l(_caption_words(prediction), [_caption_words(caption) for caption in references])
 
 
 def caption_exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Share of images whose prediction has the very words of a reference, in percent; arguments as caption_scores."""
+    """Percentage of images whose prediction has the same words as a reference. Arguments as in caption_scores."""
     return 100 * fmean(
         _caption_words(prediction) in [_caption_words(caption) for caption in captions]
         for prediction, captions in zip(predictions, references, strict=True)
@@ -167,9 +170,9 @@ def caption_exact_match(predictions: Sequence[str], references: Sequence[Sequenc
 
 
 class CaptionScores(TextMetric):
-    """Caption scores times 100: CIDEr-D, BLEU-1 to BLEU-4 and ROUGE-L as pycocoevalcap has them.
+    """Caption scores times 100: CIDEr-D, BLEU-1 to BLEU-4 and ROUGE-L as in pycocoevalcap.
 
-    compute() takes and returns what `caption_scores` does.
+    compute() has the arguments and the result of `caption_scores`.
     """
 
     paper = "Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, 2015"

@@ -1,4 +1,4 @@
-"""The form in which evaluate expects a metric of texts."""
+"""Base class of the text metrics, with the interface of the evaluate library."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import evaluate
 
 
 class TextMetric(evaluate.Metric):
-    """Strings against lists of strings in the form of the evaluate library; instantiated, not loaded: works offline."""
+    """A metric that compares strings with lists of strings. Instances are created directly, so it works offline."""
 
     paper: str
 
-    def __init__(self, keep_in_memory: bool = True, **kwargs: Any):
-        # on disk, concurrent runs on one machine would wait for each other's cache file
-        super().__init__(keep_in_memory=keep_in_memory, **kwargs)
+    def __init__(self, **kwargs: Any):
+        # not on disk, where concurrent runs on one machine would wait for each other's cache file
+        super().__init__(keep_in_memory=True, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
         strings = datasets.Value("string")

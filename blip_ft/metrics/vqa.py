@@ -10,15 +10,15 @@ from statistics import fmean
 
 from blip_ft.metrics.text_metric import TextMetric
 
-# The vocabulary of the official score. Source: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py. It is
-# Python 2, where \d is 0-9 and lower() goes sign by sign ("ΣΑΣ" ends in σ, not ς).
+# The rules of the official score. Source: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py. It is
+# Python 2 code, where \d is 0-9 and lower() converts each character alone ("ΣΑΣ" ends in σ, not ς).
 _OFFICIAL_ANSWERS = 10
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 _COMMA_IN_NUMBER = re.compile(r"[0-9],[0-9]")
 
-_PERIOD = re.compile(r"\.(?![0-9])")  # theirs starts with (?!<=\d), a slip for (?<!\d), which holds at every period
+_PERIOD = re.compile(r"\.(?![0-9])")  # theirs begins with (?!<=\d), a typo for (?<!\d), which matches at every period
 
 _ZERO_TO_TEN = "zero one two three four five six seven eight nine ten"
 
@@ -36,10 +36,13 @@ _CONTRACTED = """
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
 
-# A form that lost one apostrophe gets it back; somebody'd, wrongly, loses it. Their entries with a capital I (words are
-# lower case by then) and let's and she's (mapped to themselves) do nothing and are left out.
+# A word that lacks one apostrophe gets it back; somebody'd, by mistake, loses it. Their entries with a capital I (words
+# are already in lower case) and let's and she's (mapped to themselves) have no effect and are left out.
 _CONTRACTIONS = {
-    form[:i] + form[i + 1 :]: form for form in _CONTRACTED.split() for i, sign in enumerate(form) if sign == "'"
+    form[:i] + form[i + 1 :]: form
+    for form in _CONTRACTED.split()
+    for i, character in enumerate(form)
+    if character == "'"
 }
 
 _CONTRACTIONS["somebody'd"] = "somebodyd"
@@ -53,60 +56,61 @@ _COMMA_OR_WORD_END = re.compile(r",|(?<=[^\W\d_]{2})\.(?=\w)")
 _DIGITS = re.compile(r"\d*\.?\d+")
 
 _NO_ANSWERS = (
-    "A question needs at least one answer to be scored; this one has none. Leave such rows out, or set answer_column "
-    "to the column that holds the answers."
+    "A question needs at least one answer to be scored; this one has none. Remove such rows, or set answer_column to "
+    "the column with the answers."
 )
 
 
-@lru_cache(maxsize=1 << 16)  # cleaning is nearly all of a score's time, and a few answers make up most of a data set
+@lru_cache(maxsize=1 << 16)  # cleaning takes nearly all of the time, and most answers of a data set are repetitions
 def _clean(text: str) -> str:
-    """Punctuation, case, number words, articles and contractions as the official code handles them.
+    """Process punctuation, case, number words, articles and contractions as the official code does.
 
-    Source: vqaEval.py processPunctuation, processDigitArticle. We follow its bugs: one number with a comma, or one
-    space beside a mark, decides whether the mark vanishes or becomes a space in the whole text.
+    Source: vqaEval.py processPunctuation, processDigitArticle. Its bugs are kept: one number with a comma, or one space
+    beside a punctuation mark, decides for the whole text whether the mark is removed or becomes a space.
     """
     has_number_with_comma = _COMMA_IN_NUMBER.search(text) is not None
     cleaned = text
     for mark in _PUNCTUATION:
         vanishes = has_number_with_comma or f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if vanishes else " ")
-    # their re.UNICODE, which is 32, stands where sub takes its count: the 33rd period stays
+    # their code passes re.UNICODE, which is 32, as the count of sub, so the 33rd period stays
     cleaned = _PERIOD.sub("", cleaned, count=32)
     words = (_NUMBER_WORDS.get(word, word) for word in _lower(cleaned).split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def _lower(text: str) -> str:
-    # "İ" alone has two letters in lower case, of which Python 2 gives the first
-    return "".join(sign.lower()[0] for sign in text)
+    # only "İ" becomes two characters in lower case; Python 2 returns the first
+    return "".join(character.lower()[0] for character in text)
 
 
 @lru_cache(maxsize=1 << 16)
 def normalize_answer(text: str) -> str:
-    """The form in which answers are compared outside the official score: "An X - ray." and "x-ray" give "x ray".
+    """Normalize an answer for comparisons outside the official score: "An X - ray." and "x-ray" become "x ray".
 
-    Where cleaning leaves nothing articles stay: option "A" or "(A)" is "a", not the same as "the" or no answer.
+    If nothing would be left, articles are kept: option "A" or "(A)" is "a", which differs from "the" and from "".
     """
-    # The official cleaning goes by the spaces beside a mark, and the uncased tokenizer writes its own: "x - ray",
-    # "1. 5", "1, 000", "it ' s". So those go first; afterwards "1. 5" would be "1 5", and "a. m." have lost an article.
-    # What they told apart is then read from the signs: a comma before three digits belongs to the number, any other
-    # parts words, and so does a period after two letters or more ("vs. left", unlike "u. s.").
+    # The official cleaning depends on spaces beside punctuation marks, but the uncased tokenizer adds such spaces:
+    # "x - ray", "1. 5", "1, 000", "it ' s". So they are removed first. Otherwise "1. 5" would become "1 5", and "a. m."
+    # would lose an article. Marks that separate words are then found without spaces: a comma, except before three
+    # digits, where it belongs to the number, and a period after two or more letters ("vs. left", unlike "u. s.").
     joined = _MARK.sub(r"\1", " ".join(text.split()))
     parted = _COMMA_OR_WORD_END.sub(" ", _THOUSANDS_COMMA.sub("", joined))
     return _clean(parted) or _lower(joined.strip(_PUNCTUATION + ".") or joined)
 
 
 def most_frequent_answer(answers: Sequence[str]) -> str:
-    """The answer given most often, as written; the first on ties. Raises ValueError if there are no answers."""
+    """The most frequent answer, as written, or the first of several. Raises: ValueError if there are no answers."""
     if not answers:
         raise ValueError(_NO_ANSWERS)
     return Counter(answers).most_common(1)[0][0]
 
 
 def answer_type(answers: Sequence[str]) -> str:
-    """'yes/no', 'number' or 'other' by the most frequent normalized answer, for data that does not say.
+    """Classify a question as 'yes/no', 'number' or 'other' by its most frequent normalized answer.
 
-    "two", "none" (0 in the official cleaning) and "2.5" are numbers; "2 dogs" and "50%" are other.
+    It is used for data without answer types. "two", "none" (0 in the official cleaning) and "2.5" are numbers; "2 dogs"
+    and "50%" are other.
     """
     answer = most_frequent_answer([normalize_answer(answer) for answer in answers])
     if answer in ("yes", "no"):
@@ -117,13 +121,14 @@ def answer_type(answers: Sequence[str]) -> str:
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Accuracy of one prediction, 0-1.
 
-    Ten answers or more: the official VQA v2 score, the mean over the annotators of min(1, other annotators who agree
-    with the prediction / 3). Fewer, where that punishes a right prediction (0 with one answer): 1 if the prediction
-    equals any answer, both normalized, else 0; an empty prediction is always 0.
+    With ten or more answers, it is the official VQA v2 score: the mean over the annotators of min(1, n / 3), where n is
+    the number of other annotators who agree with the prediction. With fewer answers, that score would punish a correct
+    prediction (it is 0 for a single answer), so the accuracy is 1 if the normalized prediction equals any normalized
+    answer, else 0. An empty prediction then scores 0.
 
     Raises: ValueError if there are no answers.
-    Source: GT-Vision-Lab/VQA vqaEval.py evaluate. As there, nothing is cleaned where all annotators agree: "Yes" scores
-        0 when all ten say "yes".
+    Source: GT-Vision-Lab/VQA vqaEval.py evaluate. As there, nothing is cleaned if all annotators agree: "Yes" scores 0
+        if all ten annotators say "yes".
     """
     if not answers:
         raise ValueError(_NO_ANSWERS)
@@ -135,13 +140,16 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     if len(set(answers)) > 1:
         prediction, *answers = map(_clean, (prediction, *answers))
     agree = answers.count(prediction)
-    # who agrees is not among their own others; counting whole thirds keeps 0.3, 0.6 and 0.9 exact
+    # an annotator who agrees has one agreeing other less; counting in thirds keeps 0.3, 0.6 and 0.9 exact
     thirds = agree * min(3, agree - 1) + (len(answers) - agree) * min(3, agree)
     return thirds / (3 * len(answers))
 
 
 def scoring_rule(references: Sequence[Sequence[str]]) -> str:
-    """Which rule of vqa_accuracy scores these questions, in words for a report. references: each question's answers."""
+    """Describe, for a report, the rule by which vqa_accuracy scores these questions.
+
+    references: the answers of each question.
+    """
     official = sum(len(answers) >= _OFFICIAL_ANSWERS for answers in references)
     if official == len(references):
         return "official, ten answers"
@@ -151,15 +159,14 @@ def scoring_rule(references: Sequence[Sequence[str]]) -> str:
 
 
 class VqaAccuracy(TextMetric):
-    """VQA accuracy in percent over many questions: the official VQA v2 score where a question has ten answers.
+    """Mean VQA accuracy in percent: the official VQA v2 score for questions with ten answers.
 
-    compute() takes
-        predictions: a string per question; "" for an image that could not be read.
-        references: the list of answers per question.
-        answer_types: None for the rule of `answer_type`, or a name per question.
-    and returns percents, 0-100: vqa_accuracy; exact_match, which is equality with the most frequent answer, both
-    normalized, never of an empty prediction; and vqa_accuracy_<type> for each type present, as a key
-    ("yes/no": vqa_accuracy_yes_no).
+    Arguments of compute():
+        predictions: one string per question; "" for an image that could not be read.
+        references: a list of answers per question.
+        answer_types: one name per question. None: the types given by `answer_type`.
+    It returns percentages, 0-100: vqa_accuracy; exact_match, the share of non-empty predictions that equal the most
+    frequent answer, both normalized; and vqa_accuracy_<type> for each type (vqa_accuracy_yes_no for "yes/no").
     """
 
     paper = "Goyal et al., Making the V in VQA Matter, CVPR 2017"
@@ -168,14 +175,16 @@ class VqaAccuracy(TextMetric):
         self, predictions: list[str], references: list[list[str]], answer_types: Sequence[str] | None = None
     ) -> dict[str, float]:
         if not predictions:
-            raise ValueError("VQA accuracy needs at least one question; got none. Check eval_split and its rows.")
+            raise ValueError("VQA accuracy needs at least one question, found none. Check eval_split and its rows.")
         if answer_types is None:
             answer_types = [answer_type(answers) for answers in references]
         if len(answer_types) != len(predictions):
             found = f"{len(answer_types)} types for {len(predictions)} questions"
-            raise ValueError(f"answer_types needs one type per question; got {found}. Leave it out for types by rule.")
+            raise ValueError(
+                f"answer_types needs one type per question, found {found}. Without it, types are derived from answers."
+            )
         percents = [100 * vqa_accuracy(*pair) for pair in zip(predictions, references, strict=True)]
-        # against a single answer vqa_accuracy is equality once normalized
+        # with a single answer, vqa_accuracy compares the normalized texts
         exact = [vqa_accuracy(p, [most_frequent_answer(a)]) for p, a in zip(predictions, references, strict=True)]
         by_type = defaultdict(list)
         for name, percent in zip(answer_types, percents, strict=True):
