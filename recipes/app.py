@@ -171,7 +171,7 @@ def answer(model: Any, processor: BlipProcessor, pixels: torch.Tensor, text: str
     tokens = encode_texts(questions, processor.tokenizer, model.config.text_config.max_position_embeddings)
     ids, mask = tokens["input_ids"].to(model.device), tokens["attention_mask"].to(model.device)
     index = torch.zeros(len(questions), dtype=torch.long, device=model.device)
-    states = model.encode_questions(model.encode_images(pixels).last_hidden_state, ids, mask, index)
+    states = model.encode_pairs(model.encode_images(pixels).last_hidden_state, ids, mask, index)
     answers = inference.answer(model, processor.tokenizer, states, mask)
     return [([question, text], score) for question, text, score in zip(questions, *answers, strict=True)]
 

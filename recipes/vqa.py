@@ -80,7 +80,7 @@ def main() -> None:
     def predict(model, batch, positions):
         mask = batch["attention_mask"]
         images = model.encode_images(batch["pixel_values"]).last_hidden_state
-        states = model.encode_questions(images, batch["input_ids"], mask, batch["image_index"])
+        states = model.encode_pairs(images, batch["input_ids"], mask, batch["image_index"])
         losses = model.answer_losses(states, mask, batch["labels"], batch["question_index"]) * batch["answer_weights"]
         losses = losses.new_zeros(len(mask)).index_add(0, batch["question_index"], losses).tolist()
         if candidates:

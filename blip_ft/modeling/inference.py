@@ -25,7 +25,7 @@ def answer(
     """An answer for each question, written freely, and its probability; see sequence_probabilities.
 
     Args:
-        question_states, attention_mask: (num_questions, question_length, ...), of model.encode_questions.
+        question_states, attention_mask: (num_questions, question_length, ...), of model.encode_pairs.
         max_length: tokens of an answer, [DEC] and [SEP] among them.
     """
     ids = model.generate_answers(
@@ -271,7 +271,7 @@ def answer_questions(
                 tokens = encode_texts([questions[p] for p in positions], processor.tokenizer, longest)
                 ids, mask = tokens["input_ids"].to(model.device), tokens["attention_mask"].to(model.device)
                 index = torch.tensor(rows, device=model.device)
-                question_states = model.encode_questions(states, ids, mask, index)
+                question_states = model.encode_pairs(states, ids, mask, index)
                 # not answer(): its probabilities cost another pass of the decoder
                 answer_ids = model.generate_answers(
                     question_states, mask, max_length=max_length, num_beams=num_beams, do_sample=False

@@ -1,4 +1,4 @@
-"""The retrieval loss: queue, momentum, negatives, grouping, processes, adapters and what is saved."""
+"""The retrieval loss: queue, momentum, negatives, texts that share an image, processes, adapters and saving."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def load(golden, queue_size=7, dtype=torch.float64, **settings):
 
 
 def pairs_of(texts_per_image, seed=0):
-    """Images with the named numbers of texts, ids 10, 11, ..., and negatives to draw from them."""
+    """Images with the given numbers of texts, image ids 10, 11, ..., and random negatives."""
     generator = torch.Generator().manual_seed(seed)
     image_index = torch.repeat_interleave(torch.arange(len(texts_per_image)), torch.tensor(texts_per_image))
     lengths = torch.randint(3, 10, image_index.shape, generator=generator)
@@ -55,7 +55,7 @@ def test_queue_keeps_the_newest_pairs_of_batches_of_any_size(golden, queue_size)
 
 @pytest.mark.parametrize("queue_size", [0, 3, 50])
 def test_contrast_is_over_the_batch_and_what_was_queued(golden, queue_size):
-    """A slow, obvious reference, one pair at a time; 50 rows are never filled, and must not count."""
+    """A slow, obvious reference, one pair at a time. A queue of 50 is not full, and empty rows must not count."""
     state = load(golden, queue_size, temperature=0.2).contrastive
     queued_images, queued_texts, queued_ids = unit(4, 16), unit(4, 16), torch.tensor([1, 2, 3, 4])
     state.enqueue(queued_images, queued_texts, queued_ids)
@@ -88,7 +88,7 @@ def test_temperature_is_kept_within_bounds(golden):
 
 
 def test_steps_leave_no_gradient_of_the_temperature_to_the_next(golden):
-    """The Trainer calls model.zero_grad(), which does not know the temperature."""
+    """The Trainer calls model.zero_grad(), which does not reset the temperature's gradient."""
     model, batch = load(golden, queue_size=0), pairs_of([2, 1])
     gradients = []
     for _ in range(2):
@@ -102,7 +102,7 @@ def test_negatives_are_drawn_by_softmax_among_other_images():
     logits = torch.tensor([0.0, 1.0, 2.0, 3.0]).repeat(20000, 1)
     same = torch.tensor([False, False, False, True]).expand_as(logits)
     share = draw_negatives(logits, same).bincount(minlength=4) / 20000
-    # four standard deviations of a share are 0.014
+    # four standard deviations are 0.014
     torch.testing.assert_close(share, torch.tensor([0.0900, 0.2447, 0.6652, 0.0]), atol=0.014, rtol=0)
 
 
@@ -178,7 +178,7 @@ def test_queue_stands_still_in_evaluation(golden):
 
 
 def take_steps(model, batches):
-    """Loss of each; the optimiser holds the temperature too."""
+    """Train on the batches and return their losses. The temperature is trained too."""
     optimizer = torch.optim.SGD([*model.parameters(), model.contrastive.temperature], lr=0.01)
     losses = []
     for batch in batches:
@@ -200,7 +200,7 @@ def test_saved_state_goes_on_bitwise(golden, tmp_path):
     resumed.load_state_dict(model.state_dict())
     parameter = resumed.contrastive.temperature
     resumed.contrastive.load(tmp_path / "contrastive.safetensors")
-    assert resumed.contrastive.temperature is parameter  # the one that the optimiser holds
+    assert resumed.contrastive.temperature is parameter  # the optimizer refers to this object
     assert take_steps(resumed, batches[2:]) == take_steps(model, batches[2:])
     for name, weight in model.contrastive.momentum_weights.items():
         assert torch.equal(resumed.contrastive.momentum_weights[name], weight)
@@ -278,7 +278,7 @@ def test_autocast_computes_with_the_momentum_weights_near_full_precision(golden)
     for enabled in (False, True):
         model = load(golden, dtype=torch.float32)
         model.contrastive.begin_step(epochs_done=1)
-        # far from the model's: a momentum encoder that computed with those would give another loss
+        # different from the model's weights, so that using those by mistake would change the loss
         for weight in model.contrastive.momentum_weights.values():
             weight.mul_(1.5)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -291,18 +291,18 @@ def test_autocast_computes_with_the_momentum_weights_near_full_precision(golden)
 
 def test_loss_without_state_or_with_missing_ids_says_what_to_do(golden):
     model, batch = load(golden), pairs_of([2, 1])
-    with pytest.raises(ValueError, match="each of 2 images, found 3"):
+    with pytest.raises(ValueError, match="one id for each of 2 images, found 3"):
         model(**{**batch, "image_ids": torch.arange(3)})
     model.contrastive = None
     with pytest.raises(ValueError, match=r"model.contrastive = Contrastive\(model\)"):
         model(**batch)
 
 
-UNEQUAL = [2, 1], [1, 2, 1]  # texts of each image on the first and the second process: 3 and 4 pairs
+UNEQUAL = [2, 1], [1, 2, 1]  # texts per image on the first and on the second process: 3 and 4 pairs
 
 
 def part_of(batch, rank):
-    """One process's images and texts, padded to its own longest; negatives still count through all pairs."""
+    """Images and texts of one process, padded to its longest text. Negatives are numbered over all pairs."""
     images, texts = (slice(0, 2), slice(0, 3)) if rank == 0 else (slice(2, 5), slice(3, 7))
     longest = int(batch["attention_mask"][texts].sum(1).max())
     return {
@@ -342,7 +342,7 @@ def test_in_batch_accuracy_is_of_the_batch_alone_and_any_text_of_the_image_is_ri
     towards_images = torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.2, 0.8], [0.7, 0.0, 0.1]])
     towards_texts = torch.tensor([[0.0, 0.9, 0.1], [0.0, 0.2, 0.1], [0.0, 0.0, 0.1]])
     same = torch.tensor([[1, 0, 0], [0, 1, 1], [0, 1, 1]]).bool()
-    # towards images right, right and wrong, towards texts wrong, right and right
+    # images for texts: right, right, wrong; texts for images: wrong, right, right
     assert nearest_is_right((towards_images, towards_texts), same).item() == pytest.approx(400 / 6)
 
 

@@ -1,4 +1,4 @@
-"""Ours against the original implementation, number by number."""
+"""Compare our models with numbers computed by the original implementation."""
 
 import json
 
@@ -54,7 +54,7 @@ def gradient_norms(model):
 def assert_norms_equal(norms, expected):
     assert norms.keys() == expected.keys()
     for name, norm in expected.items():
-        # gradients of a key's bias are zero up to rounding
+        # the gradient of a key's bias is zero except for rounding errors
         tolerance = {"abs": 1e-5} if name.endswith("key.bias") else {"rel": 1e-4}
         assert norms[name] == pytest.approx(norm, **tolerance), name
 
@@ -75,7 +75,7 @@ def test_five_adamw_steps_equal_the_original(golden, task):
 
 def test_each_answer_costs_what_it_costs_in_the_original(golden):
     model, batch = load(golden, "vqa"), batch_of(golden, "vqa")
-    states = model.encode_questions(
+    states = model.encode_pairs(
         model.encode_images(batch["pixel_values"]).last_hidden_state, batch["input_ids"], batch["attention_mask"]
     )
     losses = model.answer_losses(states, batch["attention_mask"], batch["labels"], batch["question_index"])
@@ -89,7 +89,7 @@ def test_ranking_equals_the_original(golden, k, rows_per_chunk):
     expected = expected_of(golden, "vqa")["rank"]
     inputs = load_file(golden / "vqa" / "inputs.safetensors")
     candidates = inputs["candidate_input_ids"].masked_fill(inputs["candidate_attention_mask"] == 0, -100)
-    states = model.encode_questions(
+    states = model.encode_pairs(
         model.encode_images(batch["pixel_values"]).last_hidden_state, batch["input_ids"], batch["attention_mask"]
     )
     scores, order = model.rank_answers(states, batch["attention_mask"], candidates, k, rows_per_chunk)
@@ -132,13 +132,13 @@ def test_generated_captions_equal_the_original(golden):
 
 
 def test_stock_transformers_still_drops_the_cross_attention_mask(golden):
-    """The day this fails, transformers honours the mask, and what attention.py says of it can be shortened."""
+    """If this fails, transformers applies the mask, and the workaround in attention.py can be simplified."""
     stock = load(golden, "vqa", modeling_blip.BlipForQuestionAnswering)
     ours = load(golden, "vqa")
     batch = batch_of(golden, "vqa")
     inputs = {name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")}
     labels = batch["labels"][[0, 2, 3]]
-    # same loss but for the mask: mean over tokens, decoder input given
+    # the same loss except for the mask: mean over tokens, with decoder inputs
     decoder_ids = labels.masked_fill(labels == -100, 0)
     with torch.no_grad():
         stock_loss = stock(**inputs, labels=labels, decoder_input_ids=decoder_ids).loss
@@ -151,7 +151,7 @@ def test_stock_transformers_still_drops_the_cross_attention_mask(golden):
 
 
 def short_questions(seed: int, number: int = 120):
-    """Random images and questions of 3 to 8 tokens, padded to the 29 tokens of a long one that is put last."""
+    """Random images and questions of 3 to 8 tokens, padded to the 29 tokens of a long last question."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(number + 1, 3, 32, 32, generator=generator)
     ids = torch.randint(1, 90, (number + 1, 29), generator=generator)
@@ -164,7 +164,7 @@ def short_questions(seed: int, number: int = 120):
 
 
 def answers_that_change(model, pixels, ids, mask) -> int:
-    """How many questions get another answer beside the long one than alone."""
+    """Number of questions whose answer in a batch with the long question differs from the answer alone."""
     changed = 0
     for row in range(len(ids) - 1):
         length = int(mask[row].sum())
@@ -191,7 +191,7 @@ def test_answers_never_depend_on_the_batch(golden):
 
 
 def load_retrieval(golden, pointer=12):
-    """The model in training, with the original's momentum weights and its queue, which is full."""
+    """The model in training mode, with the momentum weights and the full queue of the original."""
     model = load(golden, "retrieval", BlipForImageTextRetrieval).train()
     model.config.itm_start_token = "enc"
     state = model.contrastive = Contrastive(model, queue_size=16)
@@ -207,7 +207,7 @@ def load_retrieval(golden, pointer=12):
 
 
 def retrieval_batch(golden, number, drawn):
-    """Batch 0 or 1, with the negatives that the original drew."""
+    """Batch 0 or 1, with the negatives drawn by the original."""
     inputs = load_file(golden / "retrieval" / "inputs.safetensors")
     prefix = "batch2_" if number else ""
     names = ("pixel_values", "input_ids", "attention_mask", "image_ids")
@@ -283,7 +283,7 @@ def take_retrieval_step(rank, golden):
     expected, model = expected_of(golden, "retrieval")["two_ranks"][f"rank{rank}"], load_retrieval(golden, pointer=8)
     state = model.contrastive
     state.begin_step(epochs_done=1)
-    ddp = DistributedDataParallel(model)  # it averages the gradients as long as it lives
+    ddp = DistributedDataParallel(model)  # gradients are averaged as long as this object exists
     output = ddp(**retrieval_batch(golden, rank, expected))
     output.loss.backward()
     assert_losses_equal(output, expected)

@@ -1,4 +1,4 @@
-"""The models' contract: stock's weights and calls, grouping, pixels as bytes, accumulation."""
+"""The models: compatibility with transformers, texts that share an image, uint8 pixels, accumulation."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def load(golden, task):
 
 
 def grouped_batch(task, texts_per_image, seed=0):
-    """Images with the named numbers of texts; questions of unequal length, 1 to 3 answers each."""
+    """Images with the given numbers of texts. Questions have different lengths and 1 to 3 answers."""
     generator = torch.Generator().manual_seed(seed)
     num_texts = sum(texts_per_image)
     lengths = torch.randint(3, 10, (num_texts,), generator=generator)
@@ -90,7 +90,7 @@ def test_beams_share_keys_and_values_of_what_they_read(golden, task, num_beams):
     else:
         text = {name: batch[name] for name in ("input_ids", "attention_mask", "image_index")}
         ids = model.generate(pixel_values=batch["pixel_values"], **text, max_new_tokens=6, num_beams=num_beams)
-    # once for all steps, a row for each image or question
+    # once for all steps, with one row per image or question
     assert rows == [len(ids)] * len(layers)
 
 
@@ -124,7 +124,7 @@ def test_answers_to_one_question_share_its_keys_and_values(golden):
 
 
 def split(batch, task, at):
-    """The batch's first `at` texts and the rest, each with its own images, padded to its own longest."""
+    """Split a batch after its first `at` texts. Each part has its own images and is padded to its longest text."""
     halves = []
     for texts in (slice(None, at), slice(at, None)):
         index = batch["image_index"][texts]
@@ -150,7 +150,7 @@ def split(batch, task, at):
 
 def test_accumulation_leaves_loss_and_gradient_unchanged(golden, task):
     model, batch = load(golden, task), grouped_batch(task, [3, 1, 4])
-    halves = split(batch, task, at=2)  # through the middle of an image's texts
+    halves = split(batch, task, at=2)  # between two texts of one image
     num_items = sum(model.count_loss_items(half) for half in halves)
     assert num_items == model.count_loss_items(batch)
     loss, grad = gradient(model, *halves, num_items_in_batch=num_items)
@@ -160,13 +160,13 @@ def test_accumulation_leaves_loss_and_gradient_unchanged(golden, task):
 
 
 def test_vqa_loss_is_weighted_sum_over_questions(golden):
-    """A slow, obvious reference: one answer at a time, plain cross-entropy on stock's decoder."""
+    """A slow, obvious reference: one answer at a time, with plain cross-entropy on the decoder's logits."""
     model, batch = load(golden, "vqa"), grouped_batch("vqa", [2, 1])
     total = 0.0
     for answer, question in enumerate(batch["question_index"].tolist()):
         length = int(batch["attention_mask"][question].sum())
         image = batch["pixel_values"][batch["image_index"][question]][None]
-        states = model.encode_questions(
+        states = model.encode_pairs(
             model.encode_images(image).last_hidden_state, batch["input_ids"][question : question + 1, :length]
         )
         ids = batch["labels"][answer]
@@ -191,7 +191,7 @@ def test_answers_without_any_target_cost_nothing(golden):
     assert loss.item() == 0
 
 
-def test_bytes_are_normalised_as_the_processor_does(golden, processor):
+def test_bytes_are_normalized_as_the_processor_does(golden, processor):
     model = BlipForQuestionAnswering.from_pretrained(golden / "vqa")
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     floats = processor.image_processor(
@@ -205,7 +205,7 @@ def test_bytes_are_normalised_as_the_processor_does(golden, processor):
 
 @pytest.fixture
 def nan_in_new_memory(monkeypatch):
-    """Fill memory that torch has not initialized with NaN, instead of whatever was there."""
+    """Make torch fill uninitialized memory with NaN, so that a weight that is not initialized is found."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan()
@@ -270,7 +270,7 @@ def test_attention_weights_come_when_asked_for_and_change_nothing(golden):
     assert [tuple(layer.shape) for layer in asked.attentions] == [(2, 4, 17, 17)] * 2
     torch.testing.assert_close(asked.last_hidden_state, states.last_hidden_state)
     text = {name: batch[name] for name in ("input_ids", "attention_mask", "image_index")}
-    plain = model.encode_questions(states.last_hidden_state, **text)
+    plain = model.encode_pairs(states.last_hidden_state, **text)
     weighed = model.text_encoder(
         input_ids=text["input_ids"],
         attention_mask=text["attention_mask"],
@@ -283,7 +283,7 @@ def test_attention_weights_come_when_asked_for_and_change_nothing(golden):
 
 
 def test_activation_checkpointing_trains_over_frozen_embeddings(golden, task):
-    """transformers 5.23 adds positions in place, which raises here."""
+    """With transformers 5.23, which adds position embeddings in place, this raises."""
     model, batch = load(golden, task).train(), grouped_batch(task, [2, 1])
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "embeddings" not in name
@@ -309,7 +309,7 @@ def fused(query, key, value, mask, dropout):
 
 
 def test_bfloat16_gradient_is_near_full_precision(golden, task):
-    """On the CPU attention is then not fused, and no further from it than the fused kernel is."""
+    """On the CPU, bfloat16 attention is not fused; its error must not exceed that of the fused kernel."""
     model, batch = CLASSES[task].from_pretrained(golden / task), grouped_batch(task, [2, 3])
     batch["pixel_values"] = batch["pixel_values"].float()
     _, exact = gradient(model, batch)
@@ -364,5 +364,5 @@ def test_image_states_take_the_place_of_pixel_values(golden, task):
     # bfloat16 keeps 8 bits
     torch.testing.assert_close(model(**batch, image_states=image_states.bfloat16()).loss, wanted, rtol=2**-8, atol=0)
     for images in ({}, {"pixel_values": pixel_values, "image_states": image_states}):
-        with pytest.raises(ValueError, match="pixel_values or image_states: one of them"):
+        with pytest.raises(ValueError, match="exactly one of pixel_values and image_states"):
             model(**batch, **images)

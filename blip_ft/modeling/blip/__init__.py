@@ -1,4 +1,4 @@
-"""BLIP with the losses and masks of the original, under the names of transformers' classes."""
+"""BLIP with the losses and attention masks of the original code. The classes have the same names as in transformers."""
 
 from transformers import PreTrainedModel
 

@@ -1,6 +1,6 @@
-"""Fused attention for BLIP's vision, text and cross-attention, with the cross-attention mask honoured.
+"""Fused attention for BLIP's vision, text and cross-attention, which also applies the cross-attention mask.
 
-`fuse_attention(model)` changes the class of the modules that transformers built, never their weights or names.
+`fuse_attention(model)` replaces the class of modules that transformers built. Their weights and names stay the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers.models.blip import modeling_blip, modeling_blip_text
 
 
 def fuse_attention(model: nn.Module) -> None:
-    """Let every attention of a BLIP model run through `scaled_dot_product_attention`, in place."""
+    """Make all attention layers of a BLIP model use `scaled_dot_product_attention`, in place."""
     for module in model.modules():
         if type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
@@ -42,10 +42,12 @@ class FusedTextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         image_index: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention over the text, or where encoder_hidden_states is given over those.
+        """Self-attention, or cross-attention if encoder_hidden_states is given.
 
-        hidden_states: (num_texts, length, width). encoder_hidden_states: (num_images, patches, width) where text i
-        belongs to row image_index[i]; without image_index to row i // (num_texts / num_images).
+        Args:
+            hidden_states: (num_texts, length, width).
+            encoder_hidden_states: (num_images, patches, width). Text i attends to row image_index[i]; without
+                image_index, to row i // (num_texts / num_images).
         """
         is_cross = encoder_hidden_states is not None
         if _weights_wanted(self.config, kwargs):
@@ -63,11 +65,12 @@ class FusedTextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         )
         if image_index is not None and is_cross:
             key, value = key[image_index], value[image_index]
-        # texts of one image become one long row of queries: its keys and values are neither computed nor copied twice
+        # join the texts of one image to one long row of queries: its keys and values are neither computed nor copied
+        # for each text
         query = self.query(hidden_states).view(len(key), -1, self.num_attention_heads, self.attention_head_size)
         query = query.transpose(1, 2)  # (rows, heads, texts per row x length, head_dim)
         if mask is not None and mask.dtype != query.dtype:
-            # under autocast; float32's lowest number would become -inf in bfloat16, and a row of those NaN
+            # under autocast: the lowest float32 number becomes -inf in bfloat16, and a row of -inf gives NaN
             mask = mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
         context = _attend(query, key, value, mask, self.dropout.p if self.training else 0.0)
         return context.transpose(1, 2).reshape(num_texts, length, self.all_head_size), None
@@ -75,7 +78,7 @@ class FusedTextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
     def _keys_and_values(
         self, states: torch.Tensor, is_cross: bool, past_key_values: Cache | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, heads, length, head_dim) each, from the cache where generation has filled it."""
+        """Keys and values, (rows, heads, length, head_dim) each, from the cache if generation has filled it."""
         cache = past_key_values
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.cross_attention_cache if is_cross else past_key_values.self_attention_cache
@@ -97,7 +100,7 @@ class FusedTextAttention(modeling_blip_text.BlipTextAttention):
         return self.output(context, hidden_states), weights
 
 
-class BlipTextLayer(modeling_blip_text.BlipTextLayer):  # by this name FSDP and device_map know it
+class BlipTextLayer(modeling_blip_text.BlipTextLayer):  # FSDP and device_map find the layer by this class name
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -111,7 +114,7 @@ class BlipTextLayer(modeling_blip_text.BlipTextLayer):  # by this name FSDP and 
             hidden_states, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
         )
         if encoder_hidden_states is not None:
-            # transformers 4.54 to 5.23 hand this mask over as attention_mask, which cross-attention does not read
+            # transformers 4.54 to 5.23 pass this mask as attention_mask, which cross-attention does not read
             states, _ = self.crossattention(
                 states,
                 encoder_hidden_states=encoder_hidden_states,
@@ -135,13 +138,14 @@ class FusedTextLMHeadModel(modeling_blip_text.BlipTextLMHeadModel):
         shared = {name: kwargs.pop(name, None) for name in ("encoder_hidden_states", "encoder_attention_mask")}
         states, mask = shared.values()
         if mask is not None and mask.dim() == 2:
-            # transformers would make a mask with a row for each beam
+            # transformers would create a mask with one row per beam
             shared["encoder_attention_mask"] = additive_mask(mask, states.dtype)
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
         return input_ids, {**kwargs, **shared}
 
     def _reorder_cache(self, past_key_values: EncoderDecoderCache, beam_idx: torch.Tensor) -> EncoderDecoderCache:
-        past_key_values.self_attention_cache.reorder_cache(beam_idx)  # a beam never moves to another text
+        # a beam always belongs to the same text, so the cache of the cross-attention stays as it is
+        past_key_values.self_attention_cache.reorder_cache(beam_idx)
         return past_key_values
 
 
@@ -158,8 +162,8 @@ class OutOfPlaceTextEmbeddings(modeling_blip_text.BlipTextEmbeddings):
         if position_ids is None:
             length = inputs_embeds.shape[1]
             position_ids = self.position_ids[:, past_key_values_length : past_key_values_length + length]
-        # not `+=` as in transformers 5.23: activation checkpointing over frozen embeddings makes the sum's left side a
-        # leaf that requires grad, and adding to it in place raises
+        # not `+=` as in transformers 5.23: with activation checkpointing and frozen embeddings, the left side is a leaf
+        # that requires grad, and adding to it in place raises
         embeddings = inputs_embeds + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(embeddings))
 
@@ -177,9 +181,9 @@ _FUSED = {
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout: float
 ) -> torch.Tensor:
-    """(rows, heads, queries, head_dim) of query and of key and value (rows, heads, length, head_dim)."""
+    """Attention of query (rows, heads, queries, head_dim) over key and value (rows, heads, length, head_dim)."""
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad:
-        # torch 2.13's fused backward does not use the CPU's bfloat16 units: 46 ms a layer of vision, this one 22
+        # torch 2.13's fused backward does not use the CPU's bfloat16 units: 46 ms per vision layer, 22 ms like this
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
         probabilities = (scores if mask is None else scores + mask).softmax(-1)
         return nn.functional.dropout(probabilities, dropout) @ value
@@ -187,7 +191,7 @@ def _attend(
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(rows, 1, 1, length) to be added to attention scores, of a mask (rows, length) of ones and zeros."""
+    """Turn a mask (rows, length) of ones and zeros into (rows, 1, 1, length), to be added to attention scores."""
     return (1 - mask[:, None, None].to(dtype)) * torch.finfo(dtype).min
 
 

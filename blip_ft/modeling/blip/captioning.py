@@ -1,4 +1,4 @@
-"""BLIP that writes captions."""
+"""BLIP for image captioning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blip_ft.modeling.blip.base import IGNORED, BlipBase, smoothed_token_losses
 
 
 class BlipForConditionalGeneration(BlipBase, modeling_blip.BlipForConditionalGeneration):
-    """Captioning as the original trains it."""
+    """Image captioning, trained as the original is."""
 
     @can_return_tuple
     def forward(
@@ -25,19 +25,21 @@ class BlipForConditionalGeneration(BlipBase, modeling_blip.BlipForConditionalGen
         image_states: torch.Tensor | None = None,
         **kwargs,
     ) -> modeling_blip.BlipForConditionalGenerationModelOutput:
-        """Loss: mean smoothed cross-entropy over the target tokens of all captions.
+        """Compute the loss: mean cross-entropy with label smoothing over the target tokens of all captions.
 
         Args:
-            pixel_values: (num_images, 3, height, width), float as the processor gives it or uint8.
-            input_ids, attention_mask: (num_captions, length). Position 0 is read as [DEC], whatever it holds.
-            image_index: (num_captions,), the image of each caption; None: one each.
-            labels: (num_captions, length), -100 on prompt and padding; what attention_mask hides is not counted.
-            num_items_in_batch: targets of the whole step, over accumulation and processes; default those of this batch.
-            image_states: (num_images, patches + 1, width), what encode_images gave, instead of pixel_values.
-        Returns: loss, and logits (num_captions, length, vocabulary) where there are no labels.
+            pixel_values: (num_images, 3, height, width), float as the processor returns it, or uint8.
+            input_ids, attention_mask: (num_captions, length). Position 0 is always read as [DEC].
+            image_index: (num_captions,), the image of each caption. None: one caption per image.
+            labels: (num_captions, length), -100 on the prompt and on padding. Positions with attention_mask 0 do not
+                count.
+            num_items_in_batch: number of target tokens of the optimizer step, over accumulation and processes.
+                Default: those of this batch.
+            image_states: (num_images, patches + 1, width), from encode_images, instead of pixel_values.
+        Returns: loss if labels are given, else logits (num_captions, length, vocabulary).
         Source: BLIP models/blip.py BLIP_Decoder.forward.
         """
-        kwargs.pop("readable", None)  # what a collator tells evaluation
+        kwargs.pop("readable", None)  # the collator adds it for evaluation
         text = self.config.text_config
         vision = self._encode_or_reuse(pixel_values, image_states, interpolate_pos_encoding, **kwargs)
         input_ids = input_ids.clone()
@@ -71,7 +73,7 @@ class BlipForConditionalGeneration(BlipBase, modeling_blip.BlipForConditionalGen
 
     @staticmethod
     def count_loss_items(batch: dict[str, torch.Tensor]) -> int:
-        """What the loss of a batch is divided by: its target tokens, which are shifted by one."""
+        """Number of target tokens, by which the loss of a batch is divided. Targets are shifted by one."""
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     @torch.no_grad()
@@ -83,10 +85,14 @@ class BlipForConditionalGeneration(BlipBase, modeling_blip.BlipForConditionalGen
         interpolate_pos_encoding: bool = False,
         **generate_kwargs,
     ) -> torch.Tensor:
-        """(num_images, length) ids that go on from a prompt.
+        """Generate one caption per image.
 
-        input_ids, attention_mask: (num_images, prompt_length), [CLS] or [DEC] first, with or without [SEP] at the end;
-        prompts of different length may be padded on the right. None: no prompt.
+        Args:
+            pixel_values: (num_images, 3, height, width).
+            input_ids, attention_mask: (num_images, prompt_length), the prompts. Each starts with [CLS] or [DEC]; [SEP]
+                at the end is optional. Pad prompts of different lengths on the right. None: no prompt.
+            generate_kwargs: passed to the text decoder's generate.
+        Returns: (num_images, length) token ids: [DEC], the prompt and its continuation.
         """
         image_states = self.encode_images(pixel_values, interpolate_pos_encoding).last_hidden_state
         return self.generate_captions(image_states, input_ids, attention_mask, **generate_kwargs)
@@ -99,7 +105,7 @@ class BlipForConditionalGeneration(BlipBase, modeling_blip.BlipForConditionalGen
         attention_mask: torch.Tensor | None = None,
         **generate_kwargs,
     ) -> torch.Tensor:
-        """generate, from the states that encode_images gave."""
+        """Generate captions as generate does, from the image states that encode_images returned."""
         text = self.config.text_config
         if input_ids is None:
             input_ids = torch.full((len(image_states), 1), text.bos_token_id, device=image_states.device)
@@ -117,7 +123,7 @@ class BlipForConditionalGeneration(BlipBase, modeling_blip.BlipForConditionalGen
     def _left_padded(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts without [SEP] and padding, ending in the same column, and their mask."""
+        """Remove [SEP] and padding from the prompts, pad them on the left, and return them with their mask."""
         text = self.config.text_config
         visible = input_ids != text.sep_token_id
         if attention_mask is not None:

@@ -1,7 +1,7 @@
-"""What BLIP's contrastive loss keeps from step to step: momentum weights, queue and temperature; and its parts.
+"""State and functions of BLIP's contrastive loss: momentum weights, queue and temperature.
 
-None of it is in the model's state_dict. The trainer makes it, moves it once per optimiser step, saves it beside each
-checkpoint and loads it on resume.
+The state is not in the model's state_dict. The trainer creates it, updates it once per optimizer step, saves it with
+each checkpoint and loads it on resume.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from torch import distributed, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-# what no feature of an image or a text depends on, so that the momentum copy can do without
+# features of images and texts do not depend on these parts, so they need no momentum weights
 _MATCHING_ONLY = ("crossattention", "itm_head")
 
 
 class Contrastive:
     """Momentum weights, queue and temperature of `model`, which reads them as `model.contrastive`.
 
-    A plain object and no module: as an attribute it adds no key to the model's state_dict and no parameter to DDP.
+    This is a plain object, not a module, so it adds no key to the model's state_dict and no parameter to DDP.
 
     Args:
-        model: a BlipForImageTextRetrieval on its device, with its adapters, frozen as it will be trained.
-        queue_size: pairs of an image and a text remembered; 0 leaves those of the batch.
-        momentum: share of the momentum weights that a step keeps.
-        alpha: weight of the soft targets from the first epoch's end on, 0-1.
-        temperature: where the trained temperature starts.
+        model: a BlipForImageTextRetrieval on its device, with its adapters added and its parts frozen.
+        queue_size: number of image-text pairs in the queue. With 0, only the pairs of the batch are compared.
+        momentum: share of the old momentum weights in each update, 0-1.
+        alpha: weight of the soft targets after the first epoch, 0-1.
+        temperature: initial value of the learned temperature.
 
     Attributes:
-        temperature: the parameter to give to the optimiser. Its gradient comes averaged over the processes.
-        momentum_weights: by the names of the model's parameters, only of those that are trained: the momentum encoder
-            is the model with these swapped in, and shares what is frozen.
-        image_queue, text_queue, id_queue: (queue_size, width) twice and (queue_size,), a ring.
-        num_queued: pairs ever queued; the next goes to row num_queued modulo queue_size.
-    Source: BLIP models/blip_retrieval.py. Unlike there, rows of the queue that nothing has been written to yet are left
-    out rather than random, and neither queue nor batch need be a multiple of anything.
+        temperature: parameter for the optimizer. Its gradient is averaged over the processes.
+        momentum_weights: by the names of the model's trainable parameters. The momentum encoder is the model with
+            these weights; frozen weights are shared.
+        image_queue, text_queue, id_queue: ring buffers, (queue_size, width), (queue_size, width) and (queue_size,).
+        num_queued: number of pairs ever added. The next pair is written to row num_queued modulo queue_size.
+    Source: BLIP models/blip_retrieval.py. Two differences: rows of the queue that are not yet written are left out
+    instead of being random, and the sizes of queue and batch are independent of each other.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Contrastive:
             if parameter.requires_grad and not any(part in name for part in _MATCHING_ONLY)
         }
         self.momentum_weights = {name: parameter.detach().clone() for name, parameter in self._online.items()}
-        # never below float32: steps of a temperature of 0.07 are lost in bfloat16
+        # at least float32: in bfloat16 small updates of a temperature of 0.07 would be lost
         options = {"device": model.device, "dtype": torch.promote_types(model.dtype, torch.float32)}
-        # (1,): DeepSpeed 0.19 does not flatten a number without dimensions
+        # shape (1,), because DeepSpeed 0.19 cannot flatten a tensor without dimensions
         self.temperature = nn.Parameter(torch.tensor([temperature], **options))
-        # DDP averages the gradients of its own module's parameters only
+        # DDP averages only the gradients of its own module's parameters
         self.temperature.register_hook(_mean_over_processes)
         self.image_queue = torch.zeros(queue_size, model.config.image_text_hidden_size, **options)
         self.text_queue = torch.zeros_like(self.image_queue)
@@ -71,15 +71,17 @@ class Contrastive:
 
     @torch.no_grad()
     def begin_step(self, epochs_done: float) -> None:
-        """To be called once per optimiser step, before its first forward: momentum, temperature's bounds and alpha.
+        """Update the momentum weights and alpha, and clamp the temperature.
 
-        epochs_done: 0.5 in the middle of the first epoch, over which alpha rises from 0.
+        Call it once per optimizer step, before the first forward of the step.
+
+        epochs_done: e.g. 0.5 in the middle of the first epoch. During the first epoch, alpha rises from 0.
         """
         self.alpha = self.full_alpha * min(1.0, epochs_done)
         self.temperature.clamp_(0.001, 0.5)
-        self.temperature.grad = None  # the Trainer zeroes the gradients of its model only
+        self.temperature.grad = None  # the Trainer only resets the gradients of its model
         for name, weight in self.momentum_weights.items():
-            # DeepSpeed's bf16 casts the model; momentum weights keep their dtype, in which small steps are not lost
+            # DeepSpeed's bf16 mode casts the model; momentum weights keep their dtype, so small updates are not lost
             weight.lerp_(self._online[name].to(weight.dtype), 1 - self.momentum)
 
     def loss(
@@ -90,12 +92,12 @@ class Contrastive:
         text_keys: torch.Tensor,
         ids: torch.Tensor,
     ) -> torch.Tensor:
-        """Cross-entropy of each image over the texts of batch and queue and the other way round, averaged.
+        """Contrastive loss over batch and queue: the mean of image-to-text and text-to-image cross-entropy.
 
         Args:
             image_features, text_features: (num_pairs, width) of length 1, from the model.
-            image_keys, text_keys: (num_pairs, width), from the momentum weights.
-            ids: (num_pairs,), the image of each pair; equal ids are right answers to each other.
+            image_keys, text_keys: (num_pairs, width) of length 1, from the momentum encoder.
+            ids: (num_pairs,), the image id of each pair. Pairs with the same id are positives of each other.
         """
         filled = min(int(self.num_queued), self.queue_size)
         all_images = torch.cat([image_keys, self.image_queue[:filled]])  # (num_pairs + filled, width)
@@ -113,7 +115,7 @@ class Contrastive:
 
     @torch.no_grad()
     def enqueue(self, image_keys: torch.Tensor, text_keys: torch.Tensor, ids: torch.Tensor) -> None:
-        """Write pairs over the oldest of the queue; of more than it holds, the newest stay. Shapes as in loss."""
+        """Replace the oldest pairs of the queue. If there are too many new pairs, keep the last. Shapes as in loss."""
         num_pairs = len(ids)
         first = max(0, num_pairs - self.queue_size)
         rows = (torch.arange(first, num_pairs, device=ids.device) + int(self.num_queued)) % max(1, self.queue_size)
@@ -122,22 +124,22 @@ class Contrastive:
         self.num_queued += num_pairs
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file, on one process: the state is the same on all."""
+        """Write the state to a safetensors file. Call it on one process; the state is the same on all."""
         save_file(self._state(), path)
 
     @torch.no_grad()
     def load(self, path: str | os.PathLike) -> None:
-        """Take over what save wrote, in place.
+        """Load the state that save wrote, in place.
 
-        Raises: ValueError if it was another queue, or other weights were trained.
+        Raises: ValueError if the queue or the set of trained weights is different.
         """
         state, stored = self._state(), load_file(path)
         shapes, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (state, stored))
         if shapes != found:
             name = min(shapes.items() ^ found.items())[0]
             raise ValueError(
-                f"{path} is of another run: {name} should have the shape {shapes.get(name)}, found {found.get(name)}. "
-                "Resume with that run's queue_size, adapters and frozen parts."
+                f"{path} belongs to a different run: {name} should have the shape {shapes.get(name)}, found "
+                f"{found.get(name)}. Resume with that run's queue_size, adapters and frozen parts."
             )
         for name, tensor in state.items():
             tensor.copy_(stored[name])
@@ -149,7 +151,7 @@ class Contrastive:
 
 
 def require_memory_for_queue(queue_size: int, width: int, device: torch.device) -> None:
-    """Raise ValueError if a queue of features of this width is larger than all memory of the device."""
+    """Raise ValueError if a queue of features of this width needs more than the total memory of the device."""
     needed = queue_size * (2 * width * 4 + 8)  # image and text in float32, and an id
     if device.type == "cuda":
         name, has = str(device), torch.cuda.get_device_properties(device).total_memory
@@ -158,37 +160,44 @@ def require_memory_for_queue(queue_size: int, width: int, device: torch.device) 
     if needed > has:
         raise ValueError(
             f"queue_size {queue_size:,} needs {needed / 1e9:,.1f} GB of memory, and {name} has {has / 1e9:,.1f} GB. "
-            "Lower --queue_size; the paper has 57600."
+            "Lower --queue_size; the paper uses 57600."
         )
 
 
 def draw_negatives(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-    """(rows,) a column for each row, with probability softmax(logits) among those where `same` is False.
+    """Draw one column for each row, with probability softmax(logits), among the columns where `same` is False.
 
-    logits, same: (rows, columns). A row without any such column gets -1.
-    Source: BLIP models/blip_retrieval.py, which takes the softmax before the mask: the same odds, but there all weights
-    can round to 0, and torch.multinomial raises.
+    Args:
+        logits, same: (rows, columns).
+    Returns: (rows,), -1 for a row in which `same` is True everywhere.
+    Source: BLIP models/blip_retrieval.py, which applies the softmax before the mask. The probabilities are the same,
+    but there all weights can round to 0, and then torch.multinomial raises.
     """
-    # NaN in a row without another column, and of weights that have become NaN, which multinomial would raise for (on a
-    # GPU the process could not go on after it): there the loss says so, and the trainer stops
+    # a row without candidates is NaN here, and so is every row if the model has diverged. multinomial would raise, and
+    # on a GPU the process could not continue; without the error, the trainer stops because of the loss
     weights = logits.masked_fill(same, -torch.inf).softmax(1).nan_to_num(1.0)
     return weights.multinomial(1).squeeze(1).masked_fill(same.all(1), -1)
 
 
 def nearest_is_right(similarities: Sequence[torch.Tensor], same: torch.Tensor) -> torch.Tensor:
-    """Percent of rows whose most similar column is a right one, averaged over both directions.
+    """Percentage of rows whose most similar column is a positive, averaged over both directions.
 
-    It does not depend on the queue, as the loss does. similarities: two of (rows, columns), and `same` (rows, columns),
-    where they belong together.
+    Unlike the loss, it does not depend on the queue.
+
+    Args:
+        similarities: two tensors (rows, columns), one for each direction.
+        same: (rows, columns), True if row and column belong together.
     """
     nearest = torch.stack([similarity.argmax(1) for similarity in similarities])  # (2, rows)
     return 100 * same.expand(len(nearest), -1, -1).gather(2, nearest[..., None]).float().mean()
 
 
 def gather(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The rows of all processes in rank order, with gradient to where they came from, and where this process's begin.
+    """Collect the rows of all processes in rank order. Gradients flow back to the process that a row came from.
 
-    rows: (num_rows, ...); num_rows may differ between processes, and so may other sizes, which are filled up with 0.
+    Args:
+        rows: (num_rows, ...). All sizes may differ between processes; those other than num_rows are padded with 0.
+    Returns: the rows of all processes, and the position of this process's first row.
     """
     if _num_processes() == 1:
         return rows, 0
@@ -205,7 +214,7 @@ def gather(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 class _AllGather(torch.autograd.Function):
-    """all_gather of equal shapes; the one in torch.distributed.nn is deprecated since torch 2.13."""
+    """all_gather with gradient, for equal shapes. The one in torch.distributed.nn is deprecated since torch 2.13."""
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

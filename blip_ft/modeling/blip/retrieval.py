@@ -1,4 +1,4 @@
-"""BLIP that compares images and texts."""
+"""BLIP for image-text retrieval."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blip_ft.modeling.blip.contrastive import draw_negatives, gather, nearest_is
 
 @dataclass
 class BlipImageTextRetrievalOutput(modeling_blip.BlipImageTextMatchingModelOutput):
-    """Stock's output, and what the similarity and the loss are made of."""
+    """The output of transformers' class, with the features, the losses and the accuracy added."""
 
     image_features: torch.Tensor | None = None
     text_features: torch.Tensor | None = None
@@ -26,10 +26,11 @@ class BlipImageTextRetrievalOutput(modeling_blip.BlipImageTextMatchingModelOutpu
 
 
 class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieval):
-    """Image-text matching and similarity as stock computes them, and the original's loss."""
+    """Image-text matching and similarity as in transformers, and the loss of the original."""
 
-    # a mean over pairs whose negatives stand in the batch: the Trainer averages over accumulation and processes
+    # the loss is a mean over the pairs of a batch, so the Trainer averages it over accumulation and processes
     accepts_loss_kwargs = False
+    start_token_setting = "itm_start_token"
 
     @can_return_tuple
     def forward(
@@ -44,22 +45,23 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
         interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> BlipImageTextRetrievalOutput:
-        """Scores, and with image_ids the loss: loss_itc (contrast over batch and queue) + loss_itm (matching).
+        """Compute scores, and with image_ids also the loss.
 
-        A text and its image are one pair; both losses are means over pairs. In training mode the pairs then join the
-        queue. Processes share their pairs as negatives, and need not have equally many.
+        The loss is loss_itc (contrastive, over batch and queue) + loss_itm (matching). A text and its image form one
+        pair, and both losses are means over pairs. In training mode the pairs are added to the queue afterwards. All
+        processes share their pairs as negatives; the number of pairs may differ between processes.
 
         Args:
-            pixel_values: (num_images, 3, height, width), float as the processor gives it or uint8.
+            pixel_values: (num_images, 3, height, width), float as the processor returns it, or uint8.
             input_ids, attention_mask: (num_texts, length), [CLS] first.
-            image_ids: (num_images,) int64, equal for equal images in the whole data set: pairs of one image are
-                right answers to each other, never negatives.
-            image_index: (num_texts,), the image of each text; None: one each.
-            use_itm_head: itm_score is (num_texts, 2), the logits of a wrong and a right pair. If False, and always with
-                image_ids, it is (num_images, num_texts), cosines.
-            negatives: (2, num_texts), instead of drawing them: the pair whose image is put to this pair's text, and
-                the pair whose text is put to this pair's image; -1 for none. The pairs of all processes count, in
-                rank order.
+            image_ids: (num_images,) int64. The same image has the same id in the whole data set, because pairs of one
+                image are positives of each other, never negatives.
+            image_index: (num_texts,), the image of each text. None: one text per image.
+            use_itm_head: if True, itm_score is (num_texts, 2), the logits of "no match" and "match". If False, and
+                always with image_ids, itm_score is (num_images, num_texts), the cosine similarities.
+            negatives: (2, num_texts), the negatives to use; None draws them. Row 0: the pair whose image is combined
+                with this text. Row 1: the pair whose text is combined with this image. -1: no negative. Pairs are
+                numbered over all processes, in rank order.
         Source: BLIP models/blip_retrieval.py, negative_all_rank.
         """
         vision = self.encode_images(pixel_values, interpolate_pos_encoding, **kwargs)
@@ -80,8 +82,8 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
                     "training, or leave out image_ids to get scores only."
                 )
             with torch.no_grad():
-                # the momentum encoder, with the model's own dropout, as in the original. Not by exchanging
-                # parameter.data: autocast would go on with the casts that it keeps of the model's weights
+                # the momentum encoder, with the model's own dropout, as in the original. Do not swap parameter.data
+                # instead: autocast would keep using its cached casts of the model's weights
                 keys = functional_call(
                     self,
                     {name: weight.to(self.dtype) for name, weight in self.contrastive.momentum_weights.items()},
@@ -104,24 +106,15 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
         )
 
     def project_images(self, image_states: torch.Tensor) -> torch.Tensor:
-        """(num_images, width) of length 1, of what encode_images gave; the product with a text's is their cosine."""
+        """Project image states from encode_images to features (num_images, width) of length 1.
+
+        The dot product of an image's and a text's features is their cosine similarity.
+        """
         return F.normalize(self.vision_proj(image_states[:, 0]), dim=-1)
 
     def project_texts(self, text_states: torch.Tensor) -> torch.Tensor:
-        """(num_texts, width) of length 1, of the states that text_encoder gives without images."""
+        """Project the states of text_encoder without images to features (num_texts, width) of length 1."""
         return F.normalize(self.text_proj(text_states[:, 0]), dim=-1)
-
-    def encode_pairs(
-        self,
-        image_states: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        image_index: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """(num_texts, length, width): the texts, having seen their images. itm_head reads position 0."""
-        start_token = getattr(self.config, "itm_start_token", "cls")
-        return self._encode_text_with_image(start_token, image_states, input_ids, attention_mask, image_index, **kwargs)
 
     def _losses(
         self,
@@ -134,20 +127,20 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
         negatives: torch.Tensor | None,
         **kwargs,
     ) -> dict[str, torch.Tensor]:
-        """loss, loss_itc, loss_itm, and in_batch_accuracy in percent.
+        """Compute loss, loss_itc, loss_itm, and in_batch_accuracy in percent.
 
-        features: (num_images, width) and (num_texts, width), by the model, then both by the momentum weights.
+        features: (num_images, width) and (num_texts, width) from the model, then both from the momentum encoder.
         """
         contrastive, num_images, num_texts = self.contrastive, len(image_states), len(input_ids)
         if len(image_ids) != num_images:
-            raise ValueError(f"image_ids names each of {num_images} images, found {len(image_ids)} ids.")
+            raise ValueError(f"image_ids needs one id for each of {num_images} images, found {len(image_ids)} ids.")
         if self._drop_trivial_index(image_index, num_images, num_texts) is None:
             image_index = torch.arange(num_texts, device=input_ids.device) * num_images // num_texts
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         image_features, text_features, image_keys, text_keys = features
 
-        # row i of what follows is the pair of text i and its image, in all_... those of every process
+        # row i of the tensors below is the pair of text i and its image; all_... contains the pairs of all processes
         all_states, first_image = gather(image_states)
         all_ids, all_images = gather(torch.stack([image_ids[image_index], image_index + first_image], 1))[0].unbind(1)
         all_texts, first_text = gather(torch.stack([input_ids, attention_mask], 1))  # (all pairs, 2, longest)
@@ -156,7 +149,7 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
         pairs = pairs.to(contrastive.image_queue.dtype)  # (num_texts, 4, width)
         all_pairs, _ = gather(pairs.detach())
         all_image_features, all_text_features, all_image_keys, all_text_keys = all_pairs.unbind(1)
-        # a cosine's rounding would be divided by the temperature
+        # full precision: rounding errors of a cosine are divided by the temperature
         with torch.autocast(pairs.device.type, enabled=False):
             loss_itc = contrastive.loss(*pairs.unbind(1), all_ids[own])
             same = all_ids[own, None] == all_ids
@@ -168,7 +161,8 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
         if self.training:
             contrastive.enqueue(all_image_keys, all_text_keys, all_ids)
 
-        # each text with its image, with a wrong image, and a wrong text with the image; -1 takes any, uncounted
+        # each text with its image, each text with a wrong image, each image with a wrong text. A negative of -1 takes
+        # the last pair, whose label is then ignored
         other_images, other_texts = negatives
         images, image_index = all_images[torch.cat([own, other_images, own])].unique(return_inverse=True)
         input_ids, attention_mask = all_texts[torch.cat([own, own, other_texts])].unbind(1)

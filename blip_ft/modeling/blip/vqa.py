@@ -1,4 +1,4 @@
-"""BLIP that answers questions."""
+"""BLIP for visual question answering."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from blip_ft.modeling.blip.base import IGNORED, BlipBase, smoothed_token_losses
 
 
 class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering):
-    """Question answering as the original trains it."""
+    """Visual question answering, trained as the original is."""
+
+    start_token_setting = "question_start_token"
 
     @can_return_tuple
     def forward(
@@ -30,27 +32,28 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
         image_states: torch.Tensor | None = None,
         **kwargs,
     ) -> modeling_blip.BlipTextVisionModelOutput:
-        """Loss: sum over answers of weight x summed smoothed cross-entropy of its tokens, over the number of questions.
+        """Compute the loss: the weighted sum of the answers' losses, divided by the number of questions.
+
+        The loss of an answer is the sum of its tokens' cross-entropy with label smoothing.
 
         Args:
-            pixel_values: (num_images, 3, height, width), float as the processor gives it or uint8.
+            pixel_values: (num_images, 3, height, width), float as the processor returns it, or uint8.
             input_ids, attention_mask: (num_questions, question_length).
-            image_index: (num_questions,), the image of each question; None: one each.
-            labels: (num_answers, answer_length), padding -100 or the pad id. Position 0 is read as [DEC].
-            question_index: (num_answers,), the question of each answer; None: one each.
-            answer_weights: (num_answers,); None: 1 each.
-            decoder_input_ids, decoder_attention_mask: (num_answers, answer_length) instead of those made from labels.
-            num_items_in_batch: questions of the whole step, all processes and accumulation; default: of this batch.
-            image_states: (num_images, patches + 1, width), what encode_images gave, instead of pixel_values.
+            image_index: (num_questions,), the image of each question. None: one question per image.
+            labels: (num_answers, answer_length), padded with -100 or the pad id. Position 0 is always read as [DEC].
+            question_index: (num_answers,), the question of each answer. None: one answer per question.
+            answer_weights: (num_answers,). None: each weight is 1.
+            decoder_input_ids, decoder_attention_mask: (num_answers, answer_length). Default: made from labels.
+            num_items_in_batch: number of questions of the optimizer step, over accumulation and processes. Default:
+                those of this batch.
+            image_states: (num_images, patches + 1, width), from encode_images, instead of pixel_values.
         Source: BLIP models/blip_vqa.py and train_vqa.py.
         """
-        kwargs.pop("readable", None)  # what a collator tells evaluation
+        kwargs.pop("readable", None)  # the collator adds it for evaluation
         if labels is None and decoder_input_ids is None:
-            raise ValueError("forward needs labels to compute a loss; to answer questions call generate.")
+            raise ValueError("forward needs labels to compute the loss. To answer questions, call generate.")
         vision = self._encode_or_reuse(pixel_values, image_states, interpolate_pos_encoding, **kwargs)
-        question_states = self.encode_questions(
-            vision.last_hidden_state, input_ids, attention_mask, image_index, **kwargs
-        )
+        question_states = self.encode_pairs(vision.last_hidden_state, input_ids, attention_mask, image_index, **kwargs)
         loss = None
         if labels is not None:
             losses = self.answer_losses(
@@ -75,20 +78,8 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
 
     @staticmethod
     def count_loss_items(batch: dict[str, torch.Tensor]) -> int:
-        """What the loss of a batch is divided by: its questions."""
+        """Number of questions, by which the loss of a batch is divided."""
         return len(batch["input_ids"])
-
-    def encode_questions(
-        self,
-        image_states: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        image_index: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """(num_questions, question_length, width): what the decoder reads of question and image."""
-        start_token = getattr(self.config, "question_start_token", "cls")
-        return self._encode_text_with_image(start_token, image_states, input_ids, attention_mask, image_index, **kwargs)
 
     def answer_losses(
         self,
@@ -100,11 +91,15 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
         decoder_attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """(num_answers,): smoothed cross-entropy of each answer, summed over its tokens. Arguments as in forward."""
+        """Cross-entropy of each answer with label smoothing, summed over its tokens: (num_answers,).
+
+        question_states: (num_questions, question_length, width), from encode_pairs. Other arguments as in forward.
+        """
         text = self.config.text_config
         if question_index is None and len(labels) != len(question_states):
             raise ValueError(
-                f"{len(question_states)} questions and {len(labels)} answers: pass question_index, that of each."
+                f"Found {len(question_states)} questions and {len(labels)} answers: pass question_index, the question "
+                "of each answer."
             )
         question_index = self._drop_trivial_index(question_index, len(question_states), len(labels))
         if attention_mask is not None:
@@ -114,7 +109,7 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
         if decoder_input_ids is None:
             decoder_input_ids = labels.masked_fill(labels == IGNORED, text.pad_token_id)
             decoder_input_ids[:, 0] = text.bos_token_id
-        # the last token predicts nothing; padding stands on the right, where the causal mask hides it
+        # the last token predicts nothing; padding is on the right, where the causal mask hides it
         states = self.text_decoder.bert(
             input_ids=decoder_input_ids[:, :-1],
             attention_mask=None if decoder_attention_mask is None else decoder_attention_mask[:, :-1],
@@ -136,16 +131,19 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
         image_index: torch.Tensor | None = None,
         **generate_kwargs,
     ) -> torch.Tensor:
-        """(num_questions, answer_length) ids, [DEC] first. The question's padding is masked, unlike in stock."""
+        """Generate one answer per question. Unlike in transformers 5.23, padding of questions is masked.
+
+        Returns: (num_questions, answer_length) token ids, [DEC] first.
+        """
         image_states = self.encode_images(pixel_values, interpolate_pos_encoding).last_hidden_state
-        question_states = self.encode_questions(image_states, input_ids, attention_mask, image_index)
+        question_states = self.encode_pairs(image_states, input_ids, attention_mask, image_index)
         return self.generate_answers(question_states, attention_mask, **generate_kwargs)
 
     @torch.no_grad()
     def generate_answers(
         self, question_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **generate_kwargs
     ) -> torch.Tensor:
-        """generate, from the states that encode_questions gave."""
+        """Generate answers as generate does, from the question states that encode_pairs returned."""
         text = self.config.text_config
         if attention_mask is None:
             attention_mask = question_states.new_ones(question_states.shape[:2], dtype=torch.long)
@@ -168,12 +166,13 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
         k: int = 128,
         rows_per_chunk: int = 2048,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k candidates whose first token is likeliest, best first, and minus their loss as a score.
+        """Score the k candidates with the most likely first token. The score is minus the loss of the candidate.
 
         Args:
-            candidates: (num_candidates, answer_length) ids, padding -100.
-            rows_per_chunk: answers that are scored at once; bounds the memory.
-        Returns: scores (num_questions, k) and positions in candidates (num_questions, k), by score, best first.
+            question_states, attention_mask: (num_questions, question_length, ...), the first from encode_pairs.
+            candidates: (num_candidates, answer_length) token ids, padded with -100.
+            rows_per_chunk: number of answers scored at once; limits the memory. Results do not depend on it.
+        Returns: scores (num_questions, k) and positions in candidates (num_questions, k), the best first.
         Source: BLIP models/blip_vqa.py rank_answer; the loss includes label smoothing and is not divided by length.
         """
         num_questions, k = len(question_states), min(k, len(candidates))
