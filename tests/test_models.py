@@ -1,4 +1,4 @@
-"""Loading, freezing, counting, adapters, answering: what the user's loop calls."""
+"""blip_ft.models: loading, freezing, counting, adapters and answering, as a user calls them."""
 
 import ast
 import errno
@@ -132,7 +132,7 @@ def test_freezing_matches_whole_dotted_parts_and_counts(checkpoint, caplog):
     unfreeze_model(model, ["text_decoder"])
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"text_decoder"}
     unfreeze_model(model, ["classifier"])
-    assert "No parameter is named classifier; the parts are vision_model, text_encoder, text_decoder" in caplog.text
+    assert "No parameter matches classifier; the parts of the model are vision_model, text_encoder" in caplog.text
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -142,7 +142,7 @@ def test_quantized_model_answers_and_keeps_its_tied_head(checkpoint, bits):
     head = model.text_decoder.cls.predictions.decoder
     assert type(head) is torch.nn.Linear
     assert head.weight is model.text_decoder.bert.embeddings.word_embeddings.weight
-    # parameters counted as if unpacked
+    # packed parameters are counted as unpacked ones
     assert count_parameters(model)["total"] == count_parameters(load_model(str(checkpoint))["model"])["total"]
     ids = model.generate(torch.tensor([[101, 6, 7, 102]]), torch.randn(1, 3, 32, 32), max_length=6)
     assert ids[0, 0] == 126 and ids.shape[1] > 1
@@ -151,7 +151,7 @@ def test_quantized_model_answers_and_keeps_its_tied_head(checkpoint, bits):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"load_in_8bit": True, "load_in_4bit": True}, "Choose one width"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, "mutually exclusive"),
         ({"task": "detection"}, "task must be one of vqa"),
         ({"model_type": "vilt"}, "model_type must be one of auto, blip"),
     ],
@@ -164,8 +164,8 @@ def test_arguments_that_cannot_work_are_refused(checkpoint, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device": "cuda:7"}, "There is no device cuda:7.*sees 0 CUDA devices.*device=None"),
-        ({"torch_dtype": "float8"}, "dtype is a torch dtype or its name, e.g. bfloat16"),
+        ({"device": "cuda:7"}, "The device cuda:7 does not exist.*finds 0 CUDA devices.*device=None"),
+        ({"torch_dtype": "float8"}, "dtype must be a torch dtype, its name, e.g. bfloat16"),
     ],
 )
 def test_device_and_dtype_that_are_not_there_are_refused(checkpoint, arguments, message):
@@ -174,7 +174,7 @@ def test_device_and_dtype_that_are_not_there_are_refused(checkpoint, arguments, 
 
 
 def test_folder_that_cannot_be_loaded_says_what_it_lacks(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="There is no folder"):
+    with pytest.raises(ValueError, match="The folder /no/such/folder does not exist"):
         load_model("/no/such/folder")
     with pytest.raises(ValueError, match="not in the cache, and HF_HUB_OFFLINE is set"):
         load_model("owner/no-such-model")
@@ -194,7 +194,7 @@ def test_checkpoint_that_is_not_blip_is_named_with_what_is_supported(tmp_path):
     with pytest.raises(ValueError, match="type 'bert'; supported: blip .*vqa, conditional_generation, image_text"):
         load_model(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "newer", "auto_map": {"AutoModel": "code.Model"}}')
-    with pytest.raises(ValueError, match="type 'newer'.*code of its own, which is never run here"):
+    with pytest.raises(ValueError, match="type 'newer'.*its own code, which is never run here"):
         load_model(str(tmp_path))
 
 
@@ -233,7 +233,7 @@ messages = {}
 for name in (*CODES, "down"):
     if name == "down":
         server.shutdown(), server.server_close()
-        time.sleep = lambda seconds: None  # huggingface_hub tries five times
+        time.sleep = lambda seconds: None  # huggingface_hub retries five times
     try:
         load_model(f"owner/{name}")
     except ValueError as error:
@@ -243,7 +243,7 @@ print(json.dumps(messages))
 
 
 def test_hub_failures_tell_name_access_and_network_apart():
-    # a process of its own: huggingface_hub reads HF_ENDPOINT once, when it is imported
+    # in a separate process, because huggingface_hub reads HF_ENDPOINT only when it is imported
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
     done = subprocess.run(
         [sys.executable, "-c", HUB_FAILURES],
@@ -254,9 +254,9 @@ def test_hub_failures_tell_name_access_and_network_apart():
         check=True,
     )
     messages = json.loads(done.stdout.splitlines()[-1])
-    assert "no model of the Hub that can be seen. Check the spelling (owner/name)" in messages["missing"]
-    assert "accept its terms on its page, and set HF_TOKEN" in messages["gated"]
-    assert "is on the Hub and lacks a file" in messages["empty"]
+    assert "not a model on the Hub that you can access. Check the spelling (owner/name)" in messages["missing"]
+    assert "Accept its terms on its Hub page, and set HF_TOKEN" in messages["gated"]
+    assert "is on the Hub, but a required file is missing" in messages["empty"]
     assert "http://127.0.0.1" in messages["down"] and "Check the network" in messages["down"]
     assert "thrown while requesting HEAD http://127.0.0.1" in done.stderr
     assert "tester" not in done.stdout + done.stderr and "@word" not in done.stdout + done.stderr
@@ -284,14 +284,22 @@ def test_weights_come_in_the_dtype_asked_for_and_answer(checkpoint, dtype):
     by_either_name = [load_model(str(checkpoint), **{name: dtype}) for name in ("torch_dtype", "dtype")]
     named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch."))
     assert {parameter.dtype for loaded in by_either_name for parameter in loaded["model"].parameters()} == {named}
-    loaded = by_either_name[0]
-    assert isinstance(generate_answer_blip(loaded["model"], loaded["processor"], RED, "what color is it ?"), str)
+    loaded, full = by_either_name[0], load_model(str(checkpoint))["model"]
+    state = loaded["model"].state_dict()
+    assert all(torch.equal(state[name], weight.to(named)) for name, weight in full.state_dict().items())
+    pixels = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+    states, wanted = (m.encode_images(pixels.to(m.dtype)).last_hidden_state.float() for m in (loaded["model"], full))
+    # bfloat16 keeps 8 bits
+    torch.testing.assert_close(states, wanted, atol=0.05, rtol=0.05)
+    answers = generate_answer_blip(loaded["model"], loaded["processor"], RED, QUESTIONS)
+    words = set(loaded["tokenizer"].get_vocab())
+    assert len(answers) == 3 and all(answers) and {word for answer in answers for word in answer.split()} <= words
 
 
 def test_device_map_places_and_answers(checkpoint):
     plain, mapped = load_model(str(checkpoint)), load_model(str(checkpoint), device_map="auto")
     assert answers_of(mapped["model"]) == pytest.approx(answers_of(plain["model"]))
-    # what a map must not cut through, under the names that its classes have here
+    # layers that a map must not split are found by the names of our classes
     names = {type(module).__name__ for module in plain["model"].modules()}
     assert {"BlipEncoderLayer", "BlipTextLayer"} <= names & set(plain["model"]._no_split_modules)
 
@@ -304,7 +312,7 @@ def copy(checkpoint, tmp_path):
 
 @pytest.fixture(scope="module")
 def adapter(checkpoint, tmp_path_factory):
-    """An adapter on the checkpoint for questions."""
+    """An adapter on the checkpoint for visual question answering."""
     folder = tmp_path_factory.mktemp("adapter")
     add_lora(load_model(str(checkpoint))["model"], PeftArguments(use_peft=True)).save_pretrained(folder)
     return folder
@@ -348,7 +356,7 @@ def cut_vocabulary(folder):
 @pytest.mark.parametrize("damage", [lambda folder: (folder / "tokenizer.json").unlink(), cut_vocabulary])
 def test_tokenizer_without_the_words_of_the_weights_is_refused(copy, image_folder, damage):
     damage(copy)
-    with pytest.raises(ValueError, match=r"was trained with 126 to 128. Check that tokenizer.json or vocab.txt is"):
+    with pytest.raises(ValueError, match=r"was trained with 126 to 128. Check that tokenizer.json or vocab.txt exists"):
         load_model(str(copy))
     with pytest.raises(ValueError, match="copy the tokenizer's files from the checkpoint"):
         build_meta_model("vqa", ModelArguments(model_name_or_path=str(copy)), PeftArguments())
@@ -395,7 +403,7 @@ def test_checkpoint_of_another_task_needs_allow_new_weights(checkpoints, recipe,
     flags += ["--per_device_train_batch_size", "2"]
     with pytest.raises(SystemExit):
         recipe(*flags)
-    assert "no weights for text_encoder, which would start from random numbers" in caplog.text
+    assert "no weights for text_encoder, which would be randomly initialized" in caplog.text
     recipe(*flags, "--allow_new_weights")
     with pytest.raises(SystemExit):
         recipe(*flags, "--allow_new_weights", "--use_peft", output_dir=image_folder.parent / "none")
@@ -404,7 +412,7 @@ def test_checkpoint_of_another_task_needs_allow_new_weights(checkpoints, recipe,
 
 @pytest.mark.parametrize("task", ["vqa", "captioning", "retrieval"])
 def test_weights_that_stock_writes_or_leaves_out_are_neither_missing_nor_surplus(checkpoints, tmp_path, task):
-    """Checkpoints of 2022 have position_ids and the tied head; today's have neither."""
+    """Checkpoints of 2022 contain position_ids and the tied head; those saved today contain neither."""
     folder = Path(shutil.copytree(checkpoints[task], tmp_path / task))
     model = load_model(str(folder))["model"]
     state = {**model.state_dict(), **{name: t for name, t in model.named_buffers() if "position_ids" in name}}
@@ -415,7 +423,7 @@ def test_weights_that_stock_writes_or_leaves_out_are_neither_missing_nor_surplus
 
 
 def test_adapter_of_another_task_or_base_is_refused(checkpoints, adapter, tmp_path):
-    with pytest.raises(ValueError, match="is an adapter for the task vqa, and cannot be used for conditional_gen"):
+    with pytest.raises(ValueError, match="is an adapter for the task vqa and cannot be used for conditional_gen"):
         load_model(str(adapter), task="conditional_generation")
     with pytest.raises(ValueError, match="is an adapter for the task vqa"):
         build_meta_model("image_text_retrieval", ModelArguments(model_name_or_path=str(adapter)), PeftArguments())
@@ -424,16 +432,16 @@ def test_adapter_of_another_task_or_base_is_refused(checkpoints, adapter, tmp_pa
     change_json(path, base_model_name_or_path=str(checkpoints["captioning"]))
     with pytest.raises(ValueError, match="captioning.*no weights for text_encoder"):
         load_model(str(folder))
-    # of the same shapes, and a layer less, and of other shapes
+    # a base of the same shapes for another task, a base of other shapes, and a base with more layers
     BlipForConditionalGeneration.from_pretrained(checkpoints["captioning"]).save_pretrained(tmp_path / "base")
     change_json(path, base_model_name_or_path=str(checkpoints["captioning"]), auto_mapping=None)
-    with pytest.raises(ValueError, match=r"does not fit its base .*text_encoder have no place"):
+    with pytest.raises(ValueError, match=r"does not fit its base .*no layers for its weights of \S*text_encoder"):
         load_model(str(folder))
     for file in checkpoints["vqa"].iterdir():
         shutil.copy(file, tmp_path / "base")
     change_json(path, base_model_name_or_path=str(tmp_path / "base"))
     change_json(tmp_path / "base" / "config.json", vision_config__intermediate_size=64)
-    with pytest.raises(ValueError, match=r"vision_model.encoder.layers.\d\S+ have other shapes"):
+    with pytest.raises(ValueError, match=r"vision_model.encoder.layers.\d\S+ have different shapes"):
         load_model(str(folder))
     change_json(tmp_path / "base" / "config.json", vision_config__num_hidden_layers=3)
     with pytest.raises(ValueError, match=r"it has no weights for \S+vision_model.encoder.layers.2, and"):
@@ -445,8 +453,8 @@ def test_adapter_of_another_task_or_base_is_refused(checkpoints, adapter, tmp_pa
     [
         (["word_embeddings"], "word_embeddings is a layer of type Embedding"),
         (["query", "LayerNorm"], "LayerNorm"),
-        (["query", "q_proj"], "q_proj names none"),
-        (["query", "decoder"], "decoder names none. The head of the text decoder"),
+        (["query", "q_proj"], "q_proj matches none"),
+        (["query", "decoder"], "decoder matches none. The head of the text decoder"),
     ],
 )
 def test_lora_target_that_is_no_linear_layer_is_refused_before_weights_load(checkpoint, targets, message):
@@ -459,7 +467,7 @@ def test_lora_target_with_tied_weights_is_refused(checkpoint):
     model = load_model(str(checkpoint))["model"]
     layers = model.vision_model.encoder.layers
     layers[0].mlp.fc1.weight = layers[1].mlp.fc1.weight
-    with pytest.raises(ValueError, match=r"layers.0.mlp.fc1 shares them with another part"):
+    with pytest.raises(ValueError, match=r"layers.0.mlp.fc1 shares its weights with another part"):
         add_lora(model, PeftArguments(use_peft=True, lora_target_modules=["fc1"]))
     convolution = add_lora(
         load_model(str(checkpoint))["model"], PeftArguments(use_peft=True, lora_target_modules=["patch_embedding"])
@@ -522,7 +530,7 @@ def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(copy, image_folder,
     }
     for file in ("config.json", "tokenizer_config.json", "processor_config.json"):
         change_json(copy / file, auto_map=everything)
-    # classes that transformers does not have
+    # names of classes that transformers does not have
     for names in (
         {},
         {"tokenizer_class": "Tokenizer"},
@@ -542,7 +550,7 @@ def test_code_of_a_checkpoint_is_neither_run_nor_asked_about(copy, image_folder,
 
 
 def test_every_call_that_loads_says_that_no_code_is_trusted():
-    """Peft's and our own classes load no code; generated text of the model card is no call."""
+    """PEFT's classes and our own do not run code; code in the text of the model card is not a call."""
     root = Path(__file__).parent.parent
     calls = [
         (path.name, ast.unparse(node))
@@ -550,11 +558,11 @@ def test_every_call_that_loads_says_that_no_code_is_trusted():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "get_config_dict")
     ]
-    assert {name for name, _ in calls} == {"checkpoint_files.py", "models.py"}, (
+    assert {name for name, _ in calls} == {"checkpoint_files.py", "models.py", "weight_checks.py"}, (
         "load a checkpoint with load_model or load_processor"
     )
     for _, call in calls:
-        # kwargs come from ModelLoader, which writes trust_remote_code=False into them
+        # ModelLoader sets trust_remote_code=False in kwargs
         assert "trust_remote_code': False" in call or "kwargs" in call or "settings" in call or "PeftConfig" in call, (
             call
         )
@@ -566,7 +574,7 @@ def test_weights_saved_as_whole_numbers_are_refused(copy):
     weights = load_file(copy / "model.safetensors")
     name = "text_encoder.encoder.layer.0.output.dense.weight"
     save_file(weights | {name: weights[name].long()}, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"{name} as whole numbers"):
+    with pytest.raises(ValueError, match=f"integer weights in {name}"):
         load_model(str(copy))
 
 
@@ -614,7 +622,7 @@ def test_config_value_of_the_wrong_kind_is_one_message(copy, adapter, tmp_path, 
     if file == "adapter_config.json":
         folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     change_json(folder / file, **{key: value})
-    with pytest.raises(ValueError, match=rf"{file}|other shapes|no weights"):
+    with pytest.raises(ValueError, match=rf"{file}|different shapes|no weights"):
         load_model(str(folder))
 
 
@@ -666,7 +674,7 @@ def test_small_model_from_nothing_saves_a_checkpoint_and_learns(recipe, image_fo
     data = ["--dataset_name", str(image_folder), "--eval_split", "test", "--per_device_train_batch_size", "8"]
     settings = ["--max_steps", "40", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant"]
     folder = recipe("--model_name_or_path", str(tmp_path / "small"), *data, *settings)
-    # without looking at the image half the answers about dogs and a quarter of the colors can be right
+    # without the image, at most half of the answers about dogs and a quarter of the colors can be right
     assert json.loads((folder / "all_results.json").read_text())["eval_vqa_accuracy"] == 100
 
 
@@ -758,7 +766,7 @@ def test_adapter_that_was_loaded_saves_for_stock_again(checkpoint, tmp_path):
 def test_device_size_and_information_agree_with_the_parameters(checkpoint):
     model = load_model(str(checkpoint))["model"]
     assert get_device(move_model_to_device(model, "cpu")) == torch.device("cpu")
-    with pytest.raises(ValueError, match="There is no device cuda:0"):
+    with pytest.raises(ValueError, match="The device cuda:0 does not exist"):
         move_model_to_device(model, "cuda:0")
     tensors = [*model.parameters(), *model.buffers()]
     assert get_model_size_mb(model) == sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20

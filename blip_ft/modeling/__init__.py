@@ -1,4 +1,4 @@
-"""Models, their files, adapters and inference."""
+"""Models: their classes, checkpoint files, adapters and inference."""
 
 from blip_ft.modeling.blip import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
 

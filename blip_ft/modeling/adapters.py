@@ -1,4 +1,4 @@
-"""LoRA adapters, freezing and counting of parameters."""
+"""Add LoRA adapters, freeze parts of a model, and count parameters."""
 
 from __future__ import annotations
 
@@ -9,76 +9,75 @@ from functools import partial
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.models.blip import modeling_blip
 
 from blip_ft.arguments import PeftArguments
 
 logger = logging.getLogger(__name__)
 
-# every linear layer of attention and feed-forward; the head is tied to the embeddings, and merging into it changes both
+# all linear layers of attention and feed-forward. Not the head: it is tied to the embeddings, so merging changes both
 LORA_TARGETS = ("query", "key", "value", "dense", "qkv", "projection", "fc1", "fc2")
 
 
 def add_lora(model: PreTrainedModel, args: PeftArguments, revision: str | None = None) -> PeftModel:
-    """The model with a new trainable LoRA adapter, and all else frozen. It saves for stock PEFT and transformers.
+    """Add a new, trainable LoRA adapter and freeze everything else. Stock PEFT can load the saved adapter.
 
-    revision: the branch, tag or commit of the base that the adapter belongs to.
-    Raises: ValueError for a target that is in no layer, is not linear or a convolution, or has tied weights.
+    revision: branch, tag or commit of the base, which is saved with the adapter.
+    Raises: ValueError if a target matches no layer, is neither a linear layer nor a convolution, or has tied weights.
     """
-    wanted = "lora_target_modules must name linear layers or convolutions of the model"
+    needed = "lora_target_modules must name linear layers or convolutions of the model"
     tied = _tied_names(model)
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=list(args.lora_target_modules or LORA_TARGETS),
-        # the head's transform; its output layer is the embedding table
+        # leave out the head: its output layer is tied to the embeddings
         exclude_modules=r".*\.cls\..*" if hasattr(model, "text_decoder") else None,
         revision=revision,
-        task_type=None,  # every other one makes PEFT pass inputs_embeds, which BLIP has no place for
+        task_type=None,  # with any other, PEFT passes inputs_embeds, which BLIP does not accept
     )
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise ValueError(f"{wanted}: {error}") from error
+        raise ValueError(f"{needed}: {error}") from error
     targeted = adapted.base_model.targeted_module_names
     for name in args.lora_target_modules or ():
         if not any(f".{target}".endswith(f".{name}") for target in targeted):
-            raise ValueError(f"{wanted}; {name} names none. The head of the text decoder (cls) is never adapted.")
+            raise ValueError(f"{needed}; {name} matches none. The head of the text decoder (cls) cannot be adapted.")
     for name in targeted:
         layer = adapted.get_base_model().get_submodule(name)
         kind = type(layer.get_base_layer() if isinstance(layer, LoraLayer) else layer)
         if not issubclass(kind, (nn.Linear, nn.Conv2d)):
-            raise ValueError(f"{wanted}; {name} is a layer of type {kind.__name__}. Leave it out.")
+            raise ValueError(f"{needed}; {name} is a layer of type {kind.__name__}. Remove it from the list.")
         if f"{name}.weight" in tied:
             raise ValueError(
-                f"{wanted} that share their weights with no other. {name} shares them with another part of the model, "
-                "which merging the adapter would change too. Leave it out."
+                f"{needed} whose weights are not tied. {name} shares its weights with another part of the model, which "
+                "merging the adapter would also change. Remove it from the list."
             )
     return save_for_stock(adapted)
 
 
 def freeze_model(model: nn.Module, freeze_layers: Sequence[str] | str | None = None) -> None:
-    """Stop training the named parts, or all for None. A name matches whole dotted parts of parameter names.
+    """Freeze the named parts, or the whole model if freeze_layers is None.
 
-    A weight that two parts share, as the decoder's head and its word embeddings do, is frozen by the name of either.
+    A name matches whole dotted parts of parameter names. A tied weight, such as the decoder's head and its word
+    embeddings, is frozen by either name.
     """
     _set_requires_grad(model, freeze_layers, False)
 
 
 def unfreeze_model(model: nn.Module, unfreeze_layers: Sequence[str] | str | None = None) -> None:
-    """Train the named parts, or all for None. A name matches whole dotted parts of parameter names.
+    """Unfreeze the named parts, or the whole model if unfreeze_layers is None. Names match as in freeze_model.
 
-    Of a model with an adapter only the adapter is trained: nothing else of it would be saved.
+    In a model with an adapter, only the adapter is unfrozen, because only the adapter is saved.
     """
     _set_requires_grad(model, unfreeze_layers, True)
 
 
 def unknown_layers(model: nn.Module, names: list[str], trainable_only: bool = False) -> list[str]:
-    """Those names that match no parameter of the model, or none that is trained."""
+    """The names that match no parameter of the model, or no trainable parameter if trainable_only."""
     parameters = [
         f".{name}."
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -88,19 +87,19 @@ def unknown_layers(model: nn.Module, names: list[str], trainable_only: bool = Fa
 
 
 def part_names(model: nn.Module) -> list[str]:
-    """The model's largest named parts, e.g. vision_model, text_encoder, text_decoder."""
+    """Names of the model's top-level modules, e.g. vision_model, text_encoder, text_decoder."""
     model = without_adapter(model)
     return [name for name, _ in model.named_children()]
 
 
 def count_parameters(model: nn.Module) -> dict[str, int | float]:
-    """Numbers of parameters: total, trainable, frozen, and total_millions, trainable_millions.
+    """Count parameters: total, trainable, frozen, and total_millions, trainable_millions.
 
-    A 4-bit weight counts as the parameters it stands for, not as its packed bytes.
+    In 4-bit weights, the parameters are counted, not the packed bytes.
     """
     total = trainable = 0
     for parameter in model.parameters():
-        # bitsandbytes packs two 4-bit values in a byte
+        # bitsandbytes packs two 4-bit values into one byte
         number = parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
         total += number
         trainable += number if parameter.requires_grad else 0
@@ -117,8 +116,10 @@ def _set_requires_grad(model: nn.Module, names: Sequence[str] | str | None, valu
     names = [names] if isinstance(names, str) else names
     unknown = unknown_layers(model, names or [])
     if unknown:
-        logger.warning("No parameter is named %s; the parts are %s.", ", ".join(unknown), ", ".join(part_names(model)))
-    # a tied weight goes by each of its names
+        logger.warning(
+            "No parameter matches %s; the parts of the model are %s.", ", ".join(unknown), ", ".join(part_names(model))
+        )
+    # a tied weight is listed under each of its names
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if value and isinstance(model, PeftModel) and model.base_model.prefix not in name:
             continue
@@ -127,12 +128,12 @@ def _set_requires_grad(model: nn.Module, names: Sequence[str] | str | None, valu
 
 
 def without_adapter(model: nn.Module) -> nn.Module:
-    """The BLIP model itself; an adapter's layers are part of it."""
+    """The BLIP model inside a PeftModel, with the adapter's layers still in it; any other model as it is."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _tied_names(model: nn.Module) -> set[str]:
-    """The names of parameters that stand in the model at several places."""
+    """Names of the parameters that are used at several places of the model."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -144,8 +145,9 @@ def _stock_class(stock: type, is_prompt_tuning: bool = False) -> type:
 
 
 def save_for_stock(adapted: PeftModel) -> PeftModel:
-    # peft 0.21 saves the class's module as `parent_library`, and AutoPeftModel refuses all but those it knows: stock's
-    # class of the same name has the same weights
+    """Make PEFT save the class of transformers as the adapter's base class, in place, and return the model."""
+    # peft 0.21 saves the module of the base's class as `parent_library`, and AutoPeftModel only accepts modules that it
+    # knows. The class of the same name in transformers has the same weights
     stock = getattr(modeling_blip, type(adapted.get_base_model()).__name__)
     adapted._get_base_model_class = partial(_stock_class, stock)
     return adapted

@@ -1,43 +1,44 @@
-"""Device, dtype and quantization of a model that is loaded."""
+"""Device, dtype and quantization of a model."""
 
 from __future__ import annotations
 
 import logging
 
 import torch
-from transformers import (
-    BitsAndBytesConfig,
-)
+from torch import nn
+from transformers import BitsAndBytesConfig
 
 
-def best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def best_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def existing_device(device: str | torch.device) -> torch.device:
+    """Raises: ValueError if it is a CUDA device that does not exist."""
     device = torch.device(device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"There is no device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. "
-            "device=None takes the best there is."
+            f"The device {device} does not exist: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA "
+            "devices. Use device=None for the best device of this machine."
         )
     return device
 
 
 def to_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """Turn a name such as bfloat16 or torch.bfloat16 into a dtype; "auto" stays. Raises: ValueError."""
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     named = getattr(torch, dtype.removeprefix("torch."), None)
     if not isinstance(named, torch.dtype):
-        raise ValueError(f"dtype is a torch dtype or its name, e.g. bfloat16, or auto; found {dtype!r}.")
+        raise ValueError(f"dtype must be a torch dtype, its name, e.g. bfloat16, or auto; found {dtype!r}.")
     return named
 
 
 def quantization_config(bits: int, device: torch.device) -> BitsAndBytesConfig:
+    """Settings for 8 bits, or for 4 bits as in QLoRA (NF4, double quantization)."""
     if bits == 8:
-        # bitsandbytes 0.50 says at every call of every layer that it casts to float16
+        # bitsandbytes 0.50 logs at each call of each layer that it casts to float16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
@@ -47,3 +48,13 @@ def quantization_config(bits: int, device: torch.device) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
+
+
+def keep_quantized_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking weights on the CPU.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weights in evaluation, and training then fails.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

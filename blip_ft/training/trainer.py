@@ -30,7 +30,7 @@ from blip_ft.data.streaming import StreamedRows
 from blip_ft.data.tables import number_images
 from blip_ft.data.texts import IGNORED
 from blip_ft.modeling.adapters import without_adapter
-from blip_ft.modeling.checkpoint_files import is_finite
+from blip_ft.modeling.weight_checks import is_finite
 from blip_ft.results.push import describe_hub_error, limit_waiting
 from blip_ft.training.callbacks import (
     BestCallback,

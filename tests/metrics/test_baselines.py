@@ -20,7 +20,7 @@ def test_answer_without_images_goes_by_the_question_then_its_beginning_then_all(
 
 
 def test_chance_is_the_mean_over_random_orders():
-    # two images with two and one of three texts, and a text that fits both
+    # three texts, two of image 0 and one of image 1, and a text that fits both
     right = np.array([[True, True, False, True], [False, False, True, True]])
     generator = np.random.default_rng(0)
     drawn = [retrieval_scores(generator.random(right.shape), right) for _ in range(4000)]

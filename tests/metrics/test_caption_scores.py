@@ -43,7 +43,7 @@ def test_caption_words_are_those_of_the_java_tokenizer(caption, words):
 def test_caption_scores_of_short_prediction_are_as_worked_out():
     scores = caption_scores(["a dog", "x"], [["a dog runs"], ["y z", "y"]])
     # bleu1: two of three words found; candidates have 3 words, the closest references 3 + 1. rouge_l: precision 1 and
-    # recall 2/3 in the first image, nothing in the second
+    # recall 2/3 for the first image, 0 for the second
     assert scores["bleu1"] == pytest.approx(100 * 2 / 3 * math.exp(1 - 4 / 3), abs=1e-6)
     assert scores["bleu2"] == pytest.approx(100 * math.sqrt(2 / 3) * math.exp(1 - 4 / 3), abs=1e-6)
     assert scores["rouge_l"] == pytest.approx(100 * 2.44 * (2 / 3) / (2 / 3 + 1.44) / 2, abs=1e-6)
@@ -52,7 +52,7 @@ def test_caption_scores_of_short_prediction_are_as_worked_out():
 def test_cider_of_short_prediction_is_as_worked_out():
     scores = caption_scores(["a dog", "x"], [["a dog runs"], ["y z"]])
     # every n-gram is in one image only, so weights are equal: cosine 2 / sqrt(2 * 3) of words, 1 / sqrt(1 * 2) of
-    # pairs, one pair apart; the mean of four lengths, of two images
+    # bigrams, lengths differ by one bigram; the mean over four n-gram lengths, then over two images
     expected = (2 / math.sqrt(6) + 1 / math.sqrt(2)) / 4 * math.exp(-1 / 72) / 2
     assert scores["cider"] == pytest.approx(1000 * expected, abs=1e-6)
 
@@ -60,7 +60,7 @@ def test_cider_of_short_prediction_is_as_worked_out():
 def test_cider_weighs_words_by_the_references_of_the_set():
     captions = ["a dog runs away", "a red bus stops"]
     assert caption_scores(captions, [[caption] for caption in captions])["cider"] == pytest.approx(1000)
-    # in every image, or in the only one: no weight
+    # words in every image, or in the only image, have no weight
     assert caption_scores(captions[:1] * 2, [captions[:1]] * 2)["cider"] == 0
     assert caption_scores(captions[:1], [captions[:1]])["cider"] == 0
 

@@ -12,7 +12,7 @@ OWNER = np.array([0, 0, 1, 2])
 
 
 def test_recall_of_texts_is_as_worked_out():
-    # ranks 1, 3, 1 and 2, the last for a tie with image 0
+    # ranks 1, 3, 1 and 2; the last is a tie with image 0
     assert recall_at_k(SIMILARITY, OWNER, ks=(1, 2, 3)) == {"recall@1": 50, "recall@2": 75, "recall@3": 100}
 
 
@@ -60,7 +60,9 @@ def test_recall_of_image_without_text_is_zero_at_any_k():
 
 
 def test_recall_equals_sorting_each_query():
-    similarity = np.random.default_rng(0).standard_normal((300, 600), dtype=np.float32)  # more than are taken at once
+    similarity = np.random.default_rng(0).standard_normal(
+        (300, 600), dtype=np.float32
+    )  # more than one chunk of queries
     owner = np.arange(600) // 2
     images_by_text, texts_by_image = np.argsort(-similarity, axis=0), np.argsort(-similarity, axis=1)
     texts = np.mean([owner[text] in images_by_text[:100, text] for text in range(600)])

@@ -30,7 +30,7 @@ def test_vqa_accuracy_equals_official_on_1000_cases():
 
 
 def test_vqa_accuracy_three_of_ten_agree_is_90_percent():
-    # the three who agree have two others who do, 2/3 each; the other seven have three, 1 each: (3 * 2/3 + 7) / 10
+    # each of the three who agree has two agreeing others: 2/3; each of the other seven has three: 1. (3 * 2/3 + 7) / 10
     assert vqa_accuracy("cat", ["cat"] * 3 + ["dog"] * 7) == 0.9
 
 
@@ -62,7 +62,7 @@ def test_vqa_accuracy_cleans_only_where_annotators_disagree(prediction, unanimou
         ("shouldnt've", "shouldn't've"),
         ("yall'd've", "y'all'dve"),
         ("'ows'at", "ow's'at"),
-        ("somebody'd", "somebodyd"),  # the official table has this one the wrong way round
+        ("somebody'd", "somebodyd"),  # reversed by mistake in the official table
     ],
 )
 def test_vqa_accuracy_restores_lost_apostrophes(prediction, answer):
@@ -77,9 +77,9 @@ def test_vqa_accuracy_restores_none_outside_official_table(prediction, answer):
 @pytest.mark.parametrize(
     ("prediction", "answer", "expected"),
     [
-        ("İzmir", "izmir", 1),  # worked out by hand: to Python 2 the lower case of U+0130 is one letter, i
+        ("İzmir", "izmir", 1),  # worked out by hand: in Python 2 the lower case of U+0130 is one letter, i
         ("DİYARBAKIR", "diyarbakir", 1),
-        ("İzmir", "i\u0307zmir", 0),  # and not the two that Python 3 gives
+        ("İzmir", "i\u0307zmir", 0),  # not two characters, as in Python 3
         ("Izmir", "ızmir", 0),
     ],
 )
@@ -90,7 +90,7 @@ def test_vqa_accuracy_lowers_each_sign_to_one(prediction, answer, expected):
 def test_vqa_accuracy_removes_32_periods_and_no_more():
     assert vqa_accuracy("x" + 32 * ".", ["x"] * 9 + ["y"]) == 1
     assert vqa_accuracy("x" + 33 * ".", ["x"] * 9 + ["y"]) == 0
-    assert vqa_accuracy("x" + 33 * ".", ["x."] * 9 + ["y"]) == 0  # the annotators' period goes
+    assert vqa_accuracy("x" + 33 * ".", ["x."] * 9 + ["y"]) == 0  # the annotators' period is removed
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_no_answers_are_refused(score):
         score()
 
 
-# (reference, the same as BertTokenizer of blip-vqa-base decodes it, normalized)
+# (reference, the reference as decoded by BertTokenizer of blip-vqa-base, normalized)
 DECODED = [
     ("X-ray", "x - ray", "x ray"),
     ("T2-weighted", "t2 - weighted", "t2 weighted"),
@@ -260,7 +260,7 @@ def test_vqa_accuracy_metric_never_matches_empty_prediction(metric):
 def test_vqa_accuracy_metric_in_batches_equals_at_once(metric, tmp_path):
     for start in (0, 2):
         metric.add_batch(predictions=PREDICTIONS[start : start + 2], references=REFERENCES[start : start + 2])
-    # a second run on the same machine, in the middle of the first
+    # a second run on the same machine during the first
     at_once = VqaAccuracy(cache_dir=str(tmp_path)).compute(predictions=PREDICTIONS, references=REFERENCES)
     assert metric.compute() == at_once
 

@@ -363,7 +363,7 @@ def test_compiled_run_gives_the_same_losses_and_stops_compiling(recipe, data, tm
 
 MISTAKES = {
     "unknown flag": (["--learning_rat", "1"], "Did you mean learning_rate"),
-    "no such model": (["--model_name_or_path", "/no/such/model"], "There is no folder /no/such/model"),
+    "no such model": (["--model_name_or_path", "/no/such/model"], "The folder /no/such/model does not exist"),
     "no such model for an adapter": (["--use_peft", "--model_name_or_path", "owner/none"], "or check the name"),
     "no such data": (["--dataset_name", "/no/such/data"], "Check the path"),
     "no such column": (["--question_column", "q"], "Set question_column, e.g. --question_column question"),
@@ -453,7 +453,7 @@ def test_weights_of_other_shapes_than_the_config_are_refused(recipe, data, check
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit):
         recipe(*data, "--model_name_or_path", str(broken))
-    assert "have other shapes than its config.json says" in caplog.text
+    assert "do not have the shapes described in its config.json" in caplog.text
 
 
 def test_several_gpus_and_one_process_say_how_to_launch(recipe, data, monkeypatch, caplog):
