@@ -76,21 +76,8 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
             image_features, text_features = self.project_images(image_states), self.project_texts(states)
             score = image_features @ text_features.T
         if image_ids is not None:
-            if self.contrastive is None:
-                raise ValueError(
-                    "The loss needs a queue and momentum weights: set model.contrastive = Contrastive(model) before "
-                    "training, or leave out image_ids to get scores only."
-                )
-            with torch.no_grad():
-                # the momentum encoder, with the model's own dropout, as in the original. Do not swap parameter.data
-                # instead: autocast would keep using its cached casts of the model's weights
-                keys = functional_call(
-                    self,
-                    {name: weight.to(self.dtype) for name, weight in self.contrastive.momentum_weights.items()},
-                    (pixel_values, input_ids, attention_mask),
-                    {"use_itm_head": False, "interpolate_pos_encoding": interpolate_pos_encoding},
-                )
-            features = (image_features, text_features, keys.image_features, keys.text_features)
+            keys = self._momentum_features(pixel_values, input_ids, attention_mask, interpolate_pos_encoding)
+            features = (image_features, text_features, *keys)
             losses = self._losses(
                 image_states, features, input_ids, attention_mask, image_ids, image_index, negatives, **kwargs
             )
@@ -104,6 +91,30 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
             text_features=text_features,
             **losses,
         )
+
+    @torch.no_grad()
+    def _momentum_features(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        interpolate_pos_encoding: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (num_images, width) and (num_texts, width) from the momentum encoder."""
+        if self.contrastive is None:
+            raise ValueError(
+                "The loss needs a queue and momentum weights: set model.contrastive = Contrastive(model) before "
+                "training, or leave out image_ids to get scores only."
+            )
+        # the model's own dropout is active here, as in the original. Do not swap parameter.data instead: autocast would
+        # keep using its cached casts of the model's weights
+        keys = functional_call(
+            self,
+            {name: weight.to(self.dtype) for name, weight in self.contrastive.momentum_weights.items()},
+            (pixel_values, input_ids, attention_mask),
+            {"use_itm_head": False, "interpolate_pos_encoding": interpolate_pos_encoding},
+        )
+        return keys.image_features, keys.text_features
 
     def project_images(self, image_states: torch.Tensor) -> torch.Tensor:
         """Project image states from encode_images to features (num_images, width) of length 1.
