@@ -30,6 +30,7 @@ PROCESSOR_FILES = f"{PROCESSOR_NAME}, tokenizer_config.json or tokenizer.json"
 
 
 def read_config(name: str, kwargs: dict[str, Any]) -> BlipConfig:
+    """Read the config of a checkpoint. Raises: ValueError if a value is invalid, or the checkpoint is not of BLIP."""
     with blame_file(CONFIG_NAME, name):
         content, _ = BlipConfig.get_config_dict(name, **kwargs)
         json.dumps(content, allow_nan=False)
@@ -51,11 +52,12 @@ def read_config(name: str, kwargs: dict[str, Any]) -> BlipConfig:
         for key in START_TOKENS:
             if getattr(config, key, "cls") not in ("cls", "enc"):
                 raise ValueError(f"{key} must be cls or enc")
-        list(config.architectures or ())
+        list(config.architectures or ())  # raises if it is not a list
     return config
 
 
 def read_processor(name: str, kwargs: dict[str, Any]) -> BlipProcessor:
+    """Read the processor of a checkpoint. Raises: ValueError if a value in its files is invalid."""
     # without trust_remote_code, transformers asks on stdin whether to run the checkpoint's code
     with blame_file(PROCESSOR_FILES, name):
         return BlipProcessor.from_pretrained(name, **{**kwargs, "trust_remote_code": False})
@@ -102,6 +104,7 @@ def build_on_meta(task: str, config: BlipConfig, name: str) -> PreTrainedModel:
 
 
 def task_of_config(config: BlipConfig) -> str:
+    """The task of the config's architecture, else vqa with a warning."""
     for name in config.architectures or ():
         if name in TASK_OF_CLASS:
             return TASK_OF_CLASS[name]

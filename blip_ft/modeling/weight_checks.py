@@ -112,9 +112,11 @@ def name_parts(keys: Iterable[str], known: Iterable[str]) -> str:
     return list_some({next(prefix for prefix in _prefixes(key) if prefix not in prefixes_of_others) for key in keys})
 
 
-def list_some(names: Iterable[str], most: int = 10) -> str:
-    first, more = sorted(names)[:most], len(set(names)) - most
-    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
+def list_some(names: Iterable[str]) -> str:
+    """The first ten names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
 
 
 def _prefixes(key: str) -> list[str]:
