@@ -5,12 +5,13 @@
     accelerate launch --quiet recipes/captioning.py --dataset_name FOLDER
         trains Salesforce/blip-image-captioning-base on a folder with metadata.jsonl (file_name, caption)
     accelerate launch --quiet recipes/captioning.py --config recipes/configs/captioning_base.yaml --dataset_name FILE
-        reads a YAML first; flags override it
+        reads the YAML first; flags override it
 
-The loss is the original's: the mean over the captions' tokens, the prompt not counted (models/blip.py).
+The loss is that of the original BLIP: the mean over the tokens of the captions, without the prompt (models/blip.py).
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from blip_ft.arguments import BlipTrainingArguments, CaptioningArguments, DataArguments, ModelArguments, PeftArguments
@@ -21,11 +22,9 @@ from blip_ft.data.texts import require_room_for_captions
 from blip_ft.metrics.captions import CaptionScores, caption_exact_match, caption_rouge_l
 from blip_ft.metrics.vqa import most_frequent_answer
 from blip_ft.modeling import inference
-from blip_ft.models import load_processor
 from blip_ft.training.notes import Baseline
 from blip_ft.training.run import run
-from blip_ft.training.run_settings import settle_settings
-from blip_ft.training.setup import build_meta_model, check_run, load_for_training, prepare_output_dir
+from blip_ft.training.setup import load_for_training, prepare_run
 from blip_ft.training.trainer import BlipTrainer
 
 # ---- what to edit ----
@@ -56,31 +55,16 @@ class Training(BlipTrainingArguments):
     generation_num_beams: int = field(default=3, metadata={"help": "Beams of generation. Original: 3."})
 
 
-# ---- the run ----
-
-
 def main() -> None:
-    model_args, data_args, caption_args, peft_args, training_args = parse(
+    model_args, data_args, caption_args, peft_args, training_args = args = parse(
         *(Model, Data, CaptioningArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "captioning_demo.yaml",
     )
-    data_args.check_streaming(training_args)
-    checkpoint = prepare_output_dir(training_args, "captioning", peft_args)
-    meta_model = build_meta_model("conditional_generation", model_args, peft_args, caption_args, training_args)
-    require_room_for_captions(
-        caption_args.prompt,
-        load_processor(model_args.model_name_or_path, revision=model_args.model_revision).tokenizer,
-        caption_args.generation_min_length,
-        training_args.generation_max_length,
-        caption_args.max_caption_tokens,
-    )
-    bad_rows_file = Path(training_args.output_dir) / "bad_rows.jsonl"
-    train_rows, eval_rows, test_rows = load_splits("captions", data_args, bad_rows_file, training_args.seed)
-    check_run(training_args, train_rows, meta_model)
-    parts, rows = (model_args, data_args, caption_args, peft_args), {"train": train_rows, "eval": eval_rows}
-    settings = settle_settings(checkpoint, training_args, parts, rows, meta_model)
-
-    model, processor = load_for_training("conditional_generation", model_args, peft_args, training_args)
+    setup = prepare_run("conditional_generation", *args)
+    limits = (caption_args.generation_min_length, training_args.generation_max_length, caption_args.max_caption_tokens)
+    require_room_for_captions(caption_args.prompt, setup.processor.tokenizer, *limits)
+    train_rows, eval_rows, test_rows = load_splits("captions", data_args, setup.bad_rows_file, training_args.seed)
+    model, processor, run_settings = load_for_training(setup, train_rows, eval_rows)
 
     def predict(model, batch, positions):
         texts, probabilities = inference.caption(
@@ -98,24 +82,6 @@ def main() -> None:
             for text, probability in zip(texts, probabilities, strict=True)
         ]
 
-    def score(rows, texts):
-        references = rows["captions"][:]
-        scores = CaptionScores().compute(predictions=texts, references=references)
-        return {**scores, "exact_match": caption_exact_match(texts, references)}
-
-    def baseline(rows):
-        return score(rows, [most_frequent_answer(train_rows.captions())] * len(rows))
-
-    def evaluate(rows, collect):
-        results = collect(predict, "Writing captions")
-        for result, captions in zip(results, rows["captions"][:], strict=True):
-            if result:
-                result["rouge_l"] = caption_rouge_l(result["prediction"], captions)
-        return results, score(rows, [result["prediction"] if result else "" for result in results])
-
-    def describe(row, result):
-        return f"{row['captions'][0]} | predicted: {result['prediction']}"
-
     trainer = BlipTrainer(
         model,
         training_args,
@@ -126,23 +92,37 @@ def main() -> None:
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
-        evaluate_rows=evaluate,
+        evaluate_rows=lambda rows, collect: evaluate(rows, collect(predict, "Writing captions")),
         predict=predict,
         describe=describe,
         group=data_args.group_questions is not False,
-        run_settings=settings,
+        run_settings=run_settings,
     )
-    run(
-        trainer,
-        checkpoint,
-        "image-to-text",
-        model_args,
-        data_args,
-        (caption_args, peft_args),
-        baseline=Baseline("the most frequent training caption, for every image", baseline),
-        test_rows=test_rows,
-        result_notes={"prompt": caption_args.prompt},
-    )
+    baseline = Baseline("the most frequent training caption, for every image", partial(score_guesses, train_rows))
+    run(trainer, setup, {"prompt": caption_args.prompt}, baseline, test_rows)
+
+
+def evaluate(rows, results):
+    """Add ROUGE-L to the result of each row. Returns: results, and scores in percent."""
+    for result, captions in zip(results, rows["captions"][:], strict=True):
+        if result:
+            result["rouge_l"] = caption_rouge_l(result["prediction"], captions)
+    return results, score(rows, [result["prediction"] if result else "" for result in results])
+
+
+def score(rows, texts):
+    references = rows["captions"][:]
+    scores = CaptionScores().compute(predictions=texts, references=references)
+    return {**scores, "exact_match": caption_exact_match(texts, references)}
+
+
+def score_guesses(train_rows, rows):
+    """Scores of the same caption for every image."""
+    return score(rows, [most_frequent_answer(train_rows.captions())] * len(rows))
+
+
+def describe(row, result):
+    return f"{row['captions'][0]} | predicted: {result['prediction']}"
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@
     accelerate launch --quiet recipes/retrieval.py --dataset_name FOLDER
         trains Salesforce/blip-itm-base-coco on a folder with metadata.jsonl (file_name, caption)
     accelerate launch --quiet recipes/retrieval.py --config recipes/configs/retrieval_base.yaml --dataset_name FILE
-        reads a YAML first; flags override it
+        reads the YAML first; flags override it
 
-The loss is the original's: contrast with a momentum model and a queue, and matching with hard negatives
-(models/blip_retrieval.py). Evaluation ranks by cosine, then the best k_test once more by the matching head.
+The loss is that of the original BLIP: contrast with a momentum model and a queue, and matching with hard negatives
+(models/blip_retrieval.py). Evaluation ranks by cosine, and then the best k_test again by the matching head.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,7 @@ from blip_ft.modeling import inference
 from blip_ft.modeling.blip.contrastive import Contrastive, require_memory_for_queue
 from blip_ft.training.notes import Baseline
 from blip_ft.training.run import run
-from blip_ft.training.run_settings import settle_settings
-from blip_ft.training.setup import build_meta_model, check_run, load_for_training, prepare_output_dir
+from blip_ft.training.setup import load_for_training, prepare_run
 from blip_ft.training.trainer import BlipTrainer
 
 # ---- what to edit ----
@@ -68,49 +68,19 @@ class Training(BlipTrainingArguments):
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images at once."})
 
 
-# ---- the run ----
-
-
 def main() -> None:
-    model_args, data_args, retrieval_args, peft_args, training_args = parse(
+    model_args, data_args, retrieval_args, peft_args, training_args = args = parse(
         *(Model, Data, RetrievalArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "retrieval_demo.yaml",
     )
     if data_args.streaming:
-        raise ValueError("streaming is for questions and captions: in retrieval an image's captions must be together.")
-    data_args.check_streaming(training_args)
-    checkpoint = prepare_output_dir(training_args, "retrieval", peft_args)
-    meta_model = build_meta_model("image_text_retrieval", model_args, peft_args, retrieval_args, training_args)
-    width = meta_model.config.image_text_hidden_size
+        raise ValueError("streaming is for questions and captions: retrieval needs all captions of an image together.")
+    setup = prepare_run("image_text_retrieval", *args)
+    width = setup.meta_model.config.image_text_hidden_size
     require_memory_for_queue(retrieval_args.queue_size, width, training_args.device)
-    bad_rows_file = Path(training_args.output_dir) / "bad_rows.jsonl"
-    train_rows, eval_rows, test_rows = load_splits("captions", data_args, bad_rows_file, training_args.seed)
-    check_run(training_args, train_rows, meta_model)
-    parts, rows = (model_args, data_args, retrieval_args, peft_args), {"train": train_rows, "eval": eval_rows}
-    settings = settle_settings(checkpoint, training_args, parts, rows, meta_model)
-
-    model, processor = load_for_training("image_text_retrieval", model_args, peft_args, training_args)
+    train_rows, eval_rows, test_rows = load_splits("captions", data_args, setup.bad_rows_file, training_args.seed)
+    model, processor, run_settings = load_for_training(setup, train_rows, eval_rows)
     model.config.itm_start_token = retrieval_args.itm_start_token
-
-    def texts_of(rows):
-        by_image = rows["captions"][:]
-        captions = [caption for own in by_image for caption in own]
-        owner = np.repeat(np.arange(len(rows)), [len(own) for own in by_image])
-        texts = [clean_caption(caption) for caption in captions] if retrieval_args.clean_captions else captions
-        return captions, texts, owner, same_caption(texts, owner)
-
-    def evaluate(rows, collect):
-        captions, texts, owner, right = texts_of(rows)
-        tokens = encode_texts(texts, processor.tokenizer, retrieval_args.max_caption_tokens)
-        cosines, for_texts, for_images = inference.rank_pairs(collect, owner, **tokens, k=retrieval_args.k_test)
-        by_contrast = {f"itc_{name}": value for name, value in retrieval_scores(cosines, right).items()}
-        results = [
-            {"prediction": captions[best], "score": float(for_texts[row, best]), "accuracy": float(right[row, best])}
-            if np.isfinite(for_texts[row, best])
-            else None
-            for row, best in enumerate(for_texts.argmax(1))
-        ]
-        return results, {**retrieval_scores(for_texts, right, for_images), **by_contrast}
 
     trainer = BlipTrainer(
         model,
@@ -120,27 +90,47 @@ def main() -> None:
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
-        evaluate_rows=evaluate,
+        evaluate_rows=lambda rows, collect: evaluate(rows, collect, processor.tokenizer, retrieval_args),
         group=bool(data_args.group_questions),
-        run_settings=settings,
+        run_settings=run_settings,
     )
     trainer.blip.contrastive = Contrastive(
         trainer.blip, retrieval_args.queue_size, retrieval_args.momentum, retrieval_args.alpha
     )
-    run(
-        trainer,
-        checkpoint,
-        None,  # the Hub has no tag for it
-        model_args,
-        data_args,
-        (retrieval_args, peft_args),
-        baseline=Baseline("chance, a random order", lambda rows: chance_scores(texts_of(rows)[-1])),
-        test_rows=test_rows,
-        result_notes={
-            "scores": "ranked by the matching head; itc_: by cosine alone",
-            "identical_captions": "are right for each of their images",
-        },
-    )
+    notes = {
+        "scores": "ranked by the matching head; itc_: by cosine only",
+        "identical_captions": "count as correct for each of their images",
+    }
+    run(trainer, setup, notes, Baseline("chance, a random order", partial(score_chance, retrieval_args)), test_rows)
+
+
+def evaluate(rows, collect, tokenizer, args):
+    """Rank images and texts. Returns: the best text of each image, and recalls in percent."""
+    captions, texts, owner, right = texts_of(rows, args)
+    tokens = encode_texts(texts, tokenizer, args.max_caption_tokens)
+    cosines, for_texts, for_images = inference.rank_pairs(collect, owner, **tokens, k=args.k_test)
+    by_contrast = {f"itc_{name}": value for name, value in retrieval_scores(cosines, right).items()}
+    results = [
+        {"prediction": captions[best], "score": float(for_texts[row, best]), "accuracy": float(right[row, best])}
+        if np.isfinite(for_texts[row, best])
+        else None
+        for row, best in enumerate(for_texts.argmax(1))
+    ]
+    return results, {**retrieval_scores(for_texts, right, for_images), **by_contrast}
+
+
+def texts_of(rows, args):
+    """All captions, as written and as the model reads them, the image of each, and which images each one describes."""
+    by_image = rows["captions"][:]
+    captions = [caption for own in by_image for caption in own]
+    owner = np.repeat(np.arange(len(rows)), [len(own) for own in by_image])
+    texts = [clean_caption(caption) for caption in captions] if args.clean_captions else captions
+    return captions, texts, owner, same_caption(texts, owner)
+
+
+def score_chance(args, rows):
+    """Expected scores of a random order."""
+    return chance_scores(texts_of(rows, args)[-1])
 
 
 if __name__ == "__main__":

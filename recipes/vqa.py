@@ -5,13 +5,15 @@
     accelerate launch --quiet recipes/vqa.py --dataset_name FOLDER --eval_split test
         trains Salesforce/blip-vqa-base on a folder with metadata.jsonl (file_name, question, answer)
     accelerate launch --quiet recipes/vqa.py --config recipes/configs/vqa_base_lora.yaml --dataset_name FOLDER
-        reads a YAML first; flags override it
+        reads the YAML first; flags override it
 
-The loss is the original's: per question, the sum over its answers of weight x summed token loss (models/blip_vqa.py).
+The loss is that of the original BLIP: for each question, the sum over its answers of weight x summed token loss
+(models/blip_vqa.py).
 """
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -25,8 +27,7 @@ from blip_ft.metrics.vqa import VqaAccuracy, answer_type, scoring_rule, vqa_accu
 from blip_ft.modeling import inference
 from blip_ft.training.notes import Baseline
 from blip_ft.training.run import run
-from blip_ft.training.run_settings import settle_settings
-from blip_ft.training.setup import build_meta_model, check_run, load_for_training, prepare_output_dir
+from blip_ft.training.setup import load_for_training, prepare_run
 from blip_ft.training.trainer import BlipTrainer
 
 # ---- what to edit ----
@@ -56,25 +57,15 @@ class Training(BlipTrainingArguments):
     generation_num_beams: int = field(default=3, metadata={"help": "Beams of generation. Original: 3."})
 
 
-# ---- the run ----
-
-
 def main() -> None:
-    model_args, data_args, vqa_args, peft_args, training_args = parse(
+    model_args, data_args, vqa_args, peft_args, training_args = args = parse(
         *(Model, Data, VqaArguments, PeftArguments, Training),
         demo_config=Path(__file__).parent / "configs" / "vqa_demo.yaml",
     )
-    data_args.check_streaming(training_args)
-    checkpoint = prepare_output_dir(training_args, "vqa", peft_args)
     candidates = read_answer_list(vqa_args.answer_list)
-    meta_model = build_meta_model("vqa", model_args, peft_args, vqa_args, training_args)
-    bad_rows_file = Path(training_args.output_dir) / "bad_rows.jsonl"
-    train_rows, eval_rows, test_rows = load_splits("vqa", data_args, bad_rows_file, training_args.seed)
-    check_run(training_args, train_rows, meta_model)
-    parts, rows = (model_args, data_args, vqa_args, peft_args), {"train": train_rows, "eval": eval_rows}
-    settings = settle_settings(checkpoint, training_args, parts, rows, meta_model)
-
-    model, processor = load_for_training("vqa", model_args, peft_args, training_args)
+    setup = prepare_run("vqa", *args)
+    train_rows, eval_rows, test_rows = load_splits("vqa", data_args, setup.bad_rows_file, training_args.seed)
+    model, processor, run_settings = load_for_training(setup, train_rows, eval_rows)
     model.config.question_start_token = vqa_args.question_start_token
 
     def predict(model, batch, positions):
@@ -93,28 +84,6 @@ def main() -> None:
         names = ("prediction", "probability", "loss")
         return [dict(zip(names, values, strict=True)) for values in zip(texts, probabilities, losses, strict=True)]
 
-    def score(rows, texts):
-        answers = rows["answers"][:]
-        types = rows["answer_type"][:] if "answer_type" in rows.column_names else list(map(answer_type, answers))
-        return VqaAccuracy().compute(predictions=texts, references=answers, answer_types=types), types
-
-    def baseline(rows):
-        trained_on = (values_of(train_rows, column) for column in ("question", "answers"))
-        texts = answer_without_images(*trained_on, rows["question"][:])
-        return score(rows, texts)[0]
-
-    def evaluate(rows, collect):
-        results = collect(predict, "Answering")
-        scores, types = score(rows, [result["prediction"] if result else "" for result in results])
-        for result, given, kind in zip(results, rows["answers"][:], types, strict=True):
-            if result:
-                result |= {"accuracy": vqa_accuracy(result["prediction"], given), "answer_type": kind}
-        losses = [result["loss"] for result in results if result]
-        return results, {**scores, "loss": fmean(losses)} if losses else scores
-
-    def describe(row, result):
-        return f"{row['question']} | answer: {row['answers'][0]} | predicted: {result['prediction']}"
-
     trainer = BlipTrainer(
         model,
         training_args,
@@ -122,44 +91,68 @@ def main() -> None:
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
-        evaluate_rows=evaluate,
+        evaluate_rows=lambda rows, collect: evaluate(rows, collect(predict, "Answering")),
         predict=predict,
         describe=describe,
         group=data_args.group_questions is not False,
-        run_settings=settings,
+        run_settings=run_settings,
     )
-    run(
-        trainer,
-        checkpoint,
-        "visual-question-answering",
-        model_args,
-        data_args,
-        (vqa_args, peft_args),
-        baseline=Baseline("the most frequent training answer to the same words, without the image", baseline),
-        test_rows=test_rows,
-        result_notes={
-            "scoring_rule": scoring_rule(eval_rows["answers"][:]),
-            **({"test_scoring_rule": scoring_rule(test_rows["answers"][:])} if test_rows else {}),
-            "answer_types": "of the data" if "answer_type" in eval_rows.column_names else "by rule",
-        },
-    )
+    guess = "the most frequent training answer to the same words, without the image"
+    baseline = Baseline(guess, partial(score_guesses, train_rows))
+    run(trainer, setup, notes_of(eval_rows, test_rows), baseline, test_rows)
+
+
+def evaluate(rows, results):
+    """Add accuracy and answer type to the result of each row. Returns: results, and scores in percent."""
+    scores, types = score(rows, [result["prediction"] if result else "" for result in results])
+    for result, answers, kind in zip(results, rows["answers"][:], types, strict=True):
+        if result:
+            result |= {"accuracy": vqa_accuracy(result["prediction"], answers), "answer_type": kind}
+    losses = [result["loss"] for result in results if result]
+    return results, {**scores, "loss": fmean(losses)} if losses else scores
+
+
+def score(rows, texts):
+    """Scores in percent, and the answer type of each row."""
+    answers = rows["answers"][:]
+    types = rows["answer_type"][:] if "answer_type" in rows.column_names else list(map(answer_type, answers))
+    return VqaAccuracy().compute(predictions=texts, references=answers, answer_types=types), types
+
+
+def score_guesses(train_rows, rows):
+    """Scores of answers that are guessed from the questions alone."""
+    questions, answers = (values_of(train_rows, column) for column in ("question", "answers"))
+    return score(rows, answer_without_images(questions, answers, rows["question"][:]))[0]
+
+
+def describe(row, result):
+    return f"{row['question']} | answer: {row['answers'][0]} | predicted: {result['prediction']}"
+
+
+def notes_of(eval_rows, test_rows):
+    """For all_results.json: how the answers were scored."""
+    return {
+        "scoring_rule": scoring_rule(eval_rows["answers"][:]),
+        **({"test_scoring_rule": scoring_rule(test_rows["answers"][:])} if test_rows else {}),
+        "answer_types": "of the data" if "answer_type" in eval_rows.column_names else "by rule",
+    }
 
 
 def read_answer_list(path: str | None) -> list[str]:
-    """The answers to choose from: a JSON list of strings, or one a line."""
+    """The answers to choose from: a JSON list of strings, or one answer per line."""
     if path is None:
         return []
     text = read_text("answer_list", path)
-    needed = "it needs a JSON list of strings, or one answer a line"
+    needed = "the file needs a JSON list of strings, or one answer per line"
     try:
         answers = json.loads(text) if text.lstrip().startswith(("[", "{")) else text.splitlines()
     except json.JSONDecodeError as error:
         raise ValueError(f"answer_list {path} is not valid JSON ({error}): {needed}.") from error
     if not isinstance(answers, list) or not all(isinstance(answer, (str, int, float)) for answer in answers):
-        raise ValueError(f"answer_list {path} holds something else than answers: {needed}.")
+        raise ValueError(f"answer_list {path} contains something other than answers: {needed}.")
     answers = [str(answer).strip() for answer in answers if str(answer).strip()]
     if not answers:
-        raise ValueError(f"answer_list {path} holds no answer: {needed}.")
+        raise ValueError(f"answer_list {path} contains no answers: {needed}.")
     return answers
 
 

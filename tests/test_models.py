@@ -483,7 +483,7 @@ def test_freezing_a_tied_part_freezes_the_shared_weights(checkpoint):
     unfreeze_model(model, "text_decoder.cls.predictions.decoder")
     assert count_parameters(model)["frozen"] == 0
     arguments = ModelArguments(model_name_or_path=str(checkpoint), freeze="text_decoder.cls.predictions.decoder")
-    meta_model = build_meta_model("vqa", arguments, PeftArguments())
+    meta_model, _ = build_meta_model("vqa", arguments, PeftArguments())
     assert not meta_model.text_decoder.bert.embeddings.word_embeddings.weight.requires_grad
     with pytest.raises(ValueError, match="freeze names text_decoder.cls.predictions.decoder, where nothing is trained"):
         build_meta_model("vqa", arguments, PeftArguments(use_peft=True))

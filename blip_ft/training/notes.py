@@ -1,4 +1,4 @@
-"""A run in words, for log, report and model card."""
+"""Describe a run in words, for log, report and model card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset
 
 from blip_ft.arguments import DataArguments
-from blip_ft.data.loading import ImageOverlap
 from blip_ft.data.streaming import StreamedRows
 from blip_ft.data.tables import number_images
 from blip_ft.metrics.baselines import smoothing_floor
@@ -24,9 +23,9 @@ from blip_ft.training.trainer import BlipTrainer
 
 
 class Baseline(NamedTuple):
-    """What a guess reaches that has learned nothing from an image: without it no score says much.
+    """A guess that uses no image: the scores that a model must exceed.
 
-    words: what it guesses. score: rows evaluated on -> metrics of the same names as the task's, in percent.
+    words: what is guessed. score: rows to evaluate on -> metrics named like those of the task, in percent.
     """
 
     words: str
@@ -34,7 +33,7 @@ class Baseline(NamedTuple):
 
 
 def best_step_of(trainer: BlipTrainer) -> int | None:
-    """The step of the checkpoint that training ended with, if it was chosen."""
+    """The step of the best checkpoint, if its weights are the result."""
     chosen = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
     return trainer.state.best_global_step if chosen else None
 
@@ -42,7 +41,7 @@ def best_step_of(trainer: BlipTrainer) -> int | None:
 def describe_choice(trainer: BlipTrainer, best_step: int | None, data_args: DataArguments) -> str:
     last = trainer.state.global_step
     if best_step is None:
-        return f"the last, step {last}; no score chose it"
+        return f"the last, step {last}; not chosen by a score"
     return f"step {best_step} of {last}, the best by {trainer.best_metric} on {data_args.held_out}"
 
 
@@ -51,77 +50,79 @@ def name_baseline(score: str) -> str:
     return f"baseline_{score.removeprefix('eval_')}"
 
 
-def count_overlap(part: str, overlap: ImageOverlap | None) -> dict[str, int | None]:
-    """part: eval or test. None, as images of a stream to train on are not counted, says so."""
-    return {
+def count_overlap(part: str, rows: Dataset) -> dict[str, int | None]:
+    """For all_results.json. part: eval or test. None: images of streamed training data are not counted."""
+    overlap, with_evaluation = rows.image_overlap, getattr(rows, "overlap_with_evaluation", None)
+    counts = {
         f"{part}_images": overlap.num_eval if overlap else None,
         f"{part}_images_trained_on": overlap.num_shared if overlap else None,
     }
+    return counts | ({f"{part}_images_evaluated_on": with_evaluation.num_shared} if with_evaluation else {})
 
 
 def describe_overlap(rows: Dataset, data_args: DataArguments) -> str:
-    """For card and report: how many images of rows to evaluate or test on were also trained, or evaluated, on."""
+    """For card and report: how many images of rows were also trained on, and evaluated on if rows are test rows."""
     overlap, more = rows.image_overlap, ""
-    also_evaluated = getattr(rows, "overlap_with_evaluation", None)
-    if also_evaluated and also_evaluated.num_shared:
-        more = f" {also_evaluated.num_shared:,} of them were also evaluated on, and may have chosen the checkpoint."
+    with_evaluation = getattr(rows, "overlap_with_evaluation", None)
+    if with_evaluation and with_evaluation.num_shared:
+        more = f" {with_evaluation.num_shared:,} of them were also evaluated on, and may have chosen the checkpoint."
     if overlap is None:
-        return "Whether its images were also trained on was not checked, as those were streamed." + more
+        return "It was not checked whether its images were also trained on, because those were streamed." + more
     if overlap.num_shared:
         words = f"{overlap.num_shared:,} of its {overlap.num_eval:,} images were also trained on"
         return f"{words}: they say little about new images.{more}"
-    compared = "" if data_args.check_images == "full" else ", by the paths of their files; contents were not compared"
+    compared = "" if data_args.check_images == "full" else ", judging by file paths; contents were not compared"
     return f"None of its {overlap.num_eval:,} images was trained on in this run{compared}.{more}"
 
 
 def explain_loss(trainer: BlipTrainer) -> list[str]:
-    """What a reader of the loss must know."""
+    """Sentences that explain the values of the loss."""
     model, args = trainer.blip, trainer.args
     if model.contrastive:
         queue, batch = model.contrastive.queue_size, args.train_batch_size * args.world_size
         if not queue:
             return []
         return [
-            "loss_itc is over the pairs of a batch and of a queue, which fills in "
-            f"{-(-queue // (batch * args.gradient_accumulation_steps)):,} steps. Until then it rises, as it "
-            f"must: a guess has a loss of {math.log(batch):.2f} among {batch} pairs, and of "
-            f"{math.log(batch + queue):.2f} among {batch + queue:,}. in_batch_accuracy, the percent of pairs that are "
-            "found within their batch, does not depend on the queue."
+            "loss_itc compares each pair with those of its batch and of a queue, which is full after "
+            f"{-(-queue // (batch * args.gradient_accumulation_steps)):,} steps. Until then loss_itc normally rises: "
+            f"a random guess has a loss of {math.log(batch):.2f} among {batch} pairs, and of "
+            f"{math.log(batch + queue):.2f} among {batch + queue:,}. in_batch_accuracy, the percentage of pairs that "
+            "are matched within their batch, does not depend on the queue."
         ]
     if isinstance(model, BlipForImageTextRetrieval) or not model.text_decoder.label_smoothing:
         return []
     smoothing = model.text_decoder.label_smoothing
     floor = smoothing_floor(model.config.text_config.vocab_size, smoothing)
     if isinstance(model, BlipForQuestionAnswering):
-        whole = f"the sum over its answer's tokens, at least {2 * floor:.2f} for one word and [SEP]"
+        of_row = f"the sum over the tokens of its answer, at least {2 * floor:.2f} for one word and [SEP]"
     else:
-        whole = "the mean over its tokens"
+        of_row = "the mean over its tokens"
     return [
-        f"Label smoothing of {smoothing} gives the loss a floor: that of a token is never below {floor:.2f}, and that "
-        f"of a row is {whole}."
+        f"Label smoothing of {smoothing} sets a lower bound for the loss. The loss of a token is never below "
+        f"{floor:.2f}; the loss of a row is {of_row}."
     ]
 
 
 def beside_baseline(scores: dict[str, float], baselines: dict[str, float], words: str) -> str:
-    """Each score with its baseline, and a word if none is above it."""
+    """Each score with its baseline, and a warning if no score is above its baseline."""
     pairs = {name: (score, baselines[name]) for name, score in scores.items() if name in baselines}
     lines = [
         f"  {name.removeprefix('eval_'):<28}{score:8.2f}   baseline {baseline:8.2f}"
         for name, (score, baseline) in pairs.items()
     ]
     if not any(score > baseline for score, baseline in pairs.values()):
-        lines.append("No score is above its baseline: the model has learned nothing yet that needs the image.")
-    return "\n".join([f"Beside the baseline ({words}):", *lines])
+        lines.append("No score is above its baseline: so far the model does not use the image.")
+    return "\n".join([f"Compared with the baseline ({words}):", *lines])
 
 
 def describe_training(trainer: BlipTrainer, results: dict[str, Any], checkpoint: str | None) -> dict[str, str]:
-    """For the card, in words."""
+    """The run, in words for the model card."""
     args, rows = trainer.args, trainer.train_dataset
     held_out, seconds = trainer.eval_dataset, round(results.get("train_runtime", 0))
     trained_on = "a stream"
     if not isinstance(rows, StreamedRows):
         trained_on = f"{len(rows):,} of {number_images(rows).max() + 1:,} images"
-    device = f"CPU ({platform.machine()}), torch's threads: {torch.get_num_threads()}"
+    device = f"CPU ({platform.machine()}), {torch.get_num_threads()} torch threads"
     if args.device.type != "cpu":
         device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     return {
@@ -139,7 +140,7 @@ def describe_training(trainer: BlipTrainer, results: dict[str, Any], checkpoint:
 def describe_model(trainer: BlipTrainer, parameters: dict[str, int | float]) -> dict[str, str]:
     size = trainer.blip.config.vision_config.image_size
     return {
-        "parameters": f"{parameters['total']:,}, of them trained {parameters['trainable']:,}",
+        "parameters": f"{parameters['total']:,}, {parameters['trainable']:,} of them trained",
         "image size": f"{size} x {size} pixels",
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from peft import PeftModel
 from transformers import BlipProcessor, PreTrainedModel, Trainer, get_scheduler, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
-from blip_ft.arguments import BlipTrainingArguments, ModelArguments, PeftArguments
+from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, Settings
 from blip_ft.data.sampling import require_whole_batch
 from blip_ft.data.streaming import StreamedRows
+from blip_ft.data.tables import CaptionRows
 from blip_ft.modeling.adapters import (
     add_lora,
     count_parameters,
@@ -26,35 +28,82 @@ from blip_ft.modeling.adapters import (
     unknown_layers,
     without_adapter,
 )
-from blip_ft.modeling.checkpoint_files import require_positions
+from blip_ft.modeling.checkpoint_files import ADAPTER_FILE, require_positions
 from blip_ft.models import ModelLoader, load_model
 from blip_ft.results.files import claim, decided_by_main, is_free, names_in, numbered_folders, require_claim
-from blip_ft.training.checkpoints import (
-    newest_checkpoint,
-    require_readable_state,
-    what_is_missing,
-)
-from blip_ft.training.engines import (
-    check_engine,
-    check_saved_engine,
-)
+from blip_ft.training.checkpoints import newest_checkpoint, require_readable_state, what_is_missing
+from blip_ft.training.engines import check_engine, check_saved_engine
 from blip_ft.training.feature_cache import require_constant_features
+from blip_ft.training.run_settings import settle_settings
 
 logger = logging.getLogger(__name__)
+
+# task -> the name of its recipe
+RECIPES = {"vqa": "vqa", "conditional_generation": "captioning", "image_text_retrieval": "retrieval"}
+
+
+@dataclass
+class RunSetup:
+    """The arguments of a run, and what is known before its rows are read and its weights are loaded.
+
+    Args:
+        task: a key of ModelLoader.MODEL_REGISTRY["blip"].
+        task_args: the arguments of the recipe's own, e.g. VqaArguments.
+        checkpoint: folder to resume from; None starts from the beginning.
+        meta_model: the model that load_for_training returns, without weights, on the meta device.
+        processor: as load_for_training returns it.
+    """
+
+    task: str
+    model_args: ModelArguments
+    data_args: DataArguments
+    task_args: Settings
+    peft_args: PeftArguments
+    training_args: BlipTrainingArguments
+    checkpoint: str | None
+    meta_model: PreTrainedModel | PeftModel
+    processor: BlipProcessor
+
+    @property
+    def bad_rows_file(self) -> Path:
+        return Path(self.training_args.output_dir) / "bad_rows.jsonl"
+
+    @property
+    def other_args(self) -> tuple[Settings, ...]:
+        """All arguments but the training arguments."""
+        return self.model_args, self.data_args, self.task_args, self.peft_args
+
+
+def prepare_run(
+    task: str,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    task_args: Settings,
+    peft_args: PeftArguments,
+    training_args: BlipTrainingArguments,
+) -> RunSetup:
+    """Choose the output folder and the checkpoint to resume from, and check the arguments against the model's config.
+
+    Raises: ValueError for all that can be refused without the rows and the weights.
+    """
+    data_args.check_streaming(training_args)
+    checkpoint = prepare_output_dir(training_args, RECIPES[task], peft_args)
+    meta_model, processor = build_meta_model(task, model_args, peft_args, task_args, training_args)
+    return RunSetup(task, model_args, data_args, task_args, peft_args, training_args, checkpoint, meta_model, processor)
 
 
 def build_meta_model(
     task: str, model_args: ModelArguments, peft_args: PeftArguments, *with_lengths: Any
-) -> PreTrainedModel | PeftModel:
-    """The model that load_for_training will give, from its config alone: without weights and memory.
+) -> tuple[PreTrainedModel | PeftModel, BlipProcessor]:
+    """The model that load_for_training returns, without weights, on the meta device; and the processor.
 
-    with_lengths: arguments whose lengths of texts must fit the model, see require_positions.
-    Raises: ValueError for what cannot work with this checkpoint.
+    with_lengths: arguments whose text lengths must fit the model, see require_positions.
+    Raises: ValueError for arguments that do not work with this checkpoint.
     """
     name = model_args.model_name_or_path
     needed = "use_peft needs a checkpoint that can be loaded again under the adapter"
     if peft_args.use_peft and name == "demo":
-        raise ValueError(f"{needed}; demo is made of new weights each time.")
+        raise ValueError(f"{needed}; the weights of the demo model are new in each run.")
     if peft_args.use_peft and model_args.allow_new_weights:
         raise ValueError(
             "An adapter is saved without the weights of its base, so new weights would be lost. Use allow_new_weights "
@@ -80,40 +129,51 @@ def build_meta_model(
     if peft_args.use_peft:
         with torch.device("meta"):
             model = add_lora(model, peft_args)
-    frozen = model_args.frozen_parts
-    if unknown := unknown_layers(model, frozen):
+    _freeze(model, model_args.frozen_parts)
+    return model, loader.get_processor()
+
+
+def _freeze(model: PreTrainedModel | PeftModel, names: list[str]) -> None:
+    """Freeze the named parts. Raises: ValueError for a name that freezes nothing, and if nothing is left to train."""
+    if unknown := unknown_layers(model, names):
         raise ValueError(
-            f"freeze names parts of the model; {', '.join(unknown)} is none. There are {', '.join(part_names(model))}, "
-            "and their parts, e.g. vision_model.encoder.layers.0"
+            f"freeze takes names of parts of the model. There is no part {', '.join(unknown)}. There are "
+            f"{', '.join(part_names(model))}, and their parts, e.g. vision_model.encoder.layers.0"
         )
-    if idle := unknown_layers(model, frozen, trainable_only=True):
+    if idle := unknown_layers(model, names, trainable_only=True):
         raise ValueError(
-            f"freeze names {', '.join(idle)}, where nothing is trained anyway: with use_peft only the adapter is. Take "
-            "it out of freeze."
+            f"freeze names {', '.join(idle)}, where nothing is trained anyway: with use_peft only the adapter is. "
+            "Remove it from freeze."
         )
-    if frozen:
-        freeze_model(model, frozen)
+    if names:
+        freeze_model(model, names)
     if not count_parameters(model)["trainable"]:
-        raise ValueError("Everything is frozen, so nothing would be trained. Take something out of freeze.")
-    return model
+        raise ValueError("Everything is frozen, so nothing would be trained. Remove something from freeze.")
 
 
 def load_for_training(
-    task: str, model_args: ModelArguments, peft_args: PeftArguments, training_args: BlipTrainingArguments
-) -> tuple[PreTrainedModel | PeftModel, BlipProcessor]:
-    """Model and processor as the arguments say: resized, smoothed, frozen, in few bits, with an adapter.
+    setup: RunSetup, train_rows: Dataset | CaptionRows | StreamedRows, eval_rows: Dataset
+) -> tuple[PreTrainedModel | PeftModel, BlipProcessor, dict[str, Any]]:
+    """Check the setup against the rows, then load the model: resized, quantized, with an adapter, frozen.
 
-    What build_meta_model would refuse is not looked for again.
+    Returns: model, processor, and the settings to save in each checkpoint, see settle_settings.
+    Raises: ValueError, before weights are loaded, for rows that cannot be trained on, and if the checkpoint to resume
+        from was saved with other settings or data.
     """
-    # transformers would shard while it loads under ZeRO-3, from a config whose batch sizes are not filled in yet, and
-    # what changes the weights after loading needs them whole; DeepSpeed shards when training begins
+    model_args, peft_args, args = setup.model_args, setup.peft_args, setup.training_args
+    _check_training(setup, train_rows)
+    run_settings = settle_settings(
+        setup.checkpoint, args, setup.other_args, {"train": train_rows, "eval": eval_rows}, setup.meta_model
+    )
+    # Under ZeRO-3 transformers would shard the weights while loading them: with a config whose batch sizes are not
+    # filled in yet, and before the changes below, which need unsharded weights. DeepSpeed shards when training begins.
     unset_hf_deepspeed_config()
-    # the Trainer seeds after the weights of an adapter, of the demo and of a head that a checkpoint lacks are drawn
-    set_seed(training_args.seed)
+    # The Trainer seeds later, when random weights (adapter, demo model, missing head) are already there.
+    set_seed(args.seed)
     loaded = load_model(
         model_args.model_name_or_path,
-        task=task,
-        device=training_args.device,
+        task=setup.task,
+        device=args.device,
         load_in_8bit=peft_args.load_in_8bit,
         load_in_4bit=peft_args.load_in_4bit,
         image_size=model_args.image_size,
@@ -122,7 +182,7 @@ def load_for_training(
         revision=model_args.model_revision,
         allow_pickle=model_args.allow_pickle,
         allow_new_weights=model_args.allow_new_weights,
-        merge=not peft_args.use_peft,  # an adapter given to start from becomes part of the weights
+        merge=not peft_args.use_peft,  # an adapter given as the start becomes part of the weights
     )
     model = loaded["model"]
     if peft_args.use_peft:
@@ -135,15 +195,15 @@ def load_for_training(
         type(loaded["model"]).__name__,
         *(counts["total_millions"], counts["trainable_millions"]),
     )
-    return model, loaded["processor"]
+    return model, loaded["processor"], run_settings
 
 
 def prepare_output_dir(args: BlipTrainingArguments, recipe: str, peft_args: PeftArguments) -> str | None:
-    """Settle args.output_dir before anything is written, and return the checkpoint to resume from, if any.
+    """Choose args.output_dir before anything is written, and return the checkpoint to resume from, if any.
 
-    Not given: outputs/<recipe>, else the next free outputs/<recipe>-2, -3, ...; with `--resume_from_checkpoint last`
-    the newest of them. Given and not empty: refused, unless resuming. It is this run's until it ends: a folder in which
-    another one is still writing is refused, or passed over if none is given.
+    If output_dir is not given, it is outputs/<recipe>, or the next free one of outputs/<recipe>-2, -3, ...; with
+    `--resume_from_checkpoint last` the newest one that exists. If it is given and not empty, it is refused, unless the
+    run resumes. The folder is locked until the run ends: a given folder that another run has locked is refused.
     """
     check_engine(args, recipe, is_quantized=peft_args.load_in_8bit or peft_args.load_in_4bit)
     resume = args.resume_from_checkpoint
@@ -153,14 +213,14 @@ def prepare_output_dir(args: BlipTrainingArguments, recipe: str, peft_args: Peft
         return None
     checkpoint = decided_by_main(lambda: _choose_checkpoint(Path(args.output_dir), resume, peft_args, args))
     if checkpoint is None:
-        logger.warning("There is no whole checkpoint in %s: starting from the beginning.", args.output_dir)
+        logger.warning("There is no complete checkpoint in %s: starting from the beginning.", args.output_dir)
         return None
     problem = what_is_missing(checkpoint)
-    # output_dir may lie on a disk of each machine
+    # each machine may have an output_dir on a disk of its own
     problems = gather_object([f"{socket.gethostname()}: {problem}"] if problem else [])
     if problems:
         raise ValueError(
-            f"{checkpoint} must be on each machine, and is not on {', '.join(dict.fromkeys(problems))}. Copy it "
+            f"{checkpoint} must be complete on each machine. Found: {', '.join(dict.fromkeys(problems))}. Copy it "
             "there, and train with --save_on_each_node or an output_dir that all machines share."
         )
     return str(checkpoint)
@@ -180,7 +240,7 @@ def _choose_checkpoint(
         if problem:
             raise ValueError(
                 f"resume_from_checkpoint {resume}: {problem}. Give a checkpoint-... folder of an earlier run, or "
-                "`last` for the newest whole one of output_dir."
+                "`last` for the newest complete one in output_dir."
             )
     if not any(checkpoint.glob("rng_state*.pth")):
         raise ValueError(
@@ -194,37 +254,35 @@ def _choose_checkpoint(
 
 
 def _require_same_kind(checkpoint: Path, args: PeftArguments) -> None:
-    file = checkpoint / "adapter_config.json"
-    if file.exists() != args.use_peft:
-        kind, flag = ("an adapter", "Add") if file.exists() else ("a whole model", "Leave out")
-        raise ValueError(f"{checkpoint} holds {kind}. {flag} --use_peft, or begin in another output_dir.")
+    is_adapter = (checkpoint / ADAPTER_FILE).exists()
+    if is_adapter != args.use_peft:
+        kind, flag = ("an adapter", "Add") if is_adapter else ("a whole model", "Leave out")
+        raise ValueError(f"{checkpoint} contains {kind}. {flag} --use_peft, or start a new run in another output_dir.")
 
 
-def check_run(args: BlipTrainingArguments, rows: Dataset | StreamedRows, meta_model: torch.nn.Module) -> None:
-    """Refuse, before weights are loaded, what cannot be trained on these rows or kept of this model, if it is trained.
-
-    meta_model: the model without its weights. Raises: ValueError.
-    """
+def _check_training(setup: RunSetup, rows: Dataset | CaptionRows | StreamedRows) -> None:
+    """Raises: ValueError if the run trains, and these rows or this model cannot be trained as the arguments say."""
+    args = setup.training_args
     if not args.do_train:
         return
     if args.cache_image_features:
-        require_constant_features(without_adapter(meta_model))
-    _require_optimizer(args, meta_model)
+        require_constant_features(without_adapter(setup.meta_model))
+    _require_optimizer(args, setup.meta_model)
     if not isinstance(rows, StreamedRows):
         require_whole_batch(len(rows), args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
 
 
 def _require_optimizer(args: BlipTrainingArguments, meta_model: torch.nn.Module) -> None:
-    """Make optimiser and scheduler for one weight, as the Trainer will after all weights are loaded."""
+    """Create optimizer and scheduler for one weight, as the Trainer does later for all weights."""
     try:
         make, settings = Trainer.get_optimizer_cls_and_kwargs(args, meta_model)
-        for name in ("params", "model", "optimizer_dict"):  # of some, for the Trainer, not for the optimiser
+        for name in ("params", "model", "optimizer_dict"):  # some have these for the Trainer, not for the optimizer
             settings.pop(name, None)
         optimizer = make([torch.nn.Parameter(torch.zeros(1))], **settings)
         get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"No optimiser or scheduler can be made of --optim {args.optim.value}, --optim_args, --adam_..., "
+            f"Cannot create an optimizer and a scheduler from --optim {args.optim.value}, --optim_args, --adam_..., "
             f"--lr_scheduler_type {args.lr_scheduler_type.value} and --lr_scheduler_kwargs: {error}"
         ) from error
 
@@ -233,12 +291,14 @@ def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> st
     if given is not None:
         there = next(path for path in (Path(given), *Path(given).absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
-            raise ValueError(f"output_dir {given} cannot be made: {there} is no folder to write into. Choose another.")
+            raise ValueError(
+                f"output_dir {given} cannot be created: {there} is not a folder with write permission. Choose another."
+            )
         require_claim(Path(given))
-        # the list that a run stopped for bad rows leaves is no run
+        # a run that was refused because of bad rows leaves this list alone
         if names_in(Path(given)) - {"bad_rows.jsonl"} and not resume:
             raise ValueError(
-                f"output_dir {given} is not empty. Choose another, remove it, or go on with what is there: "
+                f"output_dir {given} is not empty. Choose another, remove it, or resume the run in it: "
                 "--resume_from_checkpoint last"
             )
         return given
@@ -249,5 +309,5 @@ def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> st
         elif resume and newest:
             require_claim(newest)
             return str(newest)
-        elif claim(folder) and is_free(folder):  # once more, for now no other program can write there
+        elif claim(folder) and is_free(folder):  # checked again, now that no other program can write there
             return str(folder)

@@ -249,7 +249,7 @@ def test_adapter_on_an_adapter_and_on_new_weights_is_refused(recipe, data, tmp_p
     first = recipe(*data, "--use_peft", "--max_steps", "1", output_dir=tmp_path / "first")
     for name, message in (
         (str(first), "is an adapter itself. Merge it first"),
-        ("demo", "made of new weights each time"),
+        ("demo", "new in each run"),
     ):
         with pytest.raises(SystemExit):
             recipe(*data, "--use_peft", "--model_name_or_path", name, output_dir=tmp_path / "second")
@@ -414,7 +414,7 @@ def test_other_adapter_than_the_checkpoints_is_refused(recipe, data, tmp_path, c
         (["--use_peft", "--lora_r", "8"], "lora_r: 4 -> 8"),
         (["--use_peft", "--lora_r", "4", "--lora_alpha", "8"], "lora_alpha: 32 -> 8"),
         (["--use_peft", "--lora_r", "4", "--lora_target_modules", "query"], 'lora_target_modules: null -> ["query"]'),
-        ([], "holds an adapter. Add --use_peft"),
+        ([], "contains an adapter. Add --use_peft"),
     ):
         with pytest.raises(SystemExit):
             recipe(*data, *flags, "--max_steps", "1", "--resume_from_checkpoint", "last", output_dir=folder)
@@ -427,7 +427,7 @@ def test_checkpoint_that_does_not_fit_is_refused_also_with_changed_settings_allo
         resume = ["--max_steps", "1", "--resume_from_checkpoint", "last", "--allow_changed_settings"]
         with pytest.raises(SystemExit):
             recipe(*data, *flags, *resume, output_dir=folder)
-        assert "Go on with that run's settings" in caplog.messages[-1]
+        assert "Resume with the settings of that run" in caplog.messages[-1]
 
 
 def test_checkpoint_without_optimizer_is_not_resumed(recipe, data, caplog):
@@ -491,7 +491,7 @@ def test_output_dir_that_cannot_be_made_is_refused_before_the_model_loads(recipe
     monkeypatch.delattr(PreTrainedModel, "from_pretrained")
     with pytest.raises(SystemExit):
         recipe(*data, output_dir=tmp_path / "file" / "run")
-    assert f"{tmp_path / 'file'} is no folder to write into" in caplog.messages[-1]
+    assert f"{tmp_path / 'file'} is not a folder with write permission" in caplog.messages[-1]
 
 
 def test_mistake_shows_its_traceback_under_debug(recipe, data):
@@ -558,17 +558,17 @@ def test_run_whose_batches_hold_no_token_to_learn_is_stopped(recipe, data_of, ca
     monkeypatch.setattr(texts, "require_room_for_captions", lambda *args: None)
     with pytest.raises(SystemExit):
         recipe(*data_of("captioning"), "--max_caption_tokens", "4", task="captioning")
-    assert "The batches of a step hold no token to learn" in caplog.messages[-1]
+    assert "The batches of a step contain no token to learn" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("yes\n".encode("utf-16"), "is not text in UTF-8 (invalid start byte at byte 0). Save it as UTF-8"),
-        (b'["yes", {"a": 1}]', "holds something else than answers"),
-        (b'{"yes": 1}', "holds something else than answers"),
+        (b'["yes", {"a": 1}]', "contains something other than answers"),
+        (b'{"yes": 1}', "contains something other than answers"),
         (b'["yes"', "is not valid JSON"),
-        (b"\n", "holds no answer"),
+        (b"\n", "contains no answers"),
     ],
 )
 def test_answer_list_that_is_none_is_refused_before_the_model_loads(
@@ -637,7 +637,7 @@ def test_last_epoch_is_the_result_if_asked_for_and_of_questions(recipe, data_of,
     for task, more in (("captioning", flags), ("vqa", flags[:2])):
         folder = recipe(*data_of(task), *more, output_dir=tmp_path / task, task=task)
         assert evaluations_of(folder, "exact_match") == {}
-        assert results_of(folder)["checkpoint"] == "the last, step 2; no score chose it"
+        assert results_of(folder)["checkpoint"] == "the last, step 2; not chosen by a score"
         last, result = (load_file(path / "model.safetensors") for path in (folder / "checkpoint-2", folder))
         assert all(torch.equal(last[name], result[name]) for name in last)
 
@@ -649,7 +649,7 @@ def test_stream_of_captions_keeps_the_best_of_ten_evaluations(recipe, data_of):
     assert list(scores) == list(range(2, 21, 2))
     assert results_of(folder)["eval_cider"] == pytest.approx(max(scores.values()))
     assert results_of(folder)["eval_images_trained_on"] is None
-    assert "was not checked, as those were streamed" in (folder / "README.md").read_text()
+    assert "because those were streamed" in (folder / "README.md").read_text()
 
 
 def test_resumed_run_ends_with_the_best_checkpoint_of_its_own_folder(recipe, data_of, tmp_path, monkeypatch, caplog):

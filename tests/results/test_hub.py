@@ -193,7 +193,7 @@ def test_push_that_fails_during_training_is_a_warning(local_hub, recipe, flags, 
     )
     saves = ["--skip_dry_run", "--hub_strategy", "every_save", "--save_strategy", "steps", "--save_steps", "1"]
     folder = recipe(*flags, *PUSH, *saves)
-    assert "A checkpoint was not pushed; training goes on" in caplog.text
+    assert "A checkpoint was not pushed; training continues" in caplog.text
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 2
     assert local_hub.repositories[PUSHED].files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
@@ -293,7 +293,7 @@ def test_arguments_on_the_card_are_a_yaml_that_config_takes_without_folders_and_
     assert rows["rows trained on"] == rows["rows evaluated on"] == "8 of 4 images"
     assert rows["image size"] == "32 x 32 pixels" and rows["epochs"] == "1" and re.match(r"0:\d\d:\d\d$", rows["time"])
     number = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
-    assert rows["parameters"] == f"{number:,}, of them trained {number:,}"
+    assert rows["parameters"] == f"{number:,}, {number:,} of them trained"
     assert rows["hardware"].startswith("CPU (") and rows["precision"] == "fp32"
     assert "hub_" not in block and "output_dir" not in block
     (tmp_path / "again.yaml").write_text(block)

@@ -279,7 +279,10 @@ def test_two_machines_without_a_shared_disk_train_and_resume_where_each_has_the_
     shutil.move(machines[1] / "run" / "checkpoint-3", tmp_path / "kept")
     for code, errors in run("--resume_from_checkpoint", "last"):
         assert code == 1
-        assert "checkpoint-3 must be on each machine" in errors or "checkpoint" not in errors.split("ChildFailed")[0]
+        assert (
+            "checkpoint-3 must be complete on each machine" in errors
+            or "checkpoint" not in errors.split("ChildFailed")[0]
+        )
 
     shutil.move(tmp_path / "kept", machines[1] / "run" / "checkpoint-3")
     for code, errors in run("--save_on_each_node", "--resume_from_checkpoint", "last"):
