@@ -1,8 +1,8 @@
-"""The order in which rows are trained on."""
+"""The order in which rows are trained on, and the rows that each process evaluates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -16,6 +16,18 @@ def require_whole_batch(number: int, global_batch_size: int) -> None:
             f"gradient_accumulation_steps) and there are {number}. Choose at most {number}, e.g. "
             f"--per_device_train_batch_size {number} --gradient_accumulation_steps 1 on one process."
         )
+
+
+def share_of_process(images: np.ndarray, process: int, num_processes: int, done: Collection[int] = ()) -> list[int]:
+    """Row positions that one process evaluates. Each row belongs to one process; rows of an image are adjacent.
+
+    Args:
+        images: (rows,), the number of each row's image, as number_images returns it.
+        done: positions of rows to leave out.
+    """
+    order = np.argsort(images, kind="stable")
+    order = order[~np.isin(order, list(done))]
+    return np.array_split(order, num_processes)[process].tolist()
 
 
 class GroupedSampler(Sampler[int]):

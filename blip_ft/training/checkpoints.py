@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or are passed over."""
+"""Checkpoints: written completely or skipped, kept or removed, and what to do if one cannot be read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BUILDING = "_saving"  # the Trainer uploads nothing that begins with _
 
 
 def finish_checkpoint(built: Path, final: Path) -> None:
-    """Mark a written checkpoint as whole, and move it to its name; what stood there is replaced."""
+    """Mark a written checkpoint as complete, and rename it to `final`, which is replaced if it exists."""
     sizes = {str(file.relative_to(built)): file.stat().st_size for file in built.rglob("*") if file.is_file()}
     (built / MARKER).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     if final.exists():
@@ -36,22 +36,22 @@ def finish_checkpoint(built: Path, final: Path) -> None:
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest whole checkpoint; those cut short are named in a warning."""
+    """The newest complete checkpoint. Incomplete ones are skipped with a warning."""
     steps = _steps_of(output_dir) | _steps_of(output_dir / BUILDING)
     for path in sorted(steps, key=lambda path: -steps[path]):
         problem = "was still being written" if path.parent.name == BUILDING else what_is_missing(path)
         if problem is None:
             return path
-        logger.warning("%s is passed over: %s.", path, problem)
+        logger.warning("%s is skipped: %s.", path, problem)
     return None
 
 
 def remove_old_checkpoints(newest: Path, best: str | None, limit: int | None) -> None:
-    """Keep `limit` of the checkpoints beside newest, always newest itself and the best.
+    """Keep `limit` checkpoints in the folder of newest, always including newest and the best.
 
-    By step, for clocks are set back. Later steps than that of newest go first: they are from before it was resumed at
-    an earlier one. transformers' rotate_checkpoints would take the highest step for the newest, and delete what has
-    just been written.
+    Their order is by step, because clocks are sometimes set back. Steps after that of newest are removed first: they
+    are older than the run, which was resumed at an earlier step. transformers' rotate_checkpoints would take the
+    highest step for the newest, and delete the checkpoint that was just written.
     """
     steps = _steps_of(newest.parent)
     kept = {newest.name, Path(best or newest).name}
@@ -68,7 +68,7 @@ def _steps_of(folder: Path) -> dict[Path, int]:
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not whole; None if it is."""
+    """Why a checkpoint is incomplete; None if it is complete."""
     if not checkpoint.is_dir():
         return "there is no such folder"
     try:
@@ -93,10 +93,10 @@ def how_to_resume(output_dir: Path) -> str:
 
 
 def require_readable_state(checkpoint: Path) -> None:
-    """Raises: ValueError if a file that a resumed run reads cannot be read.
+    """Raises: ValueError if a file that a resumed run needs cannot be read.
 
-    Tensors are not read but mapped: it takes milliseconds, before weights are loaded. No pickle can run code, for
-    weights_only allows nothing but tensors, numbers and the like.
+    Tensors are memory-mapped, so the check takes milliseconds. A pickle cannot run code: weights_only allows only
+    tensors, numbers and other plain types.
     """
     for file in sorted(checkpoint.iterdir()):
         with explain_unreadable(file), safe_globals():
@@ -112,60 +112,73 @@ def require_readable_state(checkpoint: Path) -> None:
 
 @contextmanager
 def explain_unreadable(path: Path | str) -> Iterator[None]:
-    """What readers raise on broken or hostile content, which can be anything, ends in one message.
+    """Turn any exception that a reader raises on damaged or hostile content into one ValueError.
 
-    path: a file, or the checkpoint with it. Raises: ValueError.
+    path: a file, or the checkpoint that contains it.
     """
     try:
         yield
     except (OSError, torch.OutOfMemoryError, distributed.DistError):
         raise
     except Exception as error:
-        if "gloo" in str(error):  # a process is lost, see below
+        if "gloo" in str(error):  # another process has ended, see explain_lost_process
             raise
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{path} is damaged, or was not written by this program, and cannot be read: {said}\nResume from another "
+            f"{path} cannot be read: it is damaged, or was not written by this program. {said}\nResume from another "
             "checkpoint: --resume_from_checkpoint CHECKPOINT"
         ) from error
 
 
 @contextmanager
-def explain_full_disk(output_dir: Path) -> Iterator[None]:
-    """A full disk, which torch and safetensors report in their own ways, ends in one message.
+def explain_other_run(checkpoint: str | None) -> Iterator[None]:
+    """Turn the errors of a checkpoint that does not fit this run's model or optimizer into one ValueError."""
+    try:
+        yield
+    except Exception as error:
+        if not any(sign in str(error) for sign in ("size mismatch", "parameter group", "Missing key")):
+            with explain_unreadable(checkpoint):
+                raise
+        raise ValueError(
+            f"{checkpoint} was saved by a run with another model, --image_size, --freeze, --lora_target_modules or "
+            f"--optim. Resume with the settings of that run, or start a new run in another output_dir.\n{error}"
+        ) from error
 
-    Raises: OSError that names the last whole checkpoint and how to go on from it.
+
+@contextmanager
+def explain_full_disk(output_dir: Path) -> Iterator[None]:
+    """Turn the different errors of torch and safetensors on a full disk into one OSError.
+
+    It names the last complete checkpoint and how to resume from it.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch's writer tells of an unexpected position only
+        # torch's writer only reports an unexpected position
         free = shutil.disk_usage(output_dir).free if output_dir.is_dir() else 0
-        told = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if not told and free > 2**20:
+        is_reported = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if not is_reported and free > 2**20:
             raise
         shutil.rmtree(output_dir / BUILDING, ignore_errors=True)
-        last = newest_checkpoint(output_dir)
-        kept = f"{last} is whole" if last else "no checkpoint had been written before"
         raise OSError(
-            f"The disk of {output_dir} is full; {kept}. Make room there (fewer checkpoints: --save_total_limit 1), "
-            f"then go on with: --output_dir {output_dir} --resume_from_checkpoint last"
+            f"The disk of {output_dir} is full. Free some space, e.g. with fewer checkpoints: --save_total_limit 1. "
+            f"{how_to_resume(output_dir)}"
         ) from error
 
 
 @contextmanager
 def explain_lost_process(output_dir: Path) -> Iterator[None]:
-    """A collective whose other side has ended, which gloo and NCCL report in their own ways, ends in one message.
+    """Turn the different errors of gloo and NCCL, when another process has ended, into one ConnectionError.
 
-    Raises: ConnectionError that names the last complete checkpoint and how to resume.
+    It names the last complete checkpoint and how to resume from it.
     """
     try:
         yield
     except RuntimeError as error:
-        # gloo raises a plain RuntimeError with the place in its source
+        # gloo raises a plain RuntimeError, which names a line of gloo's source
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
         raise ConnectionError(
-            "Another process of this run has ended; its message, or the launcher's, says why. "
+            "Another process of this run has ended; see its message, or that of the launcher, for the reason. "
             f"{how_to_resume(output_dir)}\n{str(error).splitlines()[0]}"
         ) from error

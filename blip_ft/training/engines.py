@@ -1,4 +1,4 @@
-"""What DeepSpeed and FSDP2 need beyond DDP: what each of them trains, and the whole weights of a sharded model."""
+"""DeepSpeed and FSDP2: what each of them can train and resume, and the weights of a sharded model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from transformers import TrainingArguments
 
 Engine = Literal["DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP1", "FSDP2"]
 
-# each process holds a part of every weight
+# each process has a part of every weight
 SHARDED: tuple[Engine, ...] = ("ZeRO-3", "FSDP1", "FSDP2")
 
 
 def engine_of(args: TrainingArguments) -> Engine:
-    """What trains on several processes, as the launcher's configuration and the flags say; DDP also for one process."""
+    """The engine that the launcher's configuration and the flags choose; DDP also for a single process."""
     if args.deepspeed_plugin is not None:
         return f"ZeRO-{args.deepspeed_plugin.zero_stage}"
     if args.fsdp_plugin_args is not None:  # --fsdp
@@ -32,7 +32,7 @@ def engine_of(args: TrainingArguments) -> Engine:
 
 
 def check_engine(args: TrainingArguments, recipe: str, is_quantized: bool) -> None:
-    """Raises: ValueError if the engine cannot train this, with one that can."""
+    """Raises: ValueError if the engine cannot train this model. The message names an engine that can."""
     engine = engine_of(args)
     if engine == "FSDP1":
         raise ValueError(
@@ -48,7 +48,7 @@ def check_engine(args: TrainingArguments, recipe: str, is_quantized: bool) -> No
 
 
 def check_saved_engine(checkpoint: Path, args: TrainingArguments) -> None:
-    """Raises: ValueError if the engine of this run cannot read the optimizer state that checkpoint holds."""
+    """Raises: ValueError if the engine of this run cannot read the optimizer state of the checkpoint."""
     now, saved = engine_of(args), _engine_that_saved(checkpoint)
     if now.replace("ZeRO-1", "ZeRO-2") != saved:  # both write the same files
         raise ValueError(
@@ -75,20 +75,21 @@ def _engine_that_saved(checkpoint: Path) -> Engine:
     return "ZeRO-2" if any("optim" in path.name for path in states) else "ZeRO-0"
 
 
-def own_part(parameter: nn.Parameter) -> torch.Tensor:
-    """What this process holds of a parameter: all of it, unless it is sharded."""
+def local_part(parameter: nn.Parameter) -> torch.Tensor:
+    """The part of a parameter that this process has: all of it, unless it is sharded."""
     if isinstance(parameter, DTensor):
         return parameter.to_local()
-    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.detach()  # DeepSpeed's, under ZeRO-3
+    # DeepSpeed sets ds_tensor under ZeRO-3
+    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.detach()
 
 
 @contextmanager
-def whole_weight(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
-    """All of a parameter, of which this process may hold a part. A collective: all processes enter together."""
+def unsharded_weight(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+    """The full tensor of a parameter that may be sharded. A collective: all processes must enter together."""
     if isinstance(parameter, DTensor):
         yield parameter.full_tensor()
-    elif hasattr(parameter, "ds_id"):  # DeepSpeed's mark under ZeRO-3
-        import deepspeed  # not among the requirements
+    elif hasattr(parameter, "ds_id"):  # set by DeepSpeed under ZeRO-3
+        import deepspeed  # optional, not in requirements.txt
 
         with deepspeed.zero.GatheredParameters([parameter]):
             yield parameter
@@ -97,12 +98,12 @@ def whole_weight(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def embeddings_in_the_root_group(model: nn.Module) -> Iterator[None]:
-    """Let accelerate shard the word embeddings together with the head whose weight they are.
+def shard_embeddings_with_head(model: nn.Module) -> Iterator[None]:
+    """Let accelerate shard the word embeddings in the same FSDP group as the head, which has the same weight.
 
-    accelerate 1.15 gives what get_input_embeddings returns a group of its own unless get_output_embeddings returns a
-    module with the same weight. BLIP's head shares its weight and its bias with modules that no such pair names, and
-    torch 2.13 refuses a weight in two groups.
+    accelerate 1.15 puts the module of get_input_embeddings into a group of its own, unless get_output_embeddings
+    returns a module with the same weight. In BLIP these two methods do not describe how the head shares its weight and
+    bias, and torch 2.13 refuses a weight in two groups.
     """
     model.get_input_embeddings = lambda: None
     yield

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import compress, islice, takewhile
+from itertools import compress, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import BlipProcessor, PreTrainedModel
 
 from blip_ft.arguments import BlipTrainingArguments
+from blip_ft.data.batches import match_rows
 from blip_ft.data.checks import ImageHashes
 from blip_ft.data.collators import ImageCollator
 from blip_ft.data.tables import number_images
@@ -35,7 +36,7 @@ from blip_ft.training.signals import ignore_signals_in_worker
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # to be raised if images are decoded, resized or named in another way: old features are then not read
+FORMAT = 2  # raise it if images are decoded, resized or named in another way, so that old features are not read
 
 KEY_BYTES = 41  # 40 hexadecimal digits and a newline
 
@@ -46,9 +47,9 @@ GB = 10**9
 
 @dataclass
 class FeatureStore:
-    """Image states in a folder: `states`, a row of fixed size for each image, and `keys`, a line for each row.
+    """Image states in a folder: `states` has a row of fixed size for each image, and `keys` a line for each row.
 
-    A key is written after its row has reached the disk. What a killed run leaves is whole up to the last key.
+    A key is written after its row is on the disk. If a run is killed, the store is valid up to the last key.
 
     Args:
         shape: (patches + 1, width) of a row.
@@ -64,13 +65,13 @@ class FeatureStore:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """The only process that may append; others wait here. What a killed one left half written is cut off."""
+        """A lock for appending; other processes wait here. Incomplete data of a killed process is removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / "lock")  # it falls open when its process ends, however that ends
+        lock = FileLock(self.folder / "lock")  # the system releases it when the process ends
         try:
             held = lock.acquire(timeout=0)
         except Timeout:
-            logger.info("Another process is encoding images into %s: waiting for it.", self.folder)
+            logger.info("Waiting for another process, which is encoding images into %s.", self.folder)
             held = lock.acquire()
         with held:
             for name in ("states", "keys"):
@@ -81,39 +82,39 @@ class FeatureStore:
             yield
 
     def rows(self) -> dict[str, int]:
-        """Key -> row of all that is whole."""
-        lines = (self.folder / "keys").read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
+        """Key -> row, of all complete rows."""
+        lines = (self.folder / "keys").read_bytes().split(b"\n")[:-1]  # text after the last newline is incomplete
         num_rows = (self.folder / "states").stat().st_size // self.row_bytes
         keys = takewhile(re.compile(rb"[0-9a-f]{40}").fullmatch, lines[:num_rows])
         return {key.decode(): row for row, key in enumerate(keys)}
 
     def append(self, keys: Sequence[str], states: torch.Tensor) -> None:
-        """Add a row for each key, none of which may be there. states: (len(keys), patches + 1, width), any float."""
+        """Add a row for each key; the keys must be new. states: (len(keys), patches + 1, width), any float type."""
         content = states.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
         lines = "".join(f"{key}\n" for key in keys).encode()
         for name, part in (("states", content), ("keys", lines)):
             with (self.folder / name).open("ab") as file:
                 file.write(part)
                 file.flush()
-                os.fsync(file.fileno())  # a key that outlives a power cut before its row would stand for zeros
+                os.fsync(file.fileno())  # otherwise a power cut may keep a key and lose its row
 
     def read(self, rows: Sequence[int | None]) -> torch.Tensor:
-        """(len(rows), patches + 1, width) in the store's dtype; zeros for None."""
+        """(len(rows), patches + 1, width) in the dtype of the store; zeros for None."""
         content = np.zeros((len(rows), self.row_bytes), np.uint8)  # numpy has no bfloat16
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             if row is not None:
-                # mapped anew each time, in microseconds: pickle would copy a lasting map into every worker
+                # mapped again for each row, in microseconds: pickle would copy a permanent map into every worker
                 offset = row * self.row_bytes
-                content[place] = np.memmap(self.folder / "states", np.uint8, "r", offset, (self.row_bytes,))
+                content[index] = np.memmap(self.folder / "states", np.uint8, "r", offset, (self.row_bytes,))
         return torch.from_numpy(content).view(self.dtype).view(-1, *self.shape)
 
 
 @dataclass
 class StoredImages:
-    """Looks up the images of a batch, in the place of decoding them.
+    """Reads the features of a batch's images instead of decoding the images.
 
     Args:
-        row_of: image_id -> row in store; an image that could not be read is not among them.
+        row_of: image_id -> row in store, without images that could not be read.
     """
 
     store: FeatureStore
@@ -137,19 +138,19 @@ def store_images(
     args: BlipTrainingArguments,
     after_batch: Callable[[], None] = lambda: None,
 ) -> StoredImages:
-    """Encode those images of rows that no earlier run has stored; an image is then neither decoded nor encoded.
+    """Encode the images of rows that are not stored yet.
 
-    Of several processes that share the folder one encodes and the others wait for it.
+    If several processes share the folder, one of them encodes and the others wait.
 
     Args:
         rows: with image and image_id, and a column of image_id.
-        after_batch: what it raises ends the encoding; what is encoded by then is kept.
-    Raises: ValueError where features are not constant, and before anything is encoded where they need too much space.
+        after_batch: called after each batch. If it raises an exception, the images encoded so far are kept.
+    Raises: ValueError if features are not constant, and, before any image is encoded, if they need too much space.
     """
     require_constant_features(model)
     if distributed.is_initialized():
         for tensor in model.vision_model.state_dict().values():
-            # DDP will give all processes the first one's weights; those of a new model differ until then
+            # DDP will copy the weights of the first process to the others; until then those of a new model differ
             distributed.broadcast(tensor, 0)
     vision = model.config.vision_config
     shape = (model.vision_model.embeddings.num_positions, vision.hidden_size)
@@ -158,6 +159,7 @@ def store_images(
 
     hashes = ImageHashes()
     key_of, row_of_key = {}, {}
+    # the first row of each image
     for position in np.unique(number_images(rows), return_index=True)[1].tolist():
         row = rows[position]
         image_id = row["image_id"]
@@ -165,8 +167,7 @@ def store_images(
             key = key_of[image_id] = hashes.of(row["image"])
             row_of_key[key] = position
         except OSError as error:
-            logger.warning("image %s cannot be read and counts for nothing: %s", image_id, error)
-
+            logger.warning("Image %s cannot be read and is not trained on: %s", image_id, error)
     hashes.remember()
 
     with store.writing():
@@ -177,7 +178,7 @@ def store_images(
             _encode(model, processor, rows, missing, store, args, after_batch)
         stored = store.rows()
     logger.info(
-        "Image features of %d images, %d of them encoded now: %s (%.1f GB)",
+        "Features of %d images, %d of them encoded now: %s (%.1f GB)",
         *(len(row_of_key), len(stored) - len(found), store.folder, len(stored) * store.row_bytes / GB),
     )
     return StoredImages(store, {image_id: stored[key] for image_id, key in key_of.items() if key in stored})
@@ -193,7 +194,7 @@ def _encode(
     args: BlipTrainingArguments,
     after_batch: Callable[[], None],
 ) -> None:
-    """missing: key of an image -> a row of it."""
+    """missing: key of an image -> the position of a row with it."""
     loader = DataLoader(
         Subset(rows, list(missing.values())),
         args.per_device_eval_batch_size,
@@ -201,16 +202,13 @@ def _encode(
         num_workers=args.dataloader_num_workers,
         worker_init_fn=ignore_signals_in_worker,
     )
-    keys = iter(missing)
     model.eval()
     with tqdm(total=len(missing), desc="Encoding images, once for all epochs") as progress:
-        for batch in loader:
+        for batch, keys, readable in match_rows(loader, missing):
             with torch.autocast(model.device.type, _autocast_dtype(args), enabled=args.bf16 or args.fp16):
                 states = model.encode_images(batch["pixel_values"].to(model.device)).last_hidden_state
-            readable = batch["readable"]
-            here = list(islice(keys, len(readable)))
-            store.append(list(compress(here, readable)), states.cpu()[readable])
-            progress.update(len(here))
+            store.append(list(compress(keys, readable)), states.cpu()[torch.tensor(readable)])
+            progress.update(len(keys))
             after_batch()
 
 
@@ -219,33 +217,33 @@ def _autocast_dtype(args: BlipTrainingArguments) -> torch.dtype:
 
 
 def require_constant_features(model: PreTrainedModel) -> None:
-    """Raises: ValueError with the way out where the vision model would not give the same features in every epoch."""
+    """Raises: ValueError if the features of the vision model would change during training."""
     if isinstance(model, BlipForImageTextRetrieval):
         raise ValueError(
-            "cache_image_features is for questions and captions: in retrieval the momentum encoder sees images too. "
+            "cache_image_features is not supported in retrieval, where the momentum encoder also encodes the images. "
             "Leave it out."
         )
     vision = model.vision_model
     if any(isinstance(module, BaseTunerLayer) for module in vision.modules()):
         raise ValueError(
-            "cache_image_features needs a vision model that stays as it is, and the adapter has layers there. Put it "
-            "on the text layers alone: --lora_target_modules query key value dense"
+            "cache_image_features needs a vision model that does not change, but the adapter has layers there. Put the "
+            "adapter on the text layers only: --lora_target_modules query key value dense"
         )
     trained = [name for name, parameter in vision.named_parameters() if parameter.requires_grad]
     if trained:
         raise ValueError(
-            f"cache_image_features needs a vision model that stays as it is; {len(trained)} of its weights are "
+            f"cache_image_features needs a vision model that does not change, but {len(trained)} of its weights are "
             f"trained, e.g. vision_model.{trained[0]}. Add --freeze vision_model."
         )
     if any(module.p > 0 for module in vision.modules() if isinstance(module, nn.Dropout)):
         raise ValueError(
-            "cache_image_features needs features that are the same in every epoch, and the checkpoint has dropout in "
-            "its vision model. Set attention_dropout to 0 under vision_config in its config.json."
+            "cache_image_features needs features that are the same in every epoch, but the vision model of the "
+            "checkpoint has dropout. Set attention_dropout to 0 under vision_config in its config.json."
         )
 
 
 def _digest(model: PreTrainedModel, processor: BlipProcessor, args: BlipTrainingArguments) -> str:
-    """A name for all that the features depend on beside the image, and the form in which they are stored."""
+    """A hash of everything that determines the stored features, apart from the image."""
     vision = model.config.vision_config
     settings = {
         name: getattr(vision, name)
@@ -261,16 +259,16 @@ def _digest(model: PreTrainedModel, processor: BlipProcessor, args: BlipTraining
 
 
 def _require_space(home: Path, needed: int, num_images: int, args: BlipTrainingArguments) -> None:
-    """Raises: ValueError where needed bytes would go beyond the limit or the disk."""
-    # of all weights and sizes
+    """Raises: ValueError if the needed bytes exceed the limit or the free space of the disk."""
+    # by the features of all models and image sizes
     used = sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
     free = shutil.disk_usage(home).free
     if used + needed > args.cache_limit_gb * GB or needed > free:
         halve = " --cache_dtype bf16 halves it;" if args.cache_dtype == "fp32" else ""
         raise ValueError(
-            f"cache_image_features needs {needed / GB:.3g} GB for {num_images} images. {home} holds "
+            f"cache_image_features needs {needed / GB:.3g} GB for {num_images} images. {home} contains "
             f"{used / GB:.3g} GB, cache_limit_gb is {args.cache_limit_gb:g} for both, and the disk has {free / GB:.3g} "
             f"GB free.{halve} --max_train_samples and a smaller --image_size need less; --cache_limit_gb "
-            f"{(used + needed) / GB:.3g} allows it; HF_HOME moves it to another disk. Folders there that other weights "
-            "or sizes have left can be deleted."
+            f"{(used + needed) / GB:.3g} allows it; HF_HOME moves it to another disk. Folders there from other models "
+            "or image sizes can be deleted."
         )

@@ -21,6 +21,7 @@ from blip_ft.arguments import (
     changed_settings,
 )
 from blip_ft.cli import parse
+from blip_ft.training.hub import PushingTrainer
 from blip_ft.training.trainer import BlipTrainer
 
 ALL = (ModelArguments, DataArguments, VqaArguments, PeftArguments, BlipTrainingArguments)
@@ -248,7 +249,8 @@ def names_read_by(name: str) -> set[str]:
     read = set().union(*map(names_read, [RECIPES / f"{name}.py", *package]))
     if name == "predict":
         return read
-    of_trainer = {name for name in vars(BlipTrainer) if callable(getattr(BlipTrainer, name))}
+    overrides = vars(BlipTrainer).keys() | vars(PushingTrainer).keys()
+    of_trainer = {name for name in overrides if callable(getattr(BlipTrainer, name))}
     # those call the Trainer's own
     of_trainer -= {
         "__init__",
