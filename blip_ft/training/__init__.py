@@ -1,1 +1,1 @@
-"""Train, evaluate, stop and resume, with the Hugging Face Trainer."""
+"""Train, evaluate, stop and resume with the Hugging Face Trainer."""

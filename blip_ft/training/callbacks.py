@@ -1,4 +1,4 @@
-"""What happens between the steps of training: momentum weights, curves, samples and trackers."""
+"""Callbacks of the Trainer: momentum weights, streams, curves, sample predictions and trackers."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 class EpochCallback(TrainerCallback):
-    """Sets the sampler's epoch, on which its order depends.
+    """Sets the epoch of the sampler, which determines the order of the rows.
 
-    Through the two wrappers of an epoch that several processes resume, transformers 5.23 and accelerate 1.15 do not
-    reach the sampler, which would give the rows of the first epoch once more.
+    If several processes resume in the middle of an epoch, the data loader has two wrappers, and transformers 5.23 and
+    accelerate 1.15 do not reach the sampler: it would repeat the order of the first epoch.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -46,7 +46,7 @@ class EpochCallback(TrainerCallback):
 
 
 class ContrastiveCallback(TrainerCallback):
-    """Moves the momentum weights, once per optimiser step."""
+    """Updates the momentum weights once per optimizer step."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -54,22 +54,23 @@ class ContrastiveCallback(TrainerCallback):
     def on_train_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.blip.contrastive and args.gradient_accumulation_steps > 1:
             logger.warning(
-                "gradient_accumulation_steps averages the contrastive loss over small batches, whose pairs are no "
-                "negatives to each other; a larger batch, more processes or a longer queue bring more of them."
+                "gradient_accumulation_steps averages the contrastive loss over small batches, and pairs of different "
+                "batches are not negatives of each other. A larger batch, more processes or a longer queue give more "
+                "negatives."
             )
 
     def on_step_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if contrastive := self.trainer.blip.contrastive:
             contrastive.begin_step(state.epoch)
             if self.trainer.is_deepspeed_enabled:
-                from deepspeed.utils import safe_set_full_fp32_param  # not among the requirements
+                from deepspeed.utils import safe_set_full_fp32_param  # optional, not in requirements.txt
 
-                # its bounds hold for the optimizer's own copy too, which each step writes over the parameter
+                # the clamped value must also reach the optimizer's copy, which overwrites the parameter in each step
                 safe_set_full_fp32_param(contrastive.temperature, contrastive.temperature.detach())
 
 
 class StreamCallback(TrainerCallback):
-    """Lets a resumed run go on at the row that its stream had reached."""
+    """Lets a resumed run continue with the next row of its stream."""
 
     def on_train_begin(
         self, args: BlipTrainingArguments, state: Any, control: Any, train_dataloader: DataLoader, **kwargs: Any
@@ -77,11 +78,11 @@ class StreamCallback(TrainerCallback):
         train_dataloader.dataset.first_batch = state.global_step * args.gradient_accumulation_steps
 
     def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        state.epoch = state.global_step / state.max_steps  # the Trainer counts from where it resumed
+        state.epoch = state.global_step / state.max_steps  # the Trainer would count from the resumed step
 
 
 class BestCallback(TrainerCallback):
-    """Lets a resumed run end with the best checkpoint: in output_dir, wherever that was when the run began."""
+    """Lets a resumed run find its best checkpoint in output_dir, also if that folder was moved."""
 
     def on_train_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.best_global_step is None:
@@ -89,14 +90,14 @@ class BestCallback(TrainerCallback):
         best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         is_there = decided_by_main(best.is_dir)
         if args.load_best_model_at_end and not is_there:
-            logger.warning("The best checkpoint so far, %s, is gone. The best is chosen among those to come.", best)
+            logger.warning("The best checkpoint so far, %s, is gone. It is now chosen among later ones.", best)
         state.best_model_checkpoint = str(best) if is_there else None
         if not is_there:
             state.best_metric = state.best_global_step = None
 
 
 class CurvesCallback(TrainerCallback):
-    """training_curves.png, at each evaluation."""
+    """Draws training_curves.png at each evaluation."""
 
     def __init__(self) -> None:
         self.before_training: list[dict[str, Any]] = []
@@ -109,17 +110,17 @@ class CurvesCallback(TrainerCallback):
         write_curves(args, state)
 
     def on_train_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        # train() starts from a new state, or from a checkpoint's, which has them
+        # train() starts with an empty state, or with that of a checkpoint, which includes these entries
         state.log_history = state.log_history or self.before_training
 
 
 class TrackerCallback(TrainerCallback):
-    """A few rows with images and predictions to TensorBoard, Weights & Biases and Trackio, at each evaluation."""
+    """Sends a few rows with images and predictions to TensorBoard, W&B and Trackio at each evaluation."""
 
     def __init__(self, trainer: Trainer, num_rows: int = 8) -> None:
         self.trainer, self.num_rows = trainer, num_rows
         for callback in trainer.callback_handler.callbacks:
-            # of an evaluation before training transformers 5.23 makes a log in ./runs, and stays there
+            # without a folder, an evaluation before training makes transformers 5.23 write all logs to ./runs
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(Path(trainer.args.output_dir) / default_logdir())
 
@@ -153,7 +154,7 @@ class TrackerCallback(TrainerCallback):
 
 
 class SampleCallback(TrainerCallback):
-    """A few rows with their predictions, every sample_steps."""
+    """Logs a few rows with their predictions every sample_steps."""
 
     def __init__(
         self, trainer: Trainer, predict: Callable[..., list[dict[str, Any]]], describe: Callable[[dict, dict], str]

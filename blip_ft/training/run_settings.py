@@ -1,4 +1,4 @@
-"""A resumed run goes on with the settings, the data and the base checkpoint that it began with."""
+"""Check that a run resumes with the settings, the data and the base checkpoint that it started with."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from datasets import Dataset
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, RetrievalArguments, Settings
 from blip_ft.data.streaming import StreamedRows
 from blip_ft.data.tables import CaptionRows
+from blip_ft.modeling.checkpoint_files import ADAPTER_FILE
 from blip_ft.results.files import decided_by_main
 from blip_ft.training.checkpoints import explain_unreadable
 
@@ -23,17 +24,17 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "run_settings.json"
 
-# Settings that begin so change neither weights nor scores: where and how much is logged, saved, pushed and read ahead,
-# on what device, and how memory is saved. Not the evaluation's: it chooses the best checkpoint.
+# Settings that begin like this change neither weights nor scores: logging, saving, pushing, prefetching, the device,
+# and ways to save memory. Settings of the evaluation are not free: it chooses the best checkpoint.
 FREE = (
     *("output_dir", "logging_", "log_", "disable_tqdm", "report_to", "run_name", "project", "trackio_", "sample_steps"),
     *("save_", "push_to_hub", "hub_", "resume_from_checkpoint", "restore_callback_states", "enable_jit_checkpoint"),
     *("per_device_eval_batch_size", "eval_on_start", "test_", "do_", "dataloader_", "debug", "skip_", "allow_"),
     *("use_cpu", "local_rank", "ddp_", "full_determinism", "accelerator_config", "torch_compile", "torch_empty_cache"),
     *("gradient_checkpointing", "activation_checkpointing", "cache_image_features", "cache_limit_gb"),
-    # check_saved_engine knows which of these cannot go on
+    # check_saved_engine refuses engines that cannot resume
     *("fsdp", "deepspeed"),
-    # Names of what may have been moved, and what leaves rows out: fingerprints tell what is in them.
+    # Data and checkpoints may be moved, and some settings only remove rows: fingerprints compare the content.
     *("model_name_or_path", "model_revision", "dataset_name", "eval_dataset_name", "image_folder"),
     *("questions_file", "annotations_file", "eval_questions_file", "eval_annotations_file"),
     *("check_images", "max_bad_fraction"),
@@ -47,18 +48,18 @@ def settle_settings(
     rows: dict[str, Dataset | CaptionRows | StreamedRows],
     meta_model: torch.nn.Module,
 ) -> dict[str, Any]:
-    """What a run's results depend on, to be kept in each of its checkpoints; those of checkpoint must be the same.
+    """The settings that determine the results of a run. They are saved in each of its checkpoints.
 
     Args:
-        checkpoint: folder to resume from, if any.
-        parts: the recipe's other argument dataclasses, ModelArguments and DataArguments among them.
+        checkpoint: folder to resume from, whose settings must be the same; None if the run does not resume.
+        parts: the other arguments of the recipe, which include ModelArguments and DataArguments.
         rows: "train" and "eval".
-        meta_model: the model without its weights.
-    Raises: ValueError, in all processes, that lists the differences, unless allow_changed_settings is on.
+        meta_model: the model without weights.
+    Raises: ValueError, in all processes, with a list of the differences, unless allow_changed_settings is set.
     """
 
     def settle() -> dict[str, Any]:
-        # as they are read again
+        # in the form in which json reads them again
         settings = json.loads(json.dumps(_settings_of(args, parts, rows, meta_model), default=str))
         if checkpoint:
             _require_same_settings(Path(checkpoint), settings, args.allow_changed_settings)
@@ -78,9 +79,9 @@ def _settings_of(
     settings["cache_dtype"] = args.cache_dtype if args.cache_image_features else "fp32"
     settings["processes"] = args.world_size
     if named["streaming"]:
-        settings["dataloader_num_workers"] = args.dataloader_num_workers  # each draws from rows of its own
+        settings["dataloader_num_workers"] = args.dataloader_num_workers  # each worker shuffles a part of the rows
     elif not any(isinstance(part, RetrievalArguments) for part in parts):
-        # a step of as many rows is the same, however they are shared out
+        # a step depends on the number of its rows, not on how they are distributed
         for name in ("processes", "per_device_train_batch_size", "gradient_accumulation_steps"):
             del settings[name]
         settings["rows_a_step"] = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -94,7 +95,7 @@ def _settings_of(
 
 
 def _fingerprint_of_rows(rows: Dataset | CaptionRows) -> str:
-    """Of their number and of all columns but the image itself, whose id is among them."""
+    """The number of rows, and a hash of all columns except the image itself; image_id is one of them."""
     table = rows.images if isinstance(rows, CaptionRows) else rows
     digest = hashlib.sha1()
     for batch in table.remove_columns("image").with_format("arrow").iter(10_000):
@@ -103,13 +104,13 @@ def _fingerprint_of_rows(rows: Dataset | CaptionRows) -> str:
 
 
 def _fingerprint_of_checkpoint(args: ModelArguments, meta_model: torch.nn.Module) -> str:
-    """The Hub's commit; of a folder, the content of weights, configuration and vocabulary."""
+    """The commit of a checkpoint on the Hub; a hash of weights, configuration and vocabulary for a folder."""
     if args.hub_id:
         return f"{args.hub_id} {getattr(meta_model.config, '_commit_hash', None) or args.model_revision}"
     folder, digest = Path(args.model_name_or_path), hashlib.sha1()
     if args.model_name_or_path == "demo":
         return "demo"
-    names = ("config.json", "adapter_config.json", "tokenizer.json", "vocab.txt", "*.safetensors", "pytorch_model*.bin")
+    names = ("config.json", ADAPTER_FILE, "tokenizer.json", "vocab.txt", "*.safetensors", "pytorch_model*.bin")
     for file in sorted(file for name in names for file in folder.glob(name)):
         digest.update(file.name.encode())
         with file.open("rb") as opened:
@@ -121,7 +122,7 @@ def _fingerprint_of_checkpoint(args: ModelArguments, meta_model: torch.nn.Module
 def _require_same_settings(checkpoint: Path, settings: dict[str, Any], allow: bool) -> None:
     file = checkpoint / SETTINGS_FILE
     if not file.exists():
-        logger.warning("%s does not say with which settings it was saved; they are not compared.", checkpoint)
+        logger.warning("%s has no %s, so its settings are not compared with this run.", checkpoint, SETTINGS_FILE)
         return
     with explain_unreadable(file):
         saved = dict(json.loads(file.read_text(encoding="utf-8")).items())
@@ -135,7 +136,7 @@ def _require_same_settings(checkpoint: Path, settings: dict[str, Any], allow: bo
     found = f"{checkpoint} was saved by a run with other settings (saved -> now):\n" + "\n".join(changed)
     if not allow:
         raise ValueError(
-            f"{found}\nThe result would be that of neither run. Resume with the saved settings, start a new run in "
-            "another output_dir, or accept the difference with --allow_changed_settings."
+            f"{found}\nThe result would not be that of either run. Resume with the saved settings, start a new run in "
+            "another output_dir, or accept the changes with --allow_changed_settings."
         )
-    logger.warning("%s\nThey are accepted, as --allow_changed_settings says.", found)
+    logger.warning("%s\nThe changes are accepted because of --allow_changed_settings.", found)

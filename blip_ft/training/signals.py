@@ -20,20 +20,20 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """Raised between two steps, where weights, optimiser and random numbers belong together."""
+    """Raised between two steps, when weights, optimizer and random state are consistent."""
 
 
 class Signals:
-    """Remembers SIGINT and SIGTERM until a step has ended; a second SIGINT stops at once.
+    """Delays SIGINT and SIGTERM until a step has ended; a second SIGINT stops at once.
 
-    Not the Trainer's enable_jit_checkpoint (5.23): that leaves out SIGINT, exits with 0 and knows one process only.
+    The Trainer's enable_jit_checkpoint (5.23) is not used: it ignores SIGINT, exits with 0 and supports one process.
     """
 
     received: int | None = None
 
     def __enter__(self) -> Signals:
         self.process = os.getpid()
-        in_main = threading.current_thread() is threading.main_thread()  # elsewhere Python refuses handlers
+        in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
         self.previous = {
             number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM) if in_main
         }
@@ -46,7 +46,7 @@ class Signals:
 
     def _remember(self, number: int, frame: Any) -> None:
         if os.getpid() != self.process:
-            return  # a worker, which is needed until the step has ended
+            return  # in a worker, which the current step still needs
         if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
@@ -58,12 +58,12 @@ class Signals:
 
 
 def ignore_signals_in_worker(worker: int, init: Callable[[int], None] | None = None) -> None:
-    """A loader's worker_init_fn: only its parent ends a worker, for the step that is to be ended needs it.
+    """A worker_init_fn: workers ignore SIGINT and SIGTERM so that the current step can finish; the parent stops them.
 
-    A terminal sends SIGINT, and timeout, torchrun and Slurm send SIGTERM, to workers too.
+    Terminals send SIGINT, and timeout, torchrun and Slurm send SIGTERM, to workers too.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere nothing tells who has sent a signal
+    if sys.platform == "linux":  # other systems do not report the sender of a signal
         block_sigterm()
         threading.Thread(target=_end_by_parent, daemon=True).start()
     if init:
@@ -72,9 +72,10 @@ def ignore_signals_in_worker(worker: int, init: Callable[[int], None] | None = N
 
 @contextmanager
 def explain_lost_worker(how_to_resume: Callable[[], str]) -> Iterator[None]:
-    """A loader's worker that was killed, or failed, ends in one message.
+    """Turn the error of a data loader's worker that was killed or failed into one message.
 
-    how_to_resume: sentences for its end. Raises: ChildProcessError; ValueError for a mistake of the user's.
+    how_to_resume: returns the last sentences of the message.
+    Raises: ChildProcessError; ValueError if the worker raised one, which is a mistake of the user.
     """
     try:
         yield
@@ -83,11 +84,11 @@ def explain_lost_worker(how_to_resume: Callable[[], str]) -> Iterator[None]:
         if "DataLoader worker" not in text:
             raise
         kind: type[Exception] = ChildProcessError
-        # torch gives a worker's own exception with its traceback
+        # torch includes the exception of the worker, with its traceback
         if " in DataLoader worker process" not in text:
             reason = (
                 f"A worker process that loads images has ended ({text.splitlines()[0].strip()}). Usually the system "
-                "has killed it for want of memory: lower --dataloader_num_workers, or the batch size"
+                "has killed it because memory ran out: lower --dataloader_num_workers, or the batch size"
             )
         elif "/torch_" in text and "No space left" in text:
             reason = (
@@ -110,7 +111,7 @@ def _end_by_parent() -> None:
 
 
 def block_sigterm() -> None:
-    """Until unblock_sigterm, also in workers that are started: one would die of it before its worker_init_fn."""
+    """Block SIGTERM while workers start: they inherit the mask, and would be killed before worker_init_fn runs."""
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
@@ -121,6 +122,8 @@ def unblock_sigterm() -> None:
 
 
 class StopCallback(TrainerCallback):
+    """Stops all processes after the same step, and blocks SIGTERM while the workers of an epoch start."""
+
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
@@ -128,12 +131,12 @@ class StopCallback(TrainerCallback):
         block_sigterm()
 
     def on_step_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        unblock_sigterm()  # the first batch is there, and so are all workers
+        unblock_sigterm()  # the first batch has arrived, so all workers have started
 
     def on_step_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         signals, accelerator = self.trainer.signals, self.trainer.accelerator
         if args.world_size > 1:
-            # a signal reaches the processes at different steps
+            # processes may receive a signal at different steps
             if signals.received:
                 accelerator.set_trigger()
             if accelerator.check_trigger():

@@ -137,7 +137,7 @@ def test_signal_saves_says_how_to_go_on_and_ends_with_its_code(flags_of, tmp_pat
     step = last_step(folder)
     saved = folder / f"checkpoint-{step}"
     assert what_is_missing(saved) is None
-    assert f"{saved} is whole. Go on with: --output_dir {folder} --resume_from_checkpoint last" in errors
+    assert f"{saved} is complete. Resume with: --output_dir {folder} --resume_from_checkpoint last" in errors
     assert "Traceback" not in errors
 
 
@@ -215,7 +215,7 @@ def test_checkpoint_cut_short_is_named_and_passed_over(recipe, flags_of, checkpo
     harm, message = DAMAGE[damage]
     harm(checkpointed / "checkpoint-3")
     assert newest_checkpoint(checkpointed) == checkpointed / "checkpoint-2"
-    assert f"{checkpointed / 'checkpoint-3'} is passed over: {message}" in caplog.text
+    assert f"{checkpointed / 'checkpoint-3'} is skipped: {message}" in caplog.text
     task, flags = flags_of("full")
     flags = [*flags, "--max_steps", "3", "--resume_from_checkpoint"]
     with pytest.raises(SystemExit):
@@ -331,7 +331,7 @@ def test_resuming_with_other_settings_or_data_is_refused_with_all_differences(
             with pytest.raises(SystemExit):
                 recipe(*flags, *more, output_dir=checkpointed, task=task)
             message = caplog.messages[-1]
-            assert "or accept the difference with --allow_changed_settings" in message and line in message
+            assert "or accept the changes with --allow_changed_settings" in message and line in message
             listed = [text.strip().partition(": ")[0] for text in message.splitlines() if text.startswith("  ")]
             assert set(listed) == names and len(listed) == len(names)
     # what changes no result, and the same data elsewhere
@@ -347,14 +347,14 @@ def test_changed_settings_are_accepted_with_a_warning_if_asked_for(recipe, flags
     flags = [*flags, "--max_steps", "4", "--seed", "7", "--resume_from_checkpoint", "last", "--allow_changed_settings"]
     recipe(*flags, output_dir=checkpointed, task=task)
     (warning,) = (message for message in caplog.messages if "other settings (saved -> now)" in message)
-    assert "  max_steps: 3 -> 4\n  seed: 42 -> 7\nThey are accepted" in warning
+    assert "  max_steps: 3 -> 4\n  seed: 42 -> 7\nThe changes are accepted" in warning
     # and stand in the next checkpoint
     assert json.loads((checkpointed / "checkpoint-4" / "run_settings.json").read_text())["seed"] == 7
     assert what_is_missing(checkpointed / "checkpoint-4") is None
     # one of an earlier version
     (checkpointed / "checkpoint-4" / "run_settings.json").unlink()
     _require_same_settings(checkpointed / "checkpoint-4", {"seed": 3}, allow=False)
-    assert "does not say with which settings it was saved" in caplog.messages[-1]
+    assert "has no run_settings.json" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,11 @@ def test_full_disk_ends_in_a_message_with_the_last_checkpoint_whole(recipe, flag
         recipe(*flags, output_dir=small_disk / "run", task=task)
     assert stopped.value.code == 1
     last = small_disk / "run" / f"checkpoint-{last_step(small_disk / 'run')}"
-    assert f"is full; {last} is whole. Make room there" in caplog.text and "Traceback" not in caplog.text
+    assert (
+        "is full. Free some space" in caplog.text
+        and f"{last} is the last complete checkpoint" in caplog.text
+        and "Traceback" not in caplog.text
+    )
     assert what_is_missing(last) is None
     shutil.copytree(small_disk / "run", small_disk.parent / "elsewhere")
     recipe(*flags, "--resume_from_checkpoint", "last", output_dir=small_disk.parent / "elsewhere", task=task)
