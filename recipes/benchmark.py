@@ -1,12 +1,14 @@
-"""Stock transformers against blip_ft on equal work: one process, taking turns, medians and spread.
+"""Compare the speed and memory of stock transformers and blip_ft on equal work.
 
-    python recipes/benchmark.py             all of it, about fifteen minutes on two cores
-    python recipes/benchmark.py --quick     within three minutes: one round, one image, 5 questions
+    python recipes/benchmark.py             everything, about fifteen minutes on two cores
+    python recipes/benchmark.py --quick     less than three minutes: one round, one image, 5 questions
     python recipes/benchmark.py --only steps --output table.md
 
-The models have the architecture of Salesforce/blip-vqa-base and the same random weights. Questions have 12 tokens and
-no padding, whose mask stock loses, and answers 4; before anything is timed both must give the same loss. A step is
-forward and backward; the optimiser's part is the same for both. On CUDA times are the card's own.
+Both run in one process and take turns; the table has medians, with minimum and maximum in brackets. The models have the
+architecture of Salesforce/blip-vqa-base and the same random weights. Questions have 12 tokens and no padding, because
+stock ignores the padding mask; answers have 4 tokens. Before the first measurement, the losses of both models must be
+equal. A step is forward and backward; the optimizer is left out, because it is the same for both. On CUDA, times are
+measured by events of the GPU.
 """
 
 import argparse
@@ -46,13 +48,13 @@ def blip_base() -> BlipConfig:
     size = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     ids = {"vocab_size": 30524, "bos_token_id": 30522, "pad_token_id": 0, "sep_token_id": 102, "eos_token_id": 102}
     text = {**size, **ids, "encoder_hidden_size": 768, "max_position_embeddings": 512, "label_smoothing": 0.1}
-    # its default deviation of 1e-10 would hide the images from the comparison of losses
+    # with the default standard deviation of 1e-10 the loss would not depend on the images
     vision = {**size, "image_size": 384, "patch_size": 16, "initializer_range": 0.02}
     return BlipConfig(vision_config=vision, text_config=text)
 
 
 class Pair:
-    """Stock's and our model with the same weights, and the same work for both.
+    """The stock model and ours with the same weights, and the same work for both.
 
     Args:
         num_images: images in each batch.
@@ -69,7 +71,7 @@ class Pair:
         self.pixels = torch.randn(num_images, 3, size, size, device=device)
 
     def batches(self, questions: int) -> dict[str, dict[str, torch.Tensor]]:
-        """For each model the inputs of `questions` questions an image."""
+        """The inputs of each model for `questions` questions per image."""
         image_index = torch.arange(self.num_images, device=self.device).repeat_interleave(questions)
         ids = torch.randint(1, 100, (len(image_index), QUESTION_TOKENS), device=self.device)
         answers = torch.randint(1, 100, (len(image_index), ANSWER_TOKENS), device=self.device)
@@ -92,13 +94,13 @@ class Pair:
     def require_equal_losses(self) -> None:
         batches = self.batches(questions=2)
         stock, ours = (self.step(name, batches[name]) for name in ("stock", "ours"))
-        ours /= ANSWER_TOKENS - 1  # ours is a sum over an answer's tokens, stock's a mean over all
+        ours /= ANSWER_TOKENS - 1  # our loss is a sum over the tokens of an answer, that of stock a mean
         if abs(stock - ours) > 1e-4:
-            raise ValueError(f"The models do different work: stock's loss is {stock:.5f}, ours {ours:.5f}.")
+            raise ValueError(f"The models do different work: the loss of stock is {stock:.5f}, ours is {ours:.5f}.")
 
 
 def seconds(work: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each piece of work in each round, taking turns, after one round that does not count."""
+    """Seconds of each piece of work in each round. They take turns; a first round is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
         for name, run in work.items():
@@ -119,7 +121,7 @@ def seconds(work: dict[str, Callable[[], object]], device: torch.device, rounds:
 
 
 def row(work: str, taken: dict[str, list[float]], scale: float = 1.0, unit: str = "s") -> str:
-    """A line of the table. scale: what a figure is multiplied with, e.g. 1 / questions."""
+    """A line of the table. scale: factor of all numbers, e.g. 1 / questions."""
 
     def cell(values: list[float]) -> str:
         low, middle, high = (scale * f(values) for f in (min, median, max))
@@ -130,7 +132,7 @@ def row(work: str, taken: dict[str, list[float]], scale: float = 1.0, unit: str 
 
 
 def matmul_rate(config: BlipConfig, device: torch.device, dtype: torch.dtype) -> float:
-    """The machine's best rate in operations a second, of a product as the vision model has it."""
+    """The best rate of the machine, in operations per second, for a matrix product of the vision model's shape."""
     width, inner = config.vision_config.hidden_size, config.vision_config.intermediate_size
     rows = 2 * ((config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1)
     rows *= 16 if device.type == "cuda" else 1
@@ -149,22 +151,21 @@ def steps(pair: Pair, config: BlipConfig, rounds: int, questions_per_image: Sequ
             batches = pair.batches(questions)
             work = {name: lambda n=name, b=batches, h=bf16: pair.step(n, b[n], h) for name in batches}
             taken = seconds(work, pair.device, rounds)
-            label = (
-                f"step, {questions} question{'s' * (questions > 1)} an image, {'bf16' if bf16 else 'fp32'}, a question"
-            )
+            precision = "bf16" if bf16 else "fp32"
+            label = f"step, {questions} question{'s' * (questions > 1)} per image, {precision}, per question"
             lines.append(row(label, taken, 1 / (questions * pair.num_images)))
             if questions == 5:
-                # fused attention is no product to the counter; the kernel that it can take the place of is
+                # the counter does not count fused attention, so the math kernel does the same operations
                 with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                     pair.step("ours", batches["ours"])
                 share = counter.get_total_flops() / median(taken["ours"]) / rate
-                rates = f"{rate / 1e9:.0f} GFLOP/s, of which ours reaches"
+                rates = f"{rate / 1e9:.0f} GFLOP/s, ours reaches"
                 lines.append(f"| matmul rate, {str(dtype).removeprefix('torch.')} | {rates} | {100 * share:.0f} % | |")
     return lines
 
 
 def frozen(pair: Pair, rounds: int) -> list[str]:
-    """From the second epoch on: stock with a frozen vision model, ours with the stored features of its images."""
+    """A step after the first epoch: stock with a frozen vision model, ours with cached image features."""
     batches = pair.batches(questions=5)
     for model in (pair.stock, pair.ours):
         model.vision_model.requires_grad_(False)
@@ -173,13 +174,8 @@ def frozen(pair: Pair, rounds: int) -> list[str]:
     taken = seconds({name: lambda n=name: pair.step(n, batches[n]) for name in batches}, pair.device, rounds)
     for model in (pair.stock, pair.ours):
         model.vision_model.requires_grad_(True)
-    return [
-        row(
-            "step, frozen vision, ours with cached features, 5 questions, fp32, a question",
-            taken,
-            0.2 / pair.num_images,
-        )
-    ]
+    label = "step, frozen vision, ours with cached features, 5 questions per image, fp32, per question"
+    return [row(label, taken, 0.2 / pair.num_images)]
 
 
 def answers(pair: Pair, rounds: int) -> list[str]:
@@ -190,15 +186,15 @@ def answers(pair: Pair, rounds: int) -> list[str]:
             key: batch[key] for key in ("pixel_values", "input_ids", "attention_mask", "image_index") if key in batch
         }
         model = getattr(pair, name).eval()
-        # no answer ends early, so that both write equally many tokens
+        # no answer ends early, so both generate the same number of tokens
         settings = {"num_beams": 3, "max_length": 10, "min_length": 10, "do_sample": False}
         work[name] = lambda m=model, i=inputs, s=settings: m.generate(**i, **s)
     taken = seconds(work, pair.device, rounds)
-    return [row("answers, 3 beams, 5 questions an image, fp32, a question", taken, 0.2 / pair.num_images)]
+    return [row("answers, 3 beams, 5 questions per image, fp32, per question", taken, 0.2 / pair.num_images)]
 
 
 def image_decoding(config: BlipConfig, rounds: int) -> list[str]:
-    """Decoding and resizing on one core. Stock ends with floats; ours with bytes, which the device normalises."""
+    """Decoding and resizing on one core. Stock returns floats; ours returns bytes, which the device normalizes."""
     size = config.vision_config.image_size
     processor = BlipImageProcessor(size={"height": size, "width": size})
     threads = torch.get_num_threads()
@@ -215,13 +211,13 @@ def image_decoding(config: BlipConfig, rounds: int) -> list[str]:
         label = f"JPEG of {width} x {height} ({len(encoded) // 1024} kB) to {size} x {size}"
         lines.append(row(label, taken, 1000, "ms"))
         per_second = [f"{1 / median(taken[name]):.0f}" for name in ("stock", "ours")]
-        lines.append(f"| the same, images a second and core | {per_second[0]} | {per_second[1]} | |")
+        lines.append(f"| the same, images per second and core | {per_second[0]} | {per_second[1]} | |")
     torch.set_num_threads(threads)
     return lines
 
 
 def smooth_noise(width: int, height: int) -> bytes:
-    """A JPEG of quality 90 with detail at all scales, as a photograph has."""
+    """A JPEG of quality 90 with detail at all scales, like a photograph."""
     generator, content = np.random.default_rng(0), np.zeros((height, width, 3))
     for cells, weight in ((8, 0.5), (32, 0.25), (128, 0.15), (512, 0.1)):
         shape = (max(2, height * cells // 2048), max(2, width * cells // 2048), 3)
@@ -233,7 +229,7 @@ def smooth_noise(width: int, height: int) -> bytes:
 
 
 def peak_memory(name: str, pair: Pair) -> float:
-    """MiB that one step at 5 questions an image takes beside the model, its gradients included."""
+    """MiB that one step with 5 questions per image needs in addition to the model, including gradients."""
     batch = pair.batches(questions=5)[name]
     if pair.device.type == "cuda":
         torch.cuda.synchronize()
@@ -242,7 +238,7 @@ def peak_memory(name: str, pair: Pair) -> float:
         pair.step(name, batch)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     before = status_of_process("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the models
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which creating the models has set
     pair.step(name, batch)
     return status_of_process("VmHWM") - before
 
@@ -250,19 +246,19 @@ def peak_memory(name: str, pair: Pair) -> float:
 def memory(pair: Pair) -> list[str]:
     if pair.device.type == "cuda":
         peaks = {name: peak_memory(name, pair) for name in ("stock", "ours")}
-    else:  # a process has one peak
+    else:  # each in a process of its own, which has only one peak
         command = [sys.executable, __file__, "--images", str(pair.num_images), "--peak"]
         peaks = {
             name: float(subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout.split()[-1])
             for name in ("stock", "ours")
         }
     stock, ours = (f"{peaks[name] / 1024:.2f} GiB" for name in ("stock", "ours"))
-    label = "peak memory over the model, step, 5 questions, fp32"
+    label = "peak memory in addition to the model, step, 5 questions per image, fp32"
     return [f"| {label} | {stock} | {ours} | {100 * peaks['ours'] / peaks['stock']:.0f} % |"]
 
 
 def status_of_process(name: str) -> float:
-    """MiB of memory that the process holds now (VmRSS) or held at most (VmHWM). Linux."""
+    """MiB of memory that the process uses now (VmRSS) or used at most (VmHWM). Linux only."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) / 1024
 
@@ -282,7 +278,7 @@ def order() -> list[str]:
 
 
 def memory_with_rows(number: int) -> float:
-    """MiB that the process holds once `number` questions with ten answers, five an image, are read and in order."""
+    """MiB that the process uses after `number` questions are read and ordered: ten answers each, five per image."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for image in range(100):
@@ -307,7 +303,7 @@ def loading() -> list[str]:
         float(subprocess.run([*command, number], capture_output=True, text=True, check=True).stdout.split()[-1])
         for number in ("10000", "1000000")
     )
-    return [f"| memory of the process, 1,000,000 rows of jsonl read, beyond 10,000 | | {many - few:.0f} MiB | |"]
+    return [f"| memory for reading 1,000,000 rows of jsonl, more than for 10,000 | | {many - few:.0f} MiB | |"]
 
 
 def machine(device: torch.device) -> str:
@@ -323,11 +319,14 @@ def machine(device: torch.device) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round, one image, 5 questions")
-    parser.add_argument("--only", default="", help="steps, frozen, answers, images, memory, order or loading")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--images", type=int, help="images in a batch; default 2, on CUDA 32")
-    parser.add_argument("--output", type=Path, help="write the table there too")
+    parser.add_argument("--quick", action="store_true", help="Measure one round with one image and 5 questions.")
+    parser.add_argument(
+        "--only", default="", help="Measure one group: steps, frozen, answers, images, memory, order or loading."
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="Default: cuda if there is a GPU, else cpu.")
+    parser.add_argument("--images", type=int, help="Images per batch. Default: 2, on CUDA 32.")
+    parser.add_argument("--output", type=Path, help="File to write the table to as well.")
     parser.add_argument("--peak", choices=("stock", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -353,7 +352,7 @@ def main() -> None:
     if not args.quick:
         groups["loading"] = loading
     lines = [
-        f"{machine(device)}; images in a batch: {images}",
+        f"{machine(device)}; images per batch: {images}",
         "",
         "| work | stock | ours | ratio |",
         "|---|---|---|---|",
