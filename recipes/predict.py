@@ -19,7 +19,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,9 +32,11 @@ from transformers import BlipProcessor
 
 from blip_ft.arguments import DataArguments, Settings, changed_settings
 from blip_ft.cli import parse, read_text, start_recipe
+from blip_ft.data.batches import match_rows
 from blip_ft.data.checks import why_unreadable
 from blip_ft.data.images import encode_row_images, open_image
 from blip_ft.data.loading import load_to_predict
+from blip_ft.data.sampling import share_of_process
 from blip_ft.data.sources import list_images
 from blip_ft.data.tables import number_images, to_json, write_lines
 from blip_ft.data.texts import clean_caption, encode_texts, require_room_for_captions
@@ -178,12 +179,11 @@ def main() -> None:
     folder, done = predictions.settle_folder(args.output_dir, settings_of(args, data_args, rows, texts))
     if done:
         logger.info("Going on in %s: %d rows are done.", folder, len(done))
-    order = np.argsort(number_images(rows), kind="stable")
-    share = np.array_split(order[~np.isin(order, list(done))], state.num_processes)[state.process_index]
+    share = share_of_process(number_images(rows), state.process_index, state.num_processes, done)
     with torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16), torch.no_grad():
         predict = make_predict(model, processor, args, task, texts)
         with explain_lost_worker(lambda: "Start the same command again: it resumes."):
-            predictions.append_part(folder, predict_rows(rows, share.tolist(), predict, processor, args))
+            predictions.append_part(folder, predict_rows(rows, share, predict, processor, args))
     state.wait_for_everyone()
     if state.is_main_process:
         predicted = predictions.read_parts(folder)
@@ -272,7 +272,7 @@ def predict_rows(
     rows: Dataset, share: list[int], predict: Predict, processor: BlipProcessor, args: Prediction
 ) -> Iterator[dict[int, Line]]:
     """Batch by batch, what to write of each row, by its position."""
-    state, positions = PartialState(), iter(share)
+    state = PartialState()
     loader = DataLoader(
         Subset(rows, share),
         args.per_device_eval_batch_size,
@@ -282,10 +282,8 @@ def predict_rows(
     # of the rows of an image, which stand together
     is_first = np.diff(number_images(rows)[share], prepend=-1) != 0
     with tqdm(total=int(is_first.sum()), unit=" images", disable=not state.is_local_main_process) as progress:
-        for batch in loader:
-            readable = batch.pop("readable").tolist()
+        for batch, here, readable in match_rows(loader, share):
             lines = predict({name: tensor.to(state.device) for name, tensor in batch.items()})
-            here = list(islice(positions, len(readable)))
             yield {
                 position: line if good else {"unreadable_image": True}
                 for position, line, good in zip(here, lines, readable, strict=True)
