@@ -1,7 +1,7 @@
 """Fine-tune BLIP to write captions.
 
     accelerate launch --quiet recipes/captioning.py
-        trains a small new model on built-in images of coloured shapes, in a few minutes on a CPU
+        trains a small new model on built-in images of colored shapes, in a few minutes on a CPU
     accelerate launch --quiet recipes/captioning.py --dataset_name FOLDER
         trains Salesforce/blip-image-captioning-base on a folder with metadata.jsonl (file_name, caption)
     accelerate launch --quiet recipes/captioning.py --config recipes/configs/captioning_base.yaml --dataset_name FILE

@@ -1,7 +1,7 @@
 """Fine-tune BLIP to find the image of a text and the text of an image.
 
     accelerate launch --quiet recipes/retrieval.py
-        trains a small new model on built-in images of coloured shapes, in a few minutes on a CPU
+        trains a small new model on built-in images of colored shapes, in a few minutes on a CPU
     accelerate launch --quiet recipes/retrieval.py --dataset_name FOLDER
         trains Salesforce/blip-itm-base-coco on a folder with metadata.jsonl (file_name, caption)
     accelerate launch --quiet recipes/retrieval.py --config recipes/configs/retrieval_base.yaml --dataset_name FILE

@@ -1,7 +1,7 @@
 """Fine-tune BLIP to answer questions about images.
 
     accelerate launch --quiet recipes/vqa.py
-        trains a small new model on built-in images of coloured shapes, in a few minutes on a CPU
+        trains a small new model on built-in images of colored shapes, in a few minutes on a CPU
     accelerate launch --quiet recipes/vqa.py --dataset_name FOLDER --eval_split test
         trains Salesforce/blip-vqa-base on a folder with metadata.jsonl (file_name, question, answer)
     accelerate launch --quiet recipes/vqa.py --config recipes/configs/vqa_base_lora.yaml --dataset_name FOLDER
@@ -120,7 +120,7 @@ def score(rows, texts):
 
 
 def score_guesses(train_rows, rows):
-    """Scores of answers that are guessed from the questions alone."""
+    """Scores of answers that are guessed from the questions, without the images."""
     questions, answers = (values_of(train_rows, column) for column in ("question", "answers"))
     return score(rows, answer_without_images(questions, answers, rows["question"][:]))[0]
 

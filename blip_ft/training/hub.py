@@ -1,4 +1,4 @@
-"""Push during training, and go on training if a push fails."""
+"""Push checkpoints during training, and continue if a push fails."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ class PushingTrainer(Trainer):
         except Exception as error:  # HTTP, TLS, the rules of the Hub
             if self.card:
                 raise
-            logger.warning(
-                "Nothing is pushed during training; there is another try at the end. %s", describe_hub_error(error)
-            )
+            logger.warning("Nothing is pushed during training, only at the end. %s", describe_hub_error(error))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.hub_model_id is None:

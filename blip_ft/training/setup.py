@@ -256,7 +256,7 @@ def _choose_checkpoint(
 def _require_same_kind(checkpoint: Path, args: PeftArguments) -> None:
     is_adapter = (checkpoint / ADAPTER_FILE).exists()
     if is_adapter != args.use_peft:
-        kind, flag = ("an adapter", "Add") if is_adapter else ("a whole model", "Leave out")
+        kind, flag = ("an adapter", "Add") if is_adapter else ("a full model", "Leave out")
         raise ValueError(f"{checkpoint} contains {kind}. {flag} --use_peft, or start a new run in another output_dir.")
 
 
@@ -295,7 +295,7 @@ def _choose_output_dir(given: str | None, recipe: str, resume: str | None) -> st
                 f"output_dir {given} cannot be created: {there} is not a folder with write permission. Choose another."
             )
         require_claim(Path(given))
-        # a run that was refused because of bad rows leaves this list alone
+        # a run that stopped because of bad rows leaves only this list
         if names_in(Path(given)) - {"bad_rows.jsonl"} and not resume:
             raise ValueError(
                 f"output_dir {given} is not empty. Choose another, remove it, or resume the run in it: "

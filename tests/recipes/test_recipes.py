@@ -19,7 +19,7 @@ from transformers.models.blip import modeling_blip
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.data import texts
 from blip_ft.models import load_model
-from blip_ft.training import feature_cache as feature_cache
+from blip_ft.training import feature_cache
 from blip_ft.training.trainer import BlipTrainer
 
 

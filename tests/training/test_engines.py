@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers.models.blip import modeling_blip
 
-from blip_ft.training import feature_cache as feature_cache
+from blip_ft.training import feature_cache
 from blip_ft.training.checkpoints import what_is_missing
 
 ROOT = RECIPES.parent
