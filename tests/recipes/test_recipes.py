@@ -28,19 +28,19 @@ def data(data_of):
     return data_of("vqa")
 
 
-# task -> epochs, and what the results then hold
-BY_HEART = {
+# task -> epochs, and a part of the results after them
+MEMORIZED = {
     "vqa": (40, {"eval_exact_match": 100, "eval_vqa_accuracy": 100, "scoring_rule": "match with any of the answers"}),
     "captioning": (120, {"eval_exact_match": 100, "prompt": "a picture of "}),
     "retrieval": (150, {"eval_text_recall@1": 100, "eval_image_recall@1": 100}),
 }
 
 
-@pytest.mark.parametrize("task", BY_HEART)
-def test_eight_rows_are_learned_by_heart_and_every_file_is_written(recipe, data_of, task):
-    epochs, wanted = BY_HEART[task]
+@pytest.mark.parametrize("task", MEMORIZED)
+def test_eight_rows_are_memorized_and_every_file_is_written(recipe, data_of, task):
+    epochs, wanted = MEMORIZED[task]
     flags = ["--num_train_epochs", str(epochs), "--logging_steps", "1", "--sample_steps", "20"]
-    flags += ["--load_best_model_at_end", "false"]  # the last epoch is the best too, and takes no evaluation before it
+    flags += ["--load_best_model_at_end", "false"]  # the last epoch is also the best, and needs no evaluation before it
     folder = recipe(*data_of(task), *flags, task=task)
     assert results_of(folder).items() >= wanted.items()
     losses = [entry["loss"] for entry in history_of(folder)]
@@ -60,7 +60,7 @@ def test_eight_rows_are_learned_by_heart_and_every_file_is_written(recipe, data_
 
 
 def test_no_reference_caption_reaches_the_model_in_evaluation(recipe, data_of, image_folder, tmp_path):
-    """Other references, and the same captions are written."""
+    """With other references the model writes the same captions."""
     written = []
     rows = [json.loads(line) for line in (image_folder / "metadata.jsonl").read_text().splitlines()]
     for name in ("plain", "other"):
@@ -75,7 +75,7 @@ def test_no_reference_caption_reaches_the_model_in_evaluation(recipe, data_of, i
     assert written[0] == written[1] and any(written[0])
 
 
-def test_retrieval_says_what_accumulation_means_and_trains_from_the_batch_alone(recipe, data_of, caplog):
+def test_retrieval_warns_about_accumulation_and_trains_without_a_queue(recipe, data_of, caplog):
     flags = ["--queue_size", "0", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
     folder = recipe(*data_of("retrieval"), *flags, "--max_steps", "2", task="retrieval")
     assert "averages the contrastive loss over small batches" in caplog.text
@@ -90,7 +90,7 @@ def test_temperature_is_trained_and_saved_with_the_checkpoint(recipe, data_of):
     assert state["temperature"] != pytest.approx(0.07, abs=1e-4) and state["num_queued"] == 24
 
 
-# retrieval's negatives stand in the batch: there accumulation is another loss
+# in retrieval accumulation changes the loss, because the negatives are in the batch
 @pytest.mark.parametrize("task", ["vqa", "captioning"])
 def test_accumulation_gives_the_losses_and_gradient_norms_of_the_one_big_batch(recipe, data_of, tmp_path, task):
     common = [*data_of(task), "--max_steps", "4", "--logging_steps", "1", "--lr_scheduler_type", "constant"]
@@ -103,9 +103,9 @@ def test_accumulation_gives_the_losses_and_gradient_norms_of_the_one_big_batch(r
 
 @pytest.mark.parametrize("task", TASKS)
 def test_two_processes_give_the_losses_and_predictions_of_one(recipe, data_of, tmp_path, task):
-    # retrieval draws its negatives on each process: only what it evaluates is the same
+    # retrieval draws negatives in each process, so only the evaluation is the same
     rate = ["--learning_rate", "0"] if task == "retrieval" else []
-    # a last batch that is cut off, and an evaluation that two processes cannot share evenly
+    # the last batch is dropped, and two processes evaluate different numbers of rows
     odd = ["--max_train_samples", "7", "--max_eval_samples", "3" if task == "retrieval" else "7"]
     common = [*data_of(task), *rate, *odd, "--num_train_epochs", "3", "--logging_steps", "1"]
     one = recipe(*common, "--per_device_train_batch_size", "4", output_dir=tmp_path / "one", task=task)
@@ -118,7 +118,7 @@ def test_two_processes_give_the_losses_and_predictions_of_one(recipe, data_of, t
         "2",
         str(RECIPES / f"{task}.py"),
     ]
-    # accumulation too, where it is exact
+    # with accumulation for the tasks in which it is exact
     share = ["2"] if task == "retrieval" else ["1", "--gradient_accumulation_steps", "2"]
     flags = ["--per_device_train_batch_size", *share, "--use_cpu", "--dataloader_num_workers", "0"]
     subprocess.run(
@@ -254,7 +254,7 @@ def test_adapter_on_an_adapter_and_on_new_weights_is_refused(recipe, data, tmp_p
         with pytest.raises(SystemExit):
             recipe(*data, "--use_peft", "--model_name_or_path", name, output_dir=tmp_path / "second")
         assert message in caplog.text
-    # without --use_peft it becomes part of the weights, and all of them are trained
+    # without --use_peft the adapter becomes part of the weights, and all weights are trained
     folder = recipe(*data, "--model_name_or_path", str(first), "--max_steps", "1", output_dir=tmp_path / "third")
     assert (folder / "model.safetensors").is_file()
 
@@ -290,8 +290,8 @@ def test_cached_features_give_the_losses_of_the_vision_model_without_running_it(
     assert losses[1] == pytest.approx(losses[0], rel=rel)
 
 
-def test_cached_features_are_those_of_the_checkpoint_that_a_run_goes_on_from(recipe, data, tmp_path, monkeypatch):
-    """The demo's model is another one in each run until then."""
+def test_cached_features_are_those_of_the_checkpoint_that_a_run_resumes_from(recipe, data, tmp_path, monkeypatch):
+    """Before the checkpoint is loaded, the weights of the demo model are new in each run."""
     monkeypatch.setattr(feature_cache, "HF_CACHE_HOME", str(tmp_path / "cache"))
     common = [*data, "--model_name_or_path", "demo", "--freeze", "vision_model", "--max_steps", "3"]
     common += ["--save_steps", "1", "--save_strategy", "steps", "--save_total_limit", "9", "--logging_steps", "1"]
@@ -437,7 +437,7 @@ def test_checkpoint_without_optimizer_is_not_resumed(recipe, data, caplog):
     assert f"--model_name_or_path {folder / 'checkpoint-1'}, with another output_dir" in caplog.text
 
 
-def test_best_by_a_metric_that_is_not_measured_ends_in_a_message(recipe, data, caplog):
+def test_best_metric_that_is_not_measured_ends_in_a_message(recipe, data, caplog):
     best = ["--save_strategy", "best", "--eval_strategy", "steps", "--eval_steps", "1", "--max_steps", "1"]
     folder = recipe(*data, *best)
     assert (folder / "checkpoint-1").is_dir()
@@ -528,7 +528,7 @@ def test_demo_model_on_own_data_learns_at_its_own_rate(recipe, image_folder, cap
     assert "learning_rate: 0.0008" in (folder / "README.md").read_text()
 
 
-# flags, and a part of the message; of captions, whose default prompt takes four tokens
+# flags, and a part of the message. The default prompt takes four tokens
 CAPTION_MISTAKES = {
     "prompt fills the captions": (
         ["--max_caption_tokens", "5"],
@@ -554,7 +554,7 @@ def test_lengths_that_leave_nothing_of_a_caption_are_refused_before_the_model_lo
     assert stopped.value.code == 1 and message in caplog.text
 
 
-def test_run_whose_batches_hold_no_token_to_learn_is_stopped(recipe, data_of, caplog, monkeypatch):
+def test_run_whose_batches_contain_no_token_to_learn_is_stopped(recipe, data_of, caplog, monkeypatch):
     monkeypatch.setattr(texts, "require_room_for_captions", lambda *args: None)
     with pytest.raises(SystemExit):
         recipe(*data_of("captioning"), "--max_caption_tokens", "4", task="captioning")
@@ -571,7 +571,7 @@ def test_run_whose_batches_hold_no_token_to_learn_is_stopped(recipe, data_of, ca
         (b"\n", "contains no answers"),
     ],
 )
-def test_answer_list_that_is_none_is_refused_before_the_model_loads(
+def test_invalid_answer_list_is_refused_before_the_model_loads(
     recipe, data, tmp_path, caplog, monkeypatch, content, message
 ):
     (tmp_path / "answers.txt").write_bytes(content)
@@ -582,12 +582,9 @@ def test_answer_list_that_is_none_is_refused_before_the_model_loads(
         assert part in caplog.messages[-1]
 
 
-# ---- the best checkpoint, the test rows, and evaluation alone ----
-
-
 @pytest.fixture
 def three_splits(image_folder, tmp_path):
-    """The rows of image_folder, of its fourth image to test on and of the third to evaluate on."""
+    """The rows of image_folder: those of the third image to evaluate on, those of the fourth to test on."""
     folder = shutil.copytree(image_folder, tmp_path / "three")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     splits = {"2.png": "val", "3.png": "test"}
@@ -605,7 +602,7 @@ def evaluations_of(folder: Path, name: str) -> dict[int, float]:
     ("task", "metric"), [("captioning", "cider"), ("captioning lora", "cider"), ("retrieval", "recall_mean")]
 )
 def test_captions_and_retrieval_end_with_the_best_epoch(recipe, data_of, tmp_path, monkeypatch, task, metric):
-    """The second of three epochs scores best, whatever the weights are."""
+    """The second of three epochs scores best, independent of the weights."""
     task, *lora = task.split()
     scored = iter([1.0, 3.0, 2.0, 3.0])
     monkeypatch.setattr(
@@ -626,13 +623,13 @@ def test_captions_and_retrieval_end_with_the_best_epoch(recipe, data_of, tmp_pat
     kept, result = (load_file(path / weights) for path in (folder / "checkpoint-2", folder))
     assert all(torch.equal(kept[name], result[name]) for name in kept)
     monkeypatch.undo()
-    # the predictions are of these weights too
+    # these weights also wrote the predictions
     alone = ["--model_name_or_path", str(folder), "--do_train", "false"]
     again = recipe(*data_of(task), *alone, output_dir=tmp_path / "again", task=task)
     assert [row["prediction"] for row in predictions_of(again)] == [row["prediction"] for row in predictions_of(folder)]
 
 
-def test_last_epoch_is_the_result_if_asked_for_and_of_questions(recipe, data_of, tmp_path):
+def test_last_epoch_is_the_result_of_questions_and_if_asked_for(recipe, data_of, tmp_path):
     flags = ["--num_train_epochs", "2", "--load_best_model_at_end", "false"]
     for task, more in (("captioning", flags), ("vqa", flags[:2])):
         folder = recipe(*data_of(task), *more, output_dir=tmp_path / task, task=task)
@@ -717,7 +714,7 @@ def test_without_do_train_a_run_evaluates_only(recipe, data_of, checkpoints, tmp
     if start == "adapter":
         model = recipe(*flags, "--use_peft", "--max_steps", "2", output_dir=tmp_path / "adapter", task=task)
     monkeypatch.setattr(BlipTrainer, "train", None)
-    # more rows a step than there are, as evaluation takes none
+    # more rows per step than there are, because evaluation has no steps
     alone = ["--model_name_or_path", str(model), "--do_train", "false", "--per_device_train_batch_size", "64"]
     folder = recipe(*flags, *alone, "--eval_on_start", output_dir=tmp_path / "alone", task=task)
     written = {path.name for path in folder.iterdir()}
@@ -730,7 +727,7 @@ def test_without_do_train_a_run_evaluates_only(recipe, data_of, checkpoints, tmp
         assert {name: results[name] for name in names} == pytest.approx({name: trained[name] for name in names})
 
 
-def test_evaluation_alone_takes_the_rows_that_were_trained_on_and_no_push(recipe, data, caplog):
+def test_evaluation_only_accepts_training_rows_and_refuses_a_push(recipe, data, caplog):
     folder = recipe(*data, "--do_train", "false", "--eval_split", "train")
     assert len(predictions_of(folder)) == 8
     for flags in (["--push_to_hub"], ["--resume_from_checkpoint", "last"]):

@@ -1,4 +1,4 @@
-"""Every engine that the README names really runs: two processes on the CPU, started as users start them."""
+"""Every engine that the documentation names, on two CPU processes, started as users start them."""
 
 import json
 import os
@@ -30,7 +30,7 @@ RUNS = {
     "LoRA": ("vqa", ["--use_peft", "--lora_dropout", "0"]),
     "cached features": ("vqa", ["--freeze", "vision_model", "--cache_image_features", "--cache_dtype", "fp32"]),
 }
-# the fourth step of five is the second of an epoch: what is resumed begins in the middle of one
+# step 4 of 5 is the second step of an epoch, so a resumed run starts in the middle of an epoch
 STEPS = ["--max_steps", "5", "--save_strategy", "steps", "--save_steps", "3", "--logging_steps", "1"]
 STEPS += ["--load_best_model_at_end", "false"]
 STEPS += ["--eval_strategy", "steps", "--eval_steps", "2", "--sample_steps", "2", "--max_eval_samples", "7"]
@@ -52,7 +52,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def command_of(engine: str, recipe: str) -> list[str]:
-    """The launcher's words, up to the recipe's own flags."""
+    """The command without the flags of the recipe."""
     program = str(RECIPES / f"{recipe}.py")
     if engine == "DDP":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program]
@@ -61,7 +61,7 @@ def command_of(engine: str, recipe: str) -> list[str]:
     config = str(ROOT / "accelerate_configs" / f"{CONFIGS[engine]}.yaml")
     launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--config_file", config]
     launch += ["--main_process_port", "0"]
-    # bf16, which the file asks for, has roundings of its own in each engine
+    # each engine rounds bf16, which the file asks for, in its own way
     return [*launch, "--num_processes", "2", "--mixed_precision", "no", str(ROOT / "tests" / "cpu_as_gpu.py"), program]
 
 
@@ -69,7 +69,7 @@ def command_of(engine: str, recipe: str) -> list[str]:
 def start(data_of, tmp_path):
     def run(engine: str, name: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
         recipe, own = RUNS[name]
-        # accumulation too; retrieval's negatives stand in the batch, where accumulation is another loss
+        # accumulation is tested too; in retrieval it changes the loss, because the negatives are in the batch
         share = ["2"] if recipe == "retrieval" else ["1", "--gradient_accumulation_steps", "2"]
         flags = [*data_of(recipe), *own, *STEPS, "--per_device_train_batch_size", *share, *flags]
         flags += ["--output_dir", str(folder), "--use_cpu", "--dataloader_num_workers", "0"]
@@ -86,7 +86,7 @@ def start(data_of, tmp_path):
 
 @pytest.fixture
 def reference(recipe, start, data_of, tmp_path, monkeypatch):
-    """A run with the same global batch in one process; of retrieval, whose processes share negatives, under DDP."""
+    """A run with the same global batch in one process; for retrieval under DDP, because processes share negatives."""
 
     def run(name: str) -> Path:
         task, own = RUNS[name]
@@ -102,7 +102,7 @@ def reference(recipe, start, data_of, tmp_path, monkeypatch):
 
 
 def numbers_of(folder: Path) -> dict[tuple[int, str], float]:
-    """Losses, gradient norms and scores by step; not what a clock gave."""
+    """Losses, gradient norms and scores by step, without times."""
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return {
         (entry["step"], name): value
@@ -138,7 +138,7 @@ def test_engine_gives_the_numbers_of_one_process_and_resumes_bitwise(
     else:
         _, info = stock.from_pretrained(run, output_loading_info=True)
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    # each tied weight once
+    # tied weights are saved once
     assert weights_of(run).keys() == weights_of(one).keys()
 
     resumed = tmp_path / "resumed"
@@ -239,7 +239,7 @@ def free_port() -> int:
 def test_two_machines_without_a_shared_disk_train_and_resume_where_each_has_the_checkpoint(
     data_of, reference, tmp_path
 ):
-    """Two launchers, each with a folder of its own, stand for two machines."""
+    """Two launchers, each with its own folder, simulate two machines."""
     machines = [tmp_path / f"machine{number}" for number in range(2)]
 
     def run(*flags: str) -> list[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""Features of a frozen vision model: what is stored, what is encoded again, and what is refused."""
+"""The cache of image features: what is stored, what is encoded again, and what is refused."""
 
 import os
 import pickle
@@ -97,7 +97,7 @@ def test_stored_states_are_those_of_the_vision_model(model, rows, store, process
     decoded = encode_row_images(list(rows), processor.image_processor)
     with torch.no_grad():
         wanted = model.encode_images(decoded["pixel_values"]).last_hidden_state
-    # the pass encodes two images at once and this test five, which rounds the sums otherwise
+    # the cache encodes two images at once and this test five, so the sums are rounded differently
     torch.testing.assert_close(batch["image_states"].float(), wanted, rtol=2**-8 if dtype == "bf16" else 0, atol=2e-6)
     assert batch["image_states"].dtype == torch_dtype
     assert torch.equal(batch["image_index"], decoded["image_index"]) and batch["readable"].all()
@@ -110,14 +110,14 @@ def test_only_images_that_are_not_stored_are_encoded(load, rows, store, encoded,
     assert encoded == [2, 2, 1]
     store(load(), rows)
     assert encoded == [2, 2, 1]
-    os.utime(tmp_path / "3.png", (0, 0))  # the same content, written anew
+    os.utime(tmp_path / "3.png", (0, 0))  # the same content, written again
     store(load(), rows)
     assert encoded == [2, 2, 1]
 
 
 @pytest.fixture
 def old_files(monkeypatch):
-    """As if all image files had been written long ago: the hash of one that has just been is not remembered."""
+    """All image files look old: the hash of a file that was just written is not remembered."""
     monkeypatch.setattr(checks.time, "time", lambda real=time.time: real() + 10)
 
 
@@ -125,7 +125,7 @@ def old_files(monkeypatch):
 def test_image_replaced_with_equal_size_and_time_is_encoded_anew(
     load, rows, store, encoded, tmp_path, replace, old_files
 ):
-    path, new = tmp_path / "3.bmp", tmp_path / "new.bmp"  # whose size depends on the pixels' number alone
+    path, new = tmp_path / "3.bmp", tmp_path / "new.bmp"  # the size of a bmp depends only on the number of pixels
     PillowImage.new("RGB", (9, 9), (250, 0, 0)).save(path)
     PillowImage.new("RGB", (9, 9), (0, 250, 0)).save(new)
     rows = as_dataset([path], ["red"])
@@ -144,7 +144,7 @@ def test_unchanged_images_are_hashed_once(load, rows, store, monkeypatch, old_fi
 
 
 def test_hash_of_a_file_that_was_just_written_is_not_remembered(load, rows, store, tmp_path):
-    """Another write within a tick of the file system's clock would leave all times as they are."""
+    """Another write within the same tick of the file system's clock would not change the time of the file."""
     store(load(), rows)
     file = tmp_path / "cache" / "blip_ft" / "image_hashes.txt"
     assert not file.read_text().strip()
@@ -160,7 +160,7 @@ def test_equal_bytes_under_two_ids_are_encoded_once(model, rows, store, encoded,
     assert torch.equal(states[0], states[1]) and states.any()
 
 
-def test_interrupted_pass_goes_on_where_it_was(model, rows, store, encoded, monkeypatch):
+def test_interrupted_encoding_resumes_after_the_last_stored_image(model, rows, store, encoded, monkeypatch):
     whole = store(model, rows)(list(rows))["image_states"]
     shutil.rmtree(feature_cache.HF_CACHE_HOME)
 
@@ -180,7 +180,7 @@ def test_interrupted_pass_goes_on_where_it_was(model, rows, store, encoded, monk
     assert sum(encoded) == 3
 
 
-# what is done to a store of five rows -> how many of them are lost
+# damage to a store of five rows -> how many rows are lost
 TORN = {
     "row without a key": (lambda folder: extend(folder / "states", b"\1" * ROW_BYTES), 0),
     "half a row": (lambda folder: extend(folder / "states", b"\1" * 100), 0),
@@ -199,7 +199,7 @@ def extend(path, content: bytes):
 
 
 @pytest.mark.parametrize("damage", TORN)
-def test_torn_store_is_mended(model, rows, store, encoded, home, damage):
+def test_damaged_store_is_repaired(model, rows, store, encoded, home, damage):
     whole = store(model, rows)(list(rows))["image_states"]
     harm, num_lost = TORN[damage]
     harm(next(home.iterdir()))
@@ -248,7 +248,7 @@ def test_other_precision_uses_another_store(model, rows, store, encoded, flags):
     assert sum(encoded) == 10
 
 
-def test_unreadable_images_count_for_nothing(model, rows, store, processor, tmp_path):
+def test_unreadable_images_are_not_stored(model, rows, store, processor, tmp_path):
     (tmp_path / "1.png").write_bytes(b"no image")
     (tmp_path / "2.png").unlink()
     images = store(model, rows)
@@ -262,7 +262,7 @@ def test_unreadable_images_count_for_nothing(model, rows, store, processor, tmp_
     assert (captioned["labels"] != -100).any(1).tolist() == readable
 
 
-def test_of_two_at_once_one_encodes_and_the_other_waits(model, rows, store, encoded):
+def test_if_two_processes_start_one_encodes_and_the_other_waits(model, rows, store, encoded):
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(partial(store, model), [rows, rows])
     assert sum(encoded) == 5
@@ -279,7 +279,7 @@ def states_of_a_new_model(rank, golden, rows, run, home):
     return store_images(model, processor, rows, args)(list(rows))["image_states"].float().sum(-1).tolist()
 
 
-def test_processes_share_the_first_ones_weights(golden, rows, processor, on_two_processes, tmp_path, home):
+def test_all_processes_use_the_weights_of_the_first_one(golden, rows, processor, on_two_processes, tmp_path, home):
     processor.save_pretrained(tmp_path / "processor")
     shutil.copytree(golden / "vqa", tmp_path / "golden" / "vqa")
     cache = str(home.parent.parent)
@@ -287,14 +287,14 @@ def test_processes_share_the_first_ones_weights(golden, rows, processor, on_two_
     assert first == second and len(list(home.iterdir())) == 1
 
 
-def test_a_worker_gets_the_place_and_not_the_features(model, rows, store):
+def test_a_worker_receives_the_path_and_not_the_features(model, rows, store):
     images = store(model, rows)
     content = pickle.dumps(images)
     assert len(content) < ROW_BYTES
     assert torch.equal(pickle.loads(content)(list(rows))["image_states"], images(list(rows))["image_states"])
 
 
-def test_too_small_a_limit_is_refused_before_anything_is_encoded(model, rows, store, encoded):
+def test_limit_that_is_too_small_is_refused_before_anything_is_encoded(model, rows, store, encoded):
     limit = 4.5 * ROW_BYTES / 1e9
     with pytest.raises(ValueError, match=r"needs 5.44e-06 GB for 5 images.*--cache_limit_gb 5.44e-06 allows it"):
         store(model, rows, cache_limit_gb=limit)
@@ -307,7 +307,7 @@ def test_too_small_a_limit_is_refused_before_anything_is_encoded(model, rows, st
     assert sum(encoded) == 2
 
 
-def test_too_full_a_disk_is_refused_before_anything_is_encoded(model, rows, store, encoded, monkeypatch):
+def test_disk_that_is_too_full_is_refused_before_anything_is_encoded(model, rows, store, encoded, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(ValueError, match="the disk has 1e-06 GB free.*HF_HOME moves it to another disk"):
         store(model, rows)
@@ -320,7 +320,7 @@ def test_trained_vision_model_is_refused(model, rows, store):
         store(model, rows)
 
 
-def test_adapter_on_the_vision_model_is_refused_and_one_on_texts_is_not(load, rows, store, encoded):
+def test_adapter_on_the_vision_model_is_refused_and_one_on_the_text_layers_is_not(load, rows, store, encoded):
     adapted = add_lora(load(), PeftArguments(use_peft=True))
     with pytest.raises(ValueError, match="--lora_target_modules query key value dense"):
         store(adapted.get_base_model(), rows)
