@@ -104,13 +104,13 @@ def _split_by_column(table: Table, args: DataArguments) -> tuple[Table, Table | 
                 "Leave them out: a part of the images is then held out."
             )
         return table, None
-    in_rows = isinstance(table, Dataset)
-    values = _split_values(table)
+    values = [] if isinstance(table, RowsOfFile) else _split_values(table)
+    found = table.split_sizes if isinstance(table, RowsOfFile) else dict.fromkeys(values)
 
     def rows_of(split: str) -> Table:
-        _require_split(split, dict.fromkeys(values))
-        if not in_rows:
-            return RowsOfFile(table.read, split)
+        _require_split(split, found)
+        if isinstance(table, RowsOfFile):
+            return table.select_split(split)
         return table.select([position for position, value in enumerate(values) if value == split])
 
     return rows_of(args.train_split), rows_of(args.eval_split) if args.eval_split else None
@@ -131,7 +131,7 @@ def _warn_of_unused_splits(tables: dict[str, Table], args: DataArguments) -> Non
         (table,) = tables.values()
         if "split" not in table.column_names:
             return
-        counts = Counter(_split_values(table))
+        counts = table.split_sizes if isinstance(table, RowsOfFile) else Counter(_split_values(table))
     else:
         counts = {name: None if isinstance(table, IterableDataset) else len(table) for name, table in tables.items()}
     test_split = None if args.test_dataset_name else args.test_split
@@ -145,10 +145,9 @@ def _warn_of_unused_splits(tables: dict[str, Table], args: DataArguments) -> Non
         )
 
 
-def _split_values(table: Dataset | RowsOfFile) -> list[str]:
+def _split_values(table: Dataset) -> list[str]:
     # without [:] a column of datasets 5 comes row by row, which takes a minute for a million
-    values = table["split"][:] if isinstance(table, Dataset) else (row.get("split") for row in table)
-    return [str(value) for value in values]
+    return [str(value) for value in table["split"][:]]
 
 
 def _require_split(split: str, there: Iterable[str]) -> None:

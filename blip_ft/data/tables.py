@@ -6,7 +6,9 @@ import json
 import math
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -25,20 +27,31 @@ Row = dict[str, Any]
 
 
 class RowsOfFile:
-    """Rows that are read again at each pass: held as Python objects, a million with ten answers take 3 GB.
+    """Rows of a file, which is parsed again at each pass: as Python objects, a million with ten answers take 3 GB.
 
     Args:
         read: gives the rows from the beginning.
-        split: only those with this value of the column `split`.
     """
 
-    def __init__(self, read: Callable[[], Iterable[Row]], split: str | None = None) -> None:
-        self.read, self.split = read, split
-        self.length, columns = 0, {}
+    def __init__(self, read: Callable[[], Iterable[Row]]) -> None:
+        self.read, self.split = read, None
+        # value of the column `split` -> its rows and columns; found in the one pass that also counts all rows
+        self.split_sizes: Counter[str] = Counter()
+        self._split_columns: dict[str, dict[str, None]] = {}
+        columns: dict[str, None] = {}
         for row in self:
-            self.length += 1
             columns |= dict.fromkeys(row)
-        self.column_names = list(columns)
+            split = str(row.get("split"))
+            self.split_sizes[split] += 1
+            self._split_columns.setdefault(split, {}).update(dict.fromkeys(row))
+        self.length, self.column_names = self.split_sizes.total(), list(columns)
+
+    def select_split(self, split: str) -> RowsOfFile:
+        """Only the rows with this value of the column `split`. Does not read the file."""
+        selected = copy(self)
+        selected.split, selected.length = split, self.split_sizes[split]
+        selected.column_names = list(self._split_columns[split])
+        return selected
 
     def __len__(self) -> int:
         return self.length

@@ -15,7 +15,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from blip_ft.arguments import DataArguments
-from blip_ft.data import schema
+from blip_ft.data import schema, sources
 from blip_ft.data.images import open_image
 from blip_ft.data.loading import ImageOverlap, load_captions, load_splits, load_to_predict, load_vqa
 from blip_ft.data.sampling import GroupedSampler
@@ -813,3 +813,24 @@ def test_rows_to_test_on_that_serve_otherwise_are_refused_unless_asked_for(folde
     with pytest.raises(ValueError, match=f"{message}.*Name other rows with --test_split or --test_dataset_name"):
         load_splits("vqa", DataArguments(dataset_name=str(folder), **flags))
     assert len(load_splits("vqa", DataArguments(dataset_name=str(folder), allow_image_overlap=True, **flags)).test) == 4
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [({"eval_split": "test"}, 3), ({}, 2), ({"eval_split": "test", "test_split": "final"}, 4)],
+)
+def test_file_with_a_split_column_is_parsed_once_and_again_for_each_part(folder, monkeypatch, name, flags, wanted):
+    splits = ("test", "train", "train", "final")
+    table = pd.DataFrame([{**row, "answers": "x", "split": split} for row, split in zip(ROWS, splits, strict=True)])
+    if name.endswith("csv"):
+        table.to_csv(folder / name, index=False)
+    else:
+        table.to_json(folder / name, orient="records", lines=True)
+    passes = []
+    for reader in ("read_json_lines", "read_csv"):
+        real = getattr(sources, reader)
+        monkeypatch.setattr(sources, reader, lambda path, real=real: passes.append(path) or real(path))
+    rows = load_splits("vqa", DataArguments(dataset_name=str(folder), **flags))
+    assert sum(len(part) for part in rows if part is not None) == (4 if "test_split" in flags else 3 if flags else 2)
+    assert len(passes) == wanted
