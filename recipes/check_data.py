@@ -30,7 +30,7 @@ from blip_ft.arguments import (
 from blip_ft.cli import parse, start_recipe
 from blip_ft.data.loading import load_captions, load_vqa
 from blip_ft.data.sampling import require_whole_batch
-from blip_ft.data.splits import column_names
+from blip_ft.data.splits import read_column_names
 from blip_ft.data.tables import number_images
 from blip_ft.metrics.vqa import answer_type, most_frequent_answer
 
@@ -70,7 +70,7 @@ def main() -> None:
     data_args = replace(data_args, streaming=False)
     bad_rows_file = Path(training_args.output_dir if training_args.output_dir_was_given else ".") / "bad_rows.jsonl"
     bad_rows_file.unlink(missing_ok=True)
-    columns = column_names(data_args)
+    columns = read_column_names(data_args)
     task = task_args.task or task_of(columns, data_args)
     require_columns_of(task, columns, data_args)
     load = load_vqa if task == "vqa" else load_captions

@@ -1,1 +1,1 @@
-"""From any source to batches: rows of one schema, checked, shuffled by image and collated."""
+"""Data wing: read rows from any source, convert and check them, choose splits, shuffle, and build batches."""

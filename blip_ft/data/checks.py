@@ -1,4 +1,4 @@
-"""Find images that cannot be read, and report bad rows."""
+"""Find images that cannot be read, and report rows that cannot be used."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from datasets import (
-    Dataset,
-)
+from datasets import Dataset
 from datasets.config import HF_CACHE_HOME
 from tqdm.auto import tqdm
 
@@ -25,72 +23,24 @@ from blip_ft.data.tables import Row, to_json
 logger = logging.getLogger(__name__)
 
 
-def _signature(path: str) -> str:
-    """Another one after each change of a file.
-
-    Size and mtime alone are kept by `cp -p` and rsync over another file; ctime cannot be set back.
-    """
-    status = os.stat(path)
-    values = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    return hashlib.sha1(f"{path} {values}".encode()).hexdigest()
-
-
-def _remembered(name: str) -> Path:
-    return Path(HF_CACHE_HOME) / "blip_ft" / name
-
-
-def _remember(file: Path, lines: Iterable[str]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as opened:
-            opened.write("".join(f"{line}\n" for line in lines))
-    except OSError as error:
-        logger.info("What was found out about the images cannot be remembered: %s", error)
-
-
-class ImageHashes:
-    """SHA-1 of images. That of a file is remembered on disk, and computed again only once the file has changed."""
-
-    def __init__(self) -> None:
-        self.file = _remembered("image_hashes.txt")
-        lines = self.file.read_text().split("\n") if self.file.is_file() else []
-        whole = re.compile("[0-9a-f]{40} [0-9a-f]{40}")  # a killed run may leave half a line
-        self.known = dict(line.split(" ") for line in lines if whole.fullmatch(line))
-        self.fresh: dict[str, str] = {}
-
-    def of(self, image: Row) -> str:
-        """Of datasets' {"bytes": ..., "path": ...}. Raises: OSError if its file cannot be read."""
-        if image["bytes"] is not None:
-            return content_hash(image)
-        signature = _signature(image["path"])
-        if signature in self.known:
-            return self.known[signature]
-        found = self.known[signature] = content_hash(image)
-        # within two ticks of a file system's clock a second change would leave the same times: FAT counts 2 seconds
-        if time.time() - os.stat(image["path"]).st_ctime > 2:
-            self.fresh[signature] = found
-        return found
-
-    def remember(self) -> None:
-        _remember(self.file, (f"{signature} {found}" for signature, found in self.fresh.items()))
-        self.fresh = {}
-
-
 def find_unreadable_images(parts: Iterable[Part], mode: str) -> dict[str, dict[str, str]]:
-    """Part -> image_id -> reason, of the images whose header, or in mode `full` whose pixels, cannot be read.
+    """For each part, the images that cannot be read: image_id -> reason.
 
-    By part, for two files may count their images from 0 each. In mode `full`, which reads the files anyway, the
-    parts also learn the content of the others.
+    The results are separate for each part because two files may both number their images from 0.
+
+    Args:
+        mode: `header` reads only the header of each image. `full` decodes its pixels; since this reads the files
+            anyway, it also puts the hash of each file into Part.identity.
     """
-    remembered = _remembered("readable_images.txt")
-    known = set(remembered.read_text().split("\n")) if remembered.is_file() else set()
+    cache = _cache_file("readable_images.txt")
+    known = set(cache.read_text().split("\n")) if cache.is_file() else set()
     hashes = ImageHashes()
     found: dict[str, dict[str, str]] = {}
     fresh: list[str] = []
 
     def check(image: Row) -> tuple[str | None, str | None, str | None]:
-        problem, key = _image_problem(image, mode, known)
-        # key is None for bytes, whose hash is known from reading the rows
+        problem, key = _check_image(image, mode, known)
+        # key is None for bytes; their hash is known since the rows were read
         return problem, key, hashes.of(image) if key and mode == "full" else None
 
     for part in parts:
@@ -98,7 +48,7 @@ def find_unreadable_images(parts: Iterable[Part], mode: str) -> dict[str, dict[s
         ordered, column = list(part.first), part.rows.select_columns("image")
         progress = tqdm(total=len(ordered), desc=f"Checking images ({part.name})", delay=3)
         with ThreadPoolExecutor() as pool:
-            # in portions, for map() takes all of its input at once
+            # in chunks, because map() reads all of its input at once
             for start in range(0, len(ordered), 256):
                 ids = ordered[start : start + 256]
                 results = pool.map(check, [column[part.first[image_id]]["image"] for image_id in ids])
@@ -112,12 +62,13 @@ def find_unreadable_images(parts: Iterable[Part], mode: str) -> dict[str, dict[s
                 progress.update(len(ids))
         progress.close()
     if fresh:
-        _remember(remembered, fresh)
+        _append_lines(cache, fresh)
     hashes.remember()
     return found
 
 
-def without_images(rows: Dataset, unreadable: dict[str, str]) -> Dataset:
+def drop_unreadable_images(rows: Dataset, unreadable: dict[str, str]) -> Dataset:
+    """The rows without those whose image_id is in `unreadable`."""
     if not unreadable:
         return rows
     return rows.select(
@@ -126,39 +77,96 @@ def without_images(rows: Dataset, unreadable: dict[str, str]) -> Dataset:
 
 
 def why_unreadable(image: Row) -> str | None:
-    """Why an image cannot be decoded; None where it can."""
-    return _image_problem(image, "full", known=set())[0]
-
-
-def _image_problem(image: Row, mode: str, known: set[str]) -> tuple[str | None, str | None]:
-    """Why an image cannot be read, if so, and under which name a good file is remembered."""
-    key = None
-    if image is None:
-        return "image is missing", None
-    try:
-        if image["bytes"] is None:
-            key = f"{_signature(image['path'])} {mode}"
-            if key in known:
-                return None, key
-        if mode == "full":
-            open_image(image, size=64)  # a JPEG is then decoded at an eighth of its size
-        else:
-            open_encoded(image).close()
-    # decoders raise what they like on broken input: OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-    except Exception as error:
-        return f"image cannot be read: {type(error).__name__}: {error}", None
-    return None, key
+    """The reason why an image cannot be decoded, or None if it can."""
+    return _check_image(image, "full", known=set())[0]
 
 
 def report_bad_rows(bad: list[Row], total: int, max_fraction: float, file: Path | None) -> None:
+    """Log the bad rows and write them to `file`. Raises: ValueError if more than max_fraction of the rows are bad."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(to_json(row) + "\n" for row in bad), encoding="utf-8")
     first = "\n".join(f"  {row['split']} row {row['row']} ({row['image_id']}): {row['reason']}" for row in bad[:5])
     summary = f"{len(bad)} of {total} rows cannot be used" + (f", all listed in {file}" if file else "") + f":\n{first}"
-    if len(bad) / total > max_fraction:  # as the advice below rounds; 0.29 * 100 is less than 29
+    # compared in the same way as the value suggested below is computed: 0.29 * 100 is less than 29
+    if len(bad) / total > max_fraction:
         raise ValueError(
-            f"{summary}\nThat is more than max_bad_fraction = {max_fraction:.2%}. Mend or remove them, or set "
+            f"{summary}\nThat is more than max_bad_fraction = {max_fraction:.2%}. Fix or remove these rows, or set "
             f"--max_bad_fraction {math.ceil(1000 * len(bad) / total) / 1000}"
         )
-    logger.warning("%s\nThey are left out of training; in evaluation an unreadable image counts as wrong.", summary)
+    logger.warning(
+        "%s\nThese rows are not used for training. In evaluation, a row with an unreadable image counts as wrong.",
+        summary,
+    )
+
+
+class ImageHashes:
+    """SHA-1 of images. The hash of a file is cached on disk and computed again only if the file has changed."""
+
+    def __init__(self) -> None:
+        self.file = _cache_file("image_hashes.txt")
+        lines = self.file.read_text().split("\n") if self.file.is_file() else []
+        complete = re.compile("[0-9a-f]{40} [0-9a-f]{40}")  # a killed run may have written half a line
+        self.known = dict(line.split(" ") for line in lines if complete.fullmatch(line))
+        self.fresh: dict[str, str] = {}
+
+    def of(self, image: Row) -> str:
+        """The hash of datasets' {"bytes": ..., "path": ...}. Raises: OSError if the file cannot be read."""
+        if image["bytes"] is not None:
+            return content_hash(image)
+        signature = _file_signature(image["path"])
+        if signature in self.known:
+            return self.known[signature]
+        found = self.known[signature] = content_hash(image)
+        # a file that changes twice within one tick of the file system's clock keeps its times; a tick of FAT is 2 s
+        if time.time() - os.stat(image["path"]).st_ctime > 2:
+            self.fresh[signature] = found
+        return found
+
+    def remember(self) -> None:
+        """Write the new hashes to the cache."""
+        _append_lines(self.file, (f"{signature} {found}" for signature, found in self.fresh.items()))
+        self.fresh = {}
+
+
+def _check_image(image: Row, mode: str, known: set[str]) -> tuple[str | None, str | None]:
+    """The reason why an image cannot be read, if any, and the key under which a readable file is cached."""
+    key = None
+    if image is None:
+        return "image is missing", None
+    try:
+        if image["bytes"] is None:
+            key = f"{_file_signature(image['path'])} {mode}"
+            if key in known:
+                return None, key
+        if mode == "full":
+            open_image(image, size=64)  # decodes a JPEG at an eighth of its size
+        else:
+            open_encoded(image).close()
+    # decoders raise many classes on broken input: OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+    except Exception as error:
+        return f"image cannot be read: {type(error).__name__}: {error}", None
+    return None, key
+
+
+def _file_signature(path: str) -> str:
+    """A string that changes whenever the file changes.
+
+    Size and mtime are not enough: `cp -p` and rsync can replace a file and keep both. ctime cannot be set back.
+    """
+    status = os.stat(path)
+    values = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return hashlib.sha1(f"{path} {values}".encode()).hexdigest()
+
+
+def _cache_file(name: str) -> Path:
+    return Path(HF_CACHE_HOME) / "blip_ft" / name
+
+
+def _append_lines(file: Path, lines: Iterable[str]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as opened:
+            opened.write("".join(f"{line}\n" for line in lines))
+    except OSError as error:
+        logger.info("The results of the image check cannot be cached: %s", error)

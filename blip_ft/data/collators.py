@@ -1,4 +1,4 @@
-"""Rows to batches."""
+"""Turn rows into batches. Each image is in a batch only once."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from transformers import BlipProcessor
 from blip_ft.data.images import encode_row_images
 from blip_ft.data.texts import IGNORED, clean_caption, encode_labels, encode_prompt, encode_texts
 
-# rows with image and image_id -> what encode_row_images gives, or image_states in the place of its pixel_values
+# rows with image and image_id -> the result of encode_row_images, or the same with image_states for pixel_values
 LookUp = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
 
 
 @dataclass
 class VqaCollator:
-    """Rows of image, image_id, question and answers to a batch in which each image stands once.
+    """Batch rows with image, image_id, question and answers.
 
     Returns pixel_values (I, 3, H, W) uint8; input_ids and attention_mask (Q, Lq); image_index (Q,);
     labels (A, La); question_index (A,); answer_weights (A,): count / number of that question's answers; readable (Q,).
-    The answers to an image that cannot be read weigh 0. look_up takes the place of encode_row_images.
+    Answers to an unreadable image have weight 0.
+
+    Args:
+        look_up: used instead of encode_row_images.
     """
 
     processor: BlipProcessor
@@ -52,11 +55,13 @@ class VqaCollator:
 
 @dataclass
 class CaptionCollator:
-    """Rows of image, image_id and caption to a batch to train on, in which each image stands once.
+    """Batch rows with image, image_id and caption for training.
 
     Returns pixel_values (I, 3, H, W) uint8; image_index (C,); input_ids and attention_mask (C, L) of prompt and
-    caption; labels (C, L), -100 on the prompt, on padding and for an image that cannot be read; readable (C,).
-    look_up takes the place of encode_row_images.
+    caption; labels (C, L), -100 on the prompt, on padding and for an unreadable image; readable (C,).
+
+    Args:
+        look_up: used instead of encode_row_images.
     Source: BLIP models/blip.py BLIP_Decoder.forward.
     """
 
@@ -79,13 +84,13 @@ class CaptionCollator:
 
 @dataclass
 class RetrievalCollator:
-    """Rows of image, image_id and caption to a batch to train on, in which each image stands once.
+    """Batch rows with image, image_id and caption for contrastive training.
 
-    A row whose image cannot be read is left out, for it would be a negative to the others.
+    Rows with an unreadable image are left out: they would be negatives of the other rows.
 
     Returns pixel_values (I, 3, H, W) uint8; image_index (C,); image_ids (I,) int64, the same in all batches and runs;
     input_ids and attention_mask (C, L).
-    Raises: ValueError where no image of the batch can be read.
+    Raises: ValueError if no image of the batch can be read.
     """
 
     processor: BlipProcessor
@@ -97,7 +102,7 @@ class RetrievalCollator:
         if not images["readable"].all():
             rows = [row for row, readable in zip(rows, images["readable"].tolist(), strict=True) if readable]
             if not rows:
-                raise ValueError("No image of a whole batch can be read any more. Check that the files are there.")
+                raise ValueError("No image of a batch can be read any more. Check that the files still exist.")
             images = encode_row_images(rows, self.processor.image_processor)
         captions = [clean_caption(row["caption"]) if self.clean else row["caption"] for row in rows]
         image_ids = dict.fromkeys(row["image_id"] for row in rows)
@@ -112,9 +117,9 @@ class RetrievalCollator:
 
 @dataclass
 class ImageCollator:
-    """Rows of image and image_id to a batch of their images alone; no reference can reach the model.
+    """Batch only the images of rows, so that no reference text can reach the model.
 
-    Returns pixel_values (rows, 3, H, W) uint8, readable (rows,).
+    Returns pixel_values (rows, 3, H, W) uint8, one per row, and readable (rows,).
     """
 
     processor: BlipProcessor

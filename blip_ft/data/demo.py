@@ -1,4 +1,4 @@
-"""The built-in data set: coloured shapes drawn from a seed."""
+"""The built-in data set: colored shapes, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import BlipConfig, BlipProcessor
 
 from blip_ft.data.small_model import build_small_config, build_small_processor
 
-IMAGE_SIZE = 64  # pixels a side
+IMAGE_SIZE = 64  # pixels per side
 
 COLORS = {
     "red": (220, 40, 40),
@@ -29,12 +29,22 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 
 NUMBERS = ("zero", "one", "two", "three")
 
+# every image has each question once; the placeholders are filled from the scene
+QUESTIONS = (
+    "what color is the {shape} ?",
+    "what shape is {color} ?",
+    "how many shapes are there ?",
+    "is there a {color} {shape} ?",
+    "what is in the {place} ?",
+    "what color is the shape in the {place} ?",
+)
+
 # cell -> (color, shape)
 Scene = dict[int, tuple[str, str]]
 
 
 def load_demo(num_train: int = 3000, num_eval: int = 300, seed: int = 0) -> DatasetDict:
-    """Splits train and validation of images with six questions and a caption each; no scene is in both.
+    """The splits train and validation. Each image has six questions and one caption; no scene is in both splits.
 
     Columns: image (encoded PNG), image_id, question, question_id, answers, answer_type, captions.
     """
@@ -59,30 +69,22 @@ def load_demo(num_train: int = 3000, num_eval: int = 300, seed: int = 0) -> Data
 
 
 def build_demo_processor() -> BlipProcessor:
-    """Images of 64 x 64; the demo's words, and single letters and digits for any other text in English."""
+    """A processor for images of 64 x 64 pixels.
+
+    The tokenizer knows the demo's words and spells any other English text with single characters.
+    """
     words = {word for sentence in (*QUESTIONS, "a picture of and") for word in sentence.split() if word.isalpha()}
     words |= {*COLORS, *SHAPES, *NUMBERS, *(word for place in PLACES for word in place.split()), "yes", "no"}
     return build_small_processor(words, IMAGE_SIZE)
 
 
 def build_demo_config() -> BlipConfig:
-    """A BLIP of 2.1 M parameters with four patches, one for each cell of the demo's images."""
+    """A BLIP with 2.1 M parameters and four patches, one per cell of the demo's images."""
     return build_small_config(build_demo_processor(), patch_size=IMAGE_SIZE // 2)
 
 
-# each in every image once; the placeholders are filled from the scene
-QUESTIONS = (
-    "what color is the {shape} ?",
-    "what shape is {color} ?",
-    "how many shapes are there ?",
-    "is there a {color} {shape} ?",
-    "what is in the {place} ?",
-    "what color is the shape in the {place} ?",
-)
-
-
 def _draw_scene(generator: random.Random) -> Scene:
-    """One to three shapes in different cells of a 2 x 2 grid, no two of one color or one form."""
+    """One to three shapes in different cells of a 2 x 2 grid, all with different colors and forms."""
     number = generator.choices((1, 2, 3), weights=(1, 8, 16))[0]
     cells = generator.sample(range(4), number)
     return dict(
@@ -98,7 +100,7 @@ def _rows_of(scene: Scene, image_id: str, generator: random.Random) -> list[dict
     cell = generator.choice(list(scene))
     color, shape = scene[cell]
     asked_color, asked_shape = color, shape
-    if generator.random() < 0.5:  # a shape and color that are not together in the image
+    if generator.random() < 0.5:  # ask for a shape and color that the image does not have
         while (asked_color, asked_shape) in scene.values():
             asked_color, asked_shape = generator.choice(list(COLORS)), generator.choice(SHAPES)
     filled = {"shape": shape, "color": color, "place": PLACES[cell]}
@@ -132,7 +134,7 @@ def _rows_of(scene: Scene, image_id: str, generator: random.Random) -> list[dict
 
 
 def _paint(scene: Scene, generator: random.Random) -> bytes:
-    """PNG bytes; position and size of each shape vary by a few pixels."""
+    """The image as PNG bytes. Position and size of each shape vary by a few pixels."""
     image = PillowImage.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (20, 20, 30))
     pen = ImageDraw.Draw(image)
     half = IMAGE_SIZE // 4

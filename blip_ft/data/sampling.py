@@ -1,4 +1,4 @@
-"""The order in which rows are trained on, and the rows that each process evaluates."""
+"""The order of the rows in each training epoch, and the rows that each process evaluates."""
 
 from __future__ import annotations
 
@@ -6,16 +6,6 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
-
-
-def require_whole_batch(number: int, global_batch_size: int) -> None:
-    """Raises: ValueError where there are fewer rows than one optimiser step takes."""
-    if number < global_batch_size:
-        raise ValueError(
-            f"One step takes {global_batch_size} rows (per_device_train_batch_size x processes x "
-            f"gradient_accumulation_steps) and there are {number}. Choose at most {number}, e.g. "
-            f"--per_device_train_batch_size {number} --gradient_accumulation_steps 1 on one process."
-        )
 
 
 def share_of_process(images: np.ndarray, process: int, num_processes: int, done: Collection[int] = ()) -> list[int]:
@@ -31,13 +21,13 @@ def share_of_process(images: np.ndarray, process: int, num_processes: int, done:
 
 
 class GroupedSampler(Sampler[int]):
-    """Row positions of one epoch in random order, the rows of an image side by side, cut to whole global batches.
+    """Row positions of one epoch in random order, with the rows of an image together, cut to whole global batches.
 
     Args:
-        images: (rows,), the number of each row's image, as number_images gives it.
-        global_batch_size: rows of one optimiser step: per device x processes x accumulation.
-        group: False shuffles rows, whatever their image.
-    Source: the original drops the last batch (utils.py create_loader, drop_last); what is cut differs per epoch.
+        images: (rows,), the number of each row's image, from number_images.
+        global_batch_size: rows per optimizer step: per device x processes x accumulation.
+        group: False shuffles single rows, regardless of their image.
+    Source: the original drops the last batch (utils.py create_loader, drop_last). Each epoch drops different rows.
     """
 
     def __init__(self, images: np.ndarray, global_batch_size: int, seed: int, group: bool = True) -> None:
@@ -54,7 +44,18 @@ class GroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng((self.seed, self.epoch))
-        place = generator.permutation(int(self.images.max()) + 1)[self.images]
-        order = np.lexsort((generator.random(len(place)), place))
-        for start in range(0, self.length, 1 << 16):  # all at once, a list of Python's integers is the larger part
+        rank = generator.permutation(int(self.images.max()) + 1)[self.images]  # (rows,)
+        order = np.lexsort((generator.random(len(rank)), rank))
+        # in chunks: a list of all positions as Python integers would take more memory than the arrays
+        for start in range(0, self.length, 1 << 16):
             yield from order[start : min(start + (1 << 16), self.length)].tolist()
+
+
+def require_whole_batch(num_rows: int, global_batch_size: int) -> None:
+    """Raises: ValueError if there are fewer rows than one optimizer step uses."""
+    if num_rows < global_batch_size:
+        raise ValueError(
+            f"One optimizer step uses {global_batch_size} rows (per_device_train_batch_size x processes x "
+            f"gradient_accumulation_steps), but there are only {num_rows}. Choose at most {num_rows}, e.g. "
+            f"--per_device_train_batch_size {num_rows} --gradient_accumulation_steps 1 on one process."
+        )

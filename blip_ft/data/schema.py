@@ -1,4 +1,4 @@
-"""Any columns to ours. No path leaves the image folder, and nothing is fetched from a URL."""
+"""Convert rows with any columns to one schema. No path leaves the image folder, and no URL is fetched."""
 
 from __future__ import annotations
 
@@ -15,20 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import (
-    Dataset,
-    Features,
-    Image,
-    IterableDataset,
-    List,
-    Value,
-    concatenate_datasets,
-)
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
 from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from blip_ft.arguments import DataArguments
-from blip_ft.data.tables import Row, Table, any_bytes, iterate, rows_on_disk
+from blip_ft.data.tables import Row, Table, contains_bytes, iterate_rows, store_on_disk
 from blip_ft.data.texts import clean_caption
 
 HUB_CACHES = (HF_DATASETS_CACHE, HF_HUB_CACHE)
@@ -42,9 +34,9 @@ VQA_FEATURES = {
 
 
 class Schema:
-    """From the rows of a source, whatever its columns are called, to ours."""
+    """Converts the rows of a source, whatever its columns are called, to our columns."""
 
-    references: str  # the argument that names the column of what a model is to say
+    references: str  # the argument that names the column of what the model should say
 
     def __init__(
         self, args: DataArguments, columns: list[str], folder: Path | None, name: str, needs_references: bool = True
@@ -61,51 +53,54 @@ class Schema:
         if self.id_column != "image_id":
             _require_columns({"image_id_column": self.id_column}, columns)
         self.has_type = "answer_type" in columns
-        self.images: dict[str, int] = {}  # given image_id -> hash of the path or content that it stands for
+        self.images: dict[str, int] = {}  # image_id of the source -> hash of the path or content that it stands for
         self.in_place = False  # whether the images stay in the table that they came in
         self.features = Features({"image": Image(decode=False), "image_id": Value("string"), **self._text_features()})
         self.needed = {self.image_column, self.id_column, *self.text_columns.values(), "question_id", "answer_type"}
 
     def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
-        """Argument -> the column that it names, of those that are needed."""
+        """The columns that are needed: argument -> the column that it names."""
         raise NotImplementedError
 
     def _text_features(self) -> dict[str, Any]:
         raise NotImplementedError
 
     def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
-        """The columns beside the image, and why the row cannot be used, if so."""
+        """All columns except the image, and the reason why the row cannot be used, if any."""
         raise NotImplementedError
 
     def convert(self, row: Row, position: int) -> tuple[Row, str | None]:
-        """The row in the schema, and why it cannot be used, if so."""
-        image, made_id, reason = find_image(row.get(self.image_column), self.folder, self.in_place)
+        """The row in our columns, and the reason why it cannot be used, if any."""
+        image, made_id, reason = _find_image(row.get(self.image_column), self.folder, self.in_place)
         given_id = _as_id(row.get(self.id_column))
         texts, problem = self._texts(row, position)
         reason = reason or problem
         if given_id and not reason:
-            # the images of an id stand once in a batch: the second one would never be seen
+            # a batch has one image per image_id, so a second image with the same id would never be seen
             content = hash(image["path"] or made_id)
             if self.images.setdefault(given_id, content) != content:
-                reason = f"image is another one than that of an earlier row with {self.id_column} {given_id}"
+                reason = f"image is not the one of an earlier row with the same {self.id_column} {given_id}"
         return {"image": image, "image_id": given_id or made_id, **texts}, reason
 
     def identity(self, image_id: str, image: Row) -> int:
-        """Equal for equal paths and for equal bytes, whatever their image_id."""
-        return self.images.get(image_id, hash(image["path"] or image_id))  # which is made of the bytes
+        """A number that is equal for equal paths and for equal bytes, even if their image_id differs."""
+        # without a path, an image_id that the source did not give is a hash of the bytes
+        return self.images.get(image_id, hash(image["path"] or image_id))
 
     def to_train(self, rows: list[Row]) -> Iterable[Row]:
-        """Converted rows of one image as they are trained on."""
+        """Turn the converted rows of one image into rows to train on."""
         return rows
 
-    def good(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
-        """The rows with an image's path or bytes and its texts."""
+    def usable_rows(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
+        """The rows that can be used: those without a reason against them."""
         if not any(reasons):
             return rows
         return rows.select(np.flatnonzero([reason is None for reason in reasons]))
 
 
 class VqaSchema(Schema):
+    """Rows with one question and its answers."""
+
     references = "answer_column"
 
     def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
@@ -118,11 +113,11 @@ class VqaSchema(Schema):
     def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
         question, reason = row.get(self.text_columns["question_column"]), None
         answers = _as_texts(row.get(self.text_columns["answer_column"]), "answer")
-        question = clean_text(question) if isinstance(question, str) else ""
+        question = _clean_text(question) if isinstance(question, str) else ""
         if not question:
-            reason = "question is empty or no text"
+            reason = "question is empty or not a text"
         elif not answers and self.needs_references:
-            reason = "answer is empty or no text"
+            reason = "answer is empty or not a text"
         texts = {
             "question": question,
             "answers": answers,
@@ -134,6 +129,8 @@ class VqaSchema(Schema):
 
 
 class CaptionSchema(Schema):
+    """Rows with one or more captions. The captions of all usable rows of an image are merged into one row."""
+
     references = "caption_column"
 
     def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
@@ -144,57 +141,93 @@ class CaptionSchema(Schema):
 
     def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
         captions = _as_texts(row.get(self.text_columns["caption_column"]), "caption")
-        # "..." is one without a word once it is cleaned
+        # a caption like "..." has no words left after cleaning
         captions = [caption for caption in captions if clean_caption(caption)]
         missing = self.needs_references and not captions
-        return {"captions": captions}, "caption is empty or no text" if missing else None
+        return {"captions": captions}, "caption is empty or not a text" if missing else None
 
     def to_train(self, rows: list[Row]) -> Iterable[Row]:
+        """One row per different caption."""
         captions = dict.fromkeys(caption for row in rows for caption in row["captions"])
         image = {name: rows[0][name] for name in ("image", "image_id")}
         return [{**image, "caption": caption} for caption in captions]
 
-    def good(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
-        """One row an image, in order of first appearance, with the different captions of all its good rows."""
+    def usable_rows(self, rows: Dataset, reasons: list[str | None]) -> Dataset:
+        """One row per image, in order of first appearance, with the different captions of all its usable rows."""
         first: dict[str, int] = {}
         captions: dict[int, dict[str, None]] = {}
         for position, (image_id, texts) in enumerate(zip(rows["image_id"][:], rows["captions"][:], strict=True)):
             if not reasons[position]:
                 captions.setdefault(first.setdefault(image_id, position), {}).update(dict.fromkeys(texts))
-        # put together before rows are selected: after it, datasets would copy every image
+        # merge before selecting rows: after select(), datasets would copy every image
         merged = ({"captions": list(captions.get(position, ()))} for position in range(len(rows)))
-        columns = [rows.remove_columns("captions"), rows_on_disk(merged, Features(self._text_features()))]
+        columns = [rows.remove_columns("captions"), store_on_disk(merged, Features(self._text_features()))]
         return concatenate_datasets(columns, axis=1).select(list(first.values()))
 
 
-def find_image(value: Any, folder: Path | None, in_place: bool) -> tuple[Row, str, str | None]:
-    """The column `image`, an image_id made of its content or file, and why the image cannot be used, if so."""
-    content = value
-    if isinstance(value, dict):
-        content, value = value.get("bytes"), value.get("path")
-    if isinstance(content, bytes):
-        return {"bytes": content, "path": None}, hashlib.sha1(content).hexdigest(), None
-    made_id = value
-    if in_place and folder:
-        located, reason = value, "image has no bytes" if value else None
-    elif in_place:
-        # of a Hub data set, whose files lie in the cache; a row that names another file is not to be trusted
-        made_id = str(Path(value).resolve()) if value else None
-        inside = not value or any(Path(made_id).is_relative_to(Path(cache).resolve()) for cache in HUB_CACHES)
-        located, reason = value, None if inside else "image lies outside the Hub's cache"
-    elif isinstance(value, str):
-        located, made_id, reason = _locate(value, folder)
-    else:
-        located, reason = None, "image is no path"
-    # neither of both is refused by datasets
-    return {"bytes": None, "path": located or ""}, _as_id(made_id) or "none", reason
+class Part:
+    """The converted rows of one split and, for each row, the reason why it cannot be used, if any."""
 
+    def __init__(self, table: Table, schema: Schema) -> None:
+        self.schema, self.name = schema, schema.name
+        features, images = schema.features.copy(), None
+        if isinstance(table, Dataset):
+            # a second column of images would be decoded with each row
+            table = table.select_columns([name for name in table.column_names if name in schema.needed])
+            feature = table.features[schema.image_column]
+            if isinstance(feature, List):
+                raise ValueError(
+                    f'Column "{schema.image_column}" contains lists; expected one image per row. Give each image its '
+                    "own row, or choose another column with --image_column."
+                )
+            if _is_image_feature(feature):
+                table = table.cast_column(schema.image_column, Image(decode=False))
+                if schema.folder is None or contains_bytes(table, schema.image_column):
+                    schema.in_place = True
+                    images = table.select_columns(schema.image_column).rename_columns({schema.image_column: "image"})
+                    del features["image"]
+        self.reasons: list[str | None] = []
+        self.first: dict[str, int] = {}  # image_id -> the first usable row with this image
+        # image_id -> hash of the image's content or, while that is unknown, of its path: equal for one image of two ids
+        self.identity: dict[str, int] = {}
+        self.rows = store_on_disk(self._convert(table, features), features)
+        if images is not None:
+            self.rows = concatenate_datasets([images, self.rows], axis=1)
 
-def holds_images(feature: Any) -> bool:
-    """Images, or what parquet has of them without their feature: {"bytes": binary, "path": string} or binary."""
-    if isinstance(feature, dict):
-        return set(feature) == {"bytes", "path"}
-    return isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary"))
+    def _convert(self, table: Table, features: Features) -> Iterator[Row]:
+        # rows of a stream beyond the limit are not even fetched
+        limit = self.schema.max_eval_samples if isinstance(table, IterableDataset) else None
+        for position, row in enumerate(islice(iterate_rows(table), limit)):
+            converted, reason = self.schema.convert(row, position)
+            self.reasons.append(reason)
+            image_id = converted["image_id"]
+            if not reason and image_id not in self.first:
+                self.first[image_id] = position
+                self.identity[image_id] = self.schema.identity(image_id, converted["image"])
+            yield {name: converted[name] for name in features}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def usable_rows(self) -> Dataset:
+        return self.schema.usable_rows(self.rows, self.reasons)
+
+    def bad_rows(self, unreadable: dict[str, str]) -> Iterator[Row]:
+        """Split, row, image_id and reason of each row that cannot be used.
+
+        Args:
+            unreadable: image_id -> reason, from find_unreadable_images.
+        """
+        if not unreadable and not any(self.reasons):
+            return
+        for position, (image_id, reason) in enumerate(zip(self.rows["image_id"][:], self.reasons, strict=True)):
+            if reason or image_id in unreadable:
+                yield {
+                    "split": self.name,
+                    "row": position,
+                    "image_id": image_id,
+                    "reason": reason or unreadable[image_id],
+                }
 
 
 def _require_columns(needed: dict[str, str], found: list[str]) -> None:
@@ -205,28 +238,77 @@ def _require_columns(needed: dict[str, str], found: list[str]) -> None:
             example = (nearest or [usual if not found else "NAME"])[0]
             way_out = f"Set {argument}, e.g. --{argument} {example}"
             if not nearest and argument == "question_column" and {"caption", "captions"} & set(found):
-                way_out = f"For captions there are recipes/captioning.py and retrieval.py; else set {argument}"
+                way_out = f"For captions, use recipes/captioning.py or retrieval.py; for questions, set {argument}"
             elif not nearest and argument == "caption_column" and "question" in found:
-                way_out = f"For questions there is recipes/vqa.py; else set {argument}"
+                way_out = f"For questions, use recipes/vqa.py; for captions, set {argument}"
             raise ValueError(
                 f"Rows need the columns {', '.join(sorted(needed.values()))}; this data set has {', '.join(found)}. "
                 + way_out
             )
 
 
-def clean_text(text: str) -> str:
-    """Without control characters, halves of surrogate pairs and the like, which the tokenizer passes over."""
-    text = text.strip()
-    if text.isascii() and text.isprintable():
-        return text  # nearly all, and the rest takes longer
-    kept = [char for char in text if char.isspace() or unicodedata.category(char)[0] != "C" and char != "\ufffd"]
-    # accents alone are no text: the tokenizer strips them
-    has_text = any(unicodedata.category(char)[0] in "LNPS" for char in kept)
-    return "".join(kept).strip() if has_text else ""
+def _is_image_feature(feature: Any) -> bool:
+    """Whether a column has images.
+
+    Also True for the forms that images have in parquet without their feature: {"bytes": binary, "path": string}, or
+    binary.
+    """
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, Image) or feature in (Value("binary"), Value("large_binary"))
+
+
+def _find_image(value: Any, folder: Path | None, in_place: bool) -> tuple[Row, str, str | None]:
+    """The column `image`, an image_id made from the content or file, and why the image cannot be used, if so."""
+    content = value
+    if isinstance(value, dict):
+        content, value = value.get("bytes"), value.get("path")
+    if isinstance(content, bytes):
+        return {"bytes": content, "path": None}, hashlib.sha1(content).hexdigest(), None
+    made_id = value
+    if in_place and folder:
+        located, reason = value, "image has no bytes" if value else None
+    elif in_place:
+        # the files of a Hub data set are in the cache; a row that names any other file cannot be trusted
+        made_id = str(Path(value).resolve()) if value else None
+        inside = not value or any(Path(made_id).is_relative_to(Path(cache).resolve()) for cache in HUB_CACHES)
+        located, reason = value, None if inside else "image is outside the Hub's cache"
+    elif isinstance(value, str):
+        located, made_id, reason = _locate(value, folder)
+    else:
+        located, reason = None, "image is not a path"
+    # datasets refuses an image with neither bytes nor path
+    return {"bytes": None, "path": located or ""}, _as_id(made_id) or "none", reason
+
+
+@lru_cache(maxsize=1 << 16)  # the rows of an image repeat its path
+def _locate(path: str, folder: Path | None) -> tuple[str | None, str, str | None]:
+    """(absolute path, image_id, None), or (None, path as written, reason why it is refused).
+
+    The image_id is the path of the resolved file, relative to folder: the same for a.png, ./a.png and a link to it.
+    """
+    if path != _as_id(path):
+        return None, path, "image has no path, or its path is not text in UTF-8"
+    if "://" in path or path.startswith("data:"):
+        return None, path, "image is a URL, and URLs in rows are not fetched"
+    if not path.strip() or "\0" in path:
+        return None, path, "image has no path"
+    root, written = (folder or Path.cwd()).resolve(), path
+    # COCO's archives unpack into folders named after the subset: train2014/COCO_train2014_000000000009.jpg
+    subset = COCO_FILE.fullmatch(path)
+    if subset and (root / subset[1] / path).exists():
+        path = os.path.join(subset[1], path)
+    try:
+        resolved = (root / path).resolve()  # follows links, so that no link leads out of the folder
+    except (OSError, RuntimeError) as error:  # a circle of links
+        return None, written, f"image's path cannot be resolved: {error}"
+    if not resolved.is_relative_to(root):
+        return None, written, f"image is outside {root}"
+    return str(resolved), resolved.relative_to(root).as_posix(), None
 
 
 def _as_id(value: Any) -> str | None:
-    """An id as text that UTF-8 can hold, None for what is none: an empty cell, NaN, a list."""
+    """An id as text that can be encoded as UTF-8; None for a value that is not an id: an empty cell, NaN, a list."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if not isinstance(value, (str, int, float)) or value == "":
@@ -235,9 +317,9 @@ def _as_id(value: Any) -> str | None:
 
 
 def _as_texts(value: Any, name: str) -> list[str]:
-    """Strings of a column's value: a string, number or boolean, a dict with one under `name`, or a list of these."""
+    """The texts of a column's value: a string, number or boolean, a dict with one under `name`, or a list of these."""
     texts, waiting = [], [value]
-    while waiting:  # not by recursion: a file may hold brackets within brackets
+    while waiting:  # not recursive: a file may have very deeply nested lists
         entry = waiting.pop()
         if isinstance(entry, dict):
             waiting.append(entry.get(name))
@@ -255,90 +337,15 @@ def _as_text(value: Any) -> str:
         if not math.isfinite(value):
             return ""
         value = int(value) if value.is_integer() else value
-    return clean_text(str(value)) if isinstance(value, (str, int, float)) else ""
+    return _clean_text(str(value)) if isinstance(value, (str, int, float)) else ""
 
 
-@lru_cache(maxsize=1 << 16)  # the rows of an image repeat its path
-def _locate(path: str, folder: Path | None) -> tuple[str | None, str, str | None]:
-    """An image's absolute path, its image_id, and None; or None, the path as written and why it is refused.
-
-    The image_id is the path within folder of the file itself: the same for a.png, ./a.png and a link to it.
-    """
-    if path != _as_id(path):
-        return None, path, "image has no path, or one that is no text in UTF-8"
-    if "://" in path or path.startswith("data:"):
-        return None, path, "image is a URL; nothing is fetched from a row"
-    if not path.strip() or "\0" in path:
-        return None, path, "image has no path"
-    root, written = (folder or Path.cwd()).resolve(), path
-    # COCO's archives unpack into folders that are named after the subset: train2014/COCO_train2014_000000000009.jpg
-    subset = COCO_FILE.fullmatch(path)
-    if subset and (root / subset[1] / path).exists():
-        path = os.path.join(subset[1], path)
-    try:
-        resolved = (root / path).resolve()  # follows links, so that none leads out of the folder
-    except (OSError, RuntimeError) as error:  # links in a circle
-        return None, written, f"image's path leads nowhere: {error}"
-    if not resolved.is_relative_to(root):
-        return None, written, f"image lies outside {root}"
-    return str(resolved), resolved.relative_to(root).as_posix(), None
-
-
-class Part:
-    """One split in the schema, with the reason for which each row cannot be used, if any."""
-
-    def __init__(self, table: Table, schema: Schema) -> None:
-        self.schema, self.name = schema, schema.name
-        features, images = schema.features.copy(), None
-        if isinstance(table, Dataset):
-            # another column of images would be decoded with each row
-            table = table.select_columns([name for name in table.column_names if name in schema.needed])
-            feature = table.features[schema.image_column]
-            if isinstance(feature, List):
-                raise ValueError(
-                    f"A row has one image, and those of the column {schema.image_column} are lists. Give each "
-                    "image a row, or name another column: --image_column"
-                )
-            if holds_images(feature):
-                table = table.cast_column(schema.image_column, Image(decode=False))
-                if schema.folder is None or any_bytes(table, schema.image_column):
-                    schema.in_place = True
-                    images = table.select_columns(schema.image_column).rename_columns({schema.image_column: "image"})
-                    del features["image"]
-        self.reasons: list[str | None] = []
-        self.first: dict[str, int] = {}  # image_id -> the first row that shows it and can be used
-        # image_id -> hash of its content or, as long as that is not known, of its path: equal for one image of two ids
-        self.identity: dict[str, int] = {}
-        self.rows = rows_on_disk(self._convert(table, features), features)
-        if images is not None:
-            self.rows = concatenate_datasets([images, self.rows], axis=1)
-
-    def _convert(self, table: Table, features: Features) -> Iterator[Row]:
-        # what is not needed of a stream is not fetched
-        limit = self.schema.max_eval_samples if isinstance(table, IterableDataset) else None
-        for position, row in enumerate(islice(iterate(table), limit)):
-            converted, reason = self.schema.convert(row, position)
-            self.reasons.append(reason)
-            image_id = converted["image_id"]
-            if not reason and image_id not in self.first:
-                self.first[image_id] = position
-                self.identity[image_id] = self.schema.identity(image_id, converted["image"])
-            yield {name: converted[name] for name in features}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def bad_rows(self, unreadable: dict[str, str]) -> Iterator[Row]:
-        if not unreadable and not any(self.reasons):
-            return
-        for position, (image_id, reason) in enumerate(zip(self.rows["image_id"][:], self.reasons, strict=True)):
-            if reason or image_id in unreadable:
-                yield {
-                    "split": self.name,
-                    "row": position,
-                    "image_id": image_id,
-                    "reason": reason or unreadable[image_id],
-                }
-
-    def good(self) -> Dataset:
-        return self.schema.good(self.rows, self.reasons)
+def _clean_text(text: str) -> str:
+    """The text without control characters, lone surrogates and other characters that the tokenizer ignores."""
+    text = text.strip()
+    if text.isascii() and text.isprintable():
+        return text  # true for nearly all texts; the rest is slower
+    kept = [char for char in text if char.isspace() or unicodedata.category(char)[0] != "C" and char != "\ufffd"]
+    # accents alone are not a text: the tokenizer strips them
+    has_text = any(unicodedata.category(char)[0] in "LNPS" for char in kept)
+    return "".join(kept).strip() if has_text else ""

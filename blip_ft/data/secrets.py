@@ -1,4 +1,4 @@
-"""Keep tokens and passwords out of messages and logs."""
+"""Keep tokens and passwords out of error messages and logs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from huggingface_hub.utils.logging import get_logger
 
 
 def hide_secrets(text: str) -> str:
-    """text without tokens, and without the user and password of any URL in it."""
+    """Replace tokens in the text, and remove user and password from its URLs."""
     text = re.sub(r"(?<=://)[^/?#\s]*@", "", text)
-    # an HTTP library that finds a header malformed quotes it
+    # HTTP libraries quote a malformed header in their errors
     return re.sub(r"Bearer \S+|hf_\w{30,}", "(token)", text)
 
 
@@ -20,6 +20,6 @@ def _hide_in_record(record: logging.LogRecord) -> bool:
     return True
 
 
-# huggingface_hub logs each failed request with its whole URL; its own handlers come before those of the root
+# huggingface_hub logs the full URL of each failed request, and its own handlers run before the root logger's
 for _handler in get_logger("huggingface_hub").handlers:
     _handler.addFilter(_hide_in_record)

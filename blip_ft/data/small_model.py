@@ -12,8 +12,8 @@ from transformers import BertTokenizer, BlipConfig, BlipImageProcessor, BlipProc
 
 
 def build_small_processor(words: Iterable[str], image_size: int) -> BlipProcessor:
-    """A processor whose tokenizer knows words, and spells any other word with their characters or those of ASCII."""
-    # as BERT's tokenizer splits and writes texts
+    """A processor whose tokenizer knows the given words and spells any other word with their or ASCII characters."""
+    # split and normalize texts as BERT's tokenizer does
     split = BertTokenizer(vocab={"[UNK]": 0}).backend_tokenizer
     texts = (split.normalizer.normalize_str(word) for word in words)
     known = {word for text in texts for word, _ in split.pre_tokenizer.pre_tokenize_str(text)}
@@ -38,7 +38,7 @@ def build_small_config(
     max_tokens: int = 64,
     initializer_range: float = 0.08,
 ) -> BlipConfig:
-    """Arguments as of build_small_blip; [DEC] and [ENC] come after the tokenizer's words, as on the Hub."""
+    """For the arguments see build_small_blip. [DEC] and [ENC] come after the tokenizer's words, as on the Hub."""
     tokenizer, image_size = processor.tokenizer, processor.image_processor.size["height"]
     if patch_size < 1 or image_size % patch_size:
         raise ValueError(f"image_size must be a multiple of patch_size, found {image_size} and {patch_size}.")
@@ -74,5 +74,8 @@ def build_small_config(
 
 
 def init_position_embeddings(model: PreTrainedModel) -> None:
-    """New position rows of the size of patch embeddings; at the usual 0.02 the model is slow to tell places apart."""
+    """Draw new position embeddings with standard deviation 1, similar in size to the patch embeddings.
+
+    With the usual 0.02 the model learns positions slowly.
+    """
     torch.nn.init.normal_(model.vision_model.embeddings.position_embedding)

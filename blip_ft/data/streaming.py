@@ -1,4 +1,4 @@
-"""Rows that are read while training, without a copy on disk."""
+"""Rows that are read during training, without a copy on disk."""
 
 from __future__ import annotations
 
@@ -9,31 +9,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import (
-    Dataset,
-    Image,
-    IterableDataset,
-)
+from datasets import Dataset, Image, IterableDataset
 
 from blip_ft.arguments import DataArguments
 from blip_ft.data.schema import Schema
-from blip_ft.data.tables import Row, Table, iterate, to_json
+from blip_ft.data.tables import Row, Table, iterate_rows, to_json
 
 logger = logging.getLogger(__name__)
 
 
 class StreamedRows(torch.utils.data.IterableDataset):
-    """Rows to train on, read as they are needed and without end; rows of an image that follow each other stay so.
+    """Rows to train on, read as they are needed, without an end. Consecutive rows of one image stay together.
 
-    A pass over the source gives each row once, among all processes and workers together. Where the Hub has a number of
-    files that they can share evenly, each reads files of its own; else each reads all and keeps every n-th image.
-    Rows that cannot be used are skipped, and listed in bad_rows_file during the first pass. Same seed, processes and
-    workers: same order.
+    All processes and workers together read each row once per pass over the source. If the Hub has a number of files
+    that divides evenly among them, each reads its own files; otherwise each reads all rows and keeps every n-th image.
+    Rows that cannot be used are skipped, and listed in bad_rows_file during the first pass. The order depends only on
+    the seed and the numbers of processes and workers.
 
-    The trainer sets process, num_processes, batch_size, and first_batch to begin at: those of this process before it
-    are read, but no image of theirs is decoded.
+    The trainer sets process, num_processes, batch_size and first_batch. Batches of this process before first_batch are
+    read and skipped, and none of their images is decoded.
 
-    Raises: ValueError in a pass where more than max_bad_fraction of the rows cannot be used, counted from 1,000 rows.
+    Raises: ValueError if more than max_bad_fraction of a pass's rows cannot be used, checked from 1,000 rows on and at
+        the end of the pass.
     """
 
     def __init__(
@@ -44,7 +41,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
             for name in images:
                 table = table.cast_column(name, Image(decode=False))
         if bad_rows_file is not None:
-            bad_rows_file.unlink(missing_ok=True)  # of a run that is resumed: its rows are read, and listed, anew
+            bad_rows_file.unlink(missing_ok=True)  # a resumed run reads its rows, and lists the bad ones, again
         self.table, self.schema, self.args, self.seed = table, schema, args, seed
         self.bad_rows_file = bad_rows_file
         self.process, self.num_processes, self.batch_size, self.first_batch = 0, 1, 1, 0
@@ -52,49 +49,51 @@ class StreamedRows(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[Row]:
         worker = torch.utils.data.get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        # the loader takes a batch of each worker in turn, and begins with the first
+        # the loader takes batches from its workers in turn, starting with worker 0
         number = (number + self.first_batch) % workers
-        place, places = self.process * workers + number, self.num_processes * workers
-        rows = chain.from_iterable(self.read_pass(epoch, place, places) for epoch in count())
+        shard, num_shards = self.process * workers + number, self.num_processes * workers
+        rows = chain.from_iterable(self.read_pass(epoch, shard, num_shards) for epoch in count())
         batches_before = len(range(number, self.first_batch, workers))
         return islice(rows, batches_before * self.batch_size, None)
 
     def first_rows(self) -> Iterator[Row]:
-        """The rows in their order in the source, to look at; none is listed as bad."""
-        for row in self._good_rows(self.table, listed=False):
+        """The rows in the order of the source, for inspection. Bad rows are skipped and not listed."""
+        for row in self._usable_rows(self.table, listed=False):
             yield from self.schema.to_train([row])
 
-    def read_pass(self, epoch: int, place: int = 0, places: int = 1) -> Iterator[Row]:
-        """The rows that one of `places` readers has in a pass, in random order."""
-        generator = np.random.default_rng((self.seed, epoch, place))
-        table, share, shares = self.table, place, places
-        if isinstance(table, IterableDataset) and table.num_shards % places == 0 and not self.args.max_train_samples:
-            table, share, shares = table.shard(places, place), 0, 1
-        good = self._good_rows(table, listed=epoch == 0 and share == 0)
+    def read_pass(self, epoch: int, shard: int = 0, num_shards: int = 1) -> Iterator[Row]:
+        """The rows of one of num_shards readers in one pass, in random order."""
+        generator = np.random.default_rng((self.seed, epoch, shard))
+        # of the rows in `table`, this reader keeps every `step`-th image, starting from number `first`
+        table, first, step = self.table, shard, num_shards
+        can_share_files = isinstance(table, IterableDataset) and table.num_shards % num_shards == 0
+        if can_share_files and not self.args.max_train_samples:
+            table, first, step = table.shard(num_shards, shard), 0, 1
+        rows = self._usable_rows(table, listed=epoch == 0 and first == 0)
         if self.args.group_questions is False:
-            groups = ([row] for row in good)
+            groups = ([row] for row in rows)
         else:
-            groups = (list(rows) for _, rows in groupby(good, key=lambda row: row["image_id"]))
-        held, empty = [], True
-        for group in islice(groups, share, None, shares):
+            groups = (list(group) for _, group in groupby(rows, key=lambda row: row["image_id"]))
+        buffer, empty = [], True
+        for group in islice(groups, first, None, step):
             empty = False
-            if len(held) < self.args.shuffle_buffer:
-                held.append(group)
+            if len(buffer) < self.args.shuffle_buffer:
+                buffer.append(group)
                 continue
-            drawn = generator.integers(len(held))
-            group, held[drawn] = held[drawn], group
+            drawn = generator.integers(len(buffer))
+            group, buffer[drawn] = buffer[drawn], group
             yield from self.schema.to_train(group)
         if empty:
             raise ValueError(
-                f"The stream has too few rows for {places} readers (processes x --dataloader_num_workers): nothing is "
-                "left for one of them. Take fewer, or leave out --streaming."
+                f"The stream has too few rows for {num_shards} readers (processes x --dataloader_num_workers): one of "
+                "them has no rows. Use fewer readers, or remove --streaming."
             )
-        for drawn in generator.permutation(len(held)):
-            yield from self.schema.to_train(held[drawn])
+        for drawn in generator.permutation(len(buffer)):
+            yield from self.schema.to_train(buffer[drawn])
 
-    def _good_rows(self, table: Table, listed: bool) -> Iterator[Row]:
+    def _usable_rows(self, table: Table, listed: bool) -> Iterator[Row]:
         num_bad = position = 0
-        for position, row in enumerate(islice(iterate(table), self.args.max_train_samples)):
+        for position, row in enumerate(islice(iterate_rows(table), self.args.max_train_samples)):
             converted, reason = self.schema.convert(row, position)
             if not reason:
                 yield converted
@@ -106,14 +105,14 @@ class StreamedRows(torch.utils.data.IterableDataset):
                 if self.bad_rows_file is not None:
                     with self.bad_rows_file.open("a", encoding="utf-8") as file:
                         file.write(to_json(bad) + "\n")
-            self._require_few(num_bad, max(position + 1, 1000), bad)
+            self._require_few_bad_rows(num_bad, max(position + 1, 1000), bad)
         if num_bad:
-            self._require_few(num_bad, position + 1, bad)
+            self._require_few_bad_rows(num_bad, position + 1, bad)
 
-    def _require_few(self, num_bad: int, num_rows: int, last: Row) -> None:
+    def _require_few_bad_rows(self, num_bad: int, num_rows: int, last: Row) -> None:
         if num_bad > self.args.max_bad_fraction * num_rows:
             raise ValueError(
-                f"{num_bad} of the first {num_rows} rows of the stream cannot be used, the last of them, row "
-                f"{last['row']}, for: {last['reason']}. That is more than max_bad_fraction = "
-                f"{self.args.max_bad_fraction:.2%}. Mend or remove them, or set --max_bad_fraction"
+                f"{num_bad} of the first {num_rows} rows of the stream cannot be used. The last one is row "
+                f"{last['row']}: {last['reason']}. That is more than max_bad_fraction = "
+                f"{self.args.max_bad_fraction:.2%}. Fix or remove these rows, or set --max_bad_fraction."
             )

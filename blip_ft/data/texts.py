@@ -1,4 +1,4 @@
-"""Texts to token ids and back."""
+"""Clean texts, convert them to token ids, and decode generated ids."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # label of a position that has no target
+IGNORED = -100  # label of a position without a target
+
+MAX_CAPTION_WORDS = 30
 
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask, (num_texts, longest), [CLS] ... [SEP], cut at max_tokens."""
+    """input_ids and attention_mask, (num_texts, longest): [CLS] ... [SEP], truncated to max_tokens."""
     tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
-    # the tokenizer would keep both and be saved with them
+    # otherwise the tokenizer keeps these settings and is saved with them
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 
 def encode_labels(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> torch.Tensor:
-    """(num_texts, longest) ids with -100 on padding."""
+    """(num_texts, longest) token ids, with -100 on padding."""
     tokens = encode_texts(texts, tokenizer, max_tokens)
     return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
 
 
 def decode_texts(token_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Strings of generated rows: up to the first [SEP], without special ids and ids the tokenizer does not know.
+    """Decode each row up to the first [SEP], without special ids and ids that the tokenizer does not know.
 
-    The Hub's tokenizer has 30,522 entries while the model also writes [DEC] 30522 and [ENC] 30523.
+    The Hub's tokenizer has 30,522 entries, but the model can also generate [DEC] 30522 and [ENC] 30523.
     """
     special, end, known = set(tokenizer.all_special_ids), tokenizer.sep_token_id, len(tokenizer)
     texts = []
@@ -41,7 +43,7 @@ def decode_texts(token_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of [CLS] and the prompt's words, without [SEP]: how generation begins, and what training does not count."""
+    """Ids of [CLS] and the prompt's words, without [SEP]. Generation starts with them; training ignores them."""
     return tokenizer(prompt)["input_ids"][:-1]
 
 
@@ -52,29 +54,29 @@ def require_room_for_captions(
     generation_max_length: int,
     max_caption_tokens: int | None = None,
 ) -> None:
-    """Raise ValueError if the prompt leaves no room for a word and [SEP]; all lengths include the prompt's tokens.
+    """Raise ValueError if the prompt leaves no room for a word and [SEP]. All lengths include the prompt's tokens.
 
     Args:
-        max_caption_tokens: of training; None if nothing is trained.
+        max_caption_tokens: the limit in training, None without training.
     """
     needed = len(encode_prompt(prompt, tokenizer)) + 2
     limits = {"max_caption_tokens": max_caption_tokens, "generation_max_length": generation_max_length}
     for name, limit in limits.items():
         if limit is not None and limit < needed:
             raise ValueError(
-                f"{name} is {limit}, and the prompt {prompt!r}, a word and the end take {needed} tokens: nothing is "
-                f"left of a caption. Set --{name} to {needed} or more, or shorten --prompt."
+                f"{name} is {limit}, but the prompt {prompt!r}, one word and [SEP] need {needed} tokens. No caption "
+                f"fits. Set --{name} to {needed} or more, or shorten --prompt."
             )
     if generation_min_length > generation_max_length:
         raise ValueError(
-            f"generation_min_length {generation_min_length} is above generation_max_length {generation_max_length}. "
-            "Lower the one or raise the other."
+            f"generation_min_length {generation_min_length} is larger than generation_max_length "
+            f"{generation_max_length}. Lower the first or raise the second."
         )
 
 
-def clean_caption(caption: str, max_words: int = 30) -> str:
-    """Lower case, with a space for each of . ! " ( ) * # : ; ~ and at most max_words words.
+def clean_caption(caption: str) -> str:
+    """Lowercase, replace each of . ! " ( ) * # : ; ~ by a space, and keep the first MAX_CAPTION_WORDS words.
 
     Source: BLIP data/utils.py pre_caption.
     """
-    return " ".join(re.sub(r"[.!\"()*#:;~]", " ", caption.lower()).split()[:max_words])
+    return " ".join(re.sub(r"[.!\"()*#:;~]", " ", caption.lower()).split()[:MAX_CAPTION_WORDS])

@@ -63,7 +63,7 @@ def test_path_bytes_and_image_are_the_same(tmp_path):
         RED,
     ):
         assert open_image(image).tobytes() == expected
-    with pytest.raises(ValueError, match="this row has none"):
+    with pytest.raises(ValueError, match="this row has no image"):
         open_image({"bytes": None, "path": None})
 
 
@@ -202,5 +202,5 @@ def test_retrieval_ids_are_equal_for_equal_images_in_every_batch(processor):
 def test_unreadable_image_leaves_the_batch_of_retrieval(processor):
     batch = RetrievalCollator(processor)(caption_rows(x=b"broken"))
     assert len(batch["pixel_values"]) == len(batch["input_ids"]) == len(batch["image_ids"]) == 1
-    with pytest.raises(ValueError, match="No image of a whole batch can be read"):
+    with pytest.raises(ValueError, match="No image of a batch can be read"):
         RetrievalCollator(processor)(caption_rows(x=b"broken", y=b"broken"))

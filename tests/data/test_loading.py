@@ -137,7 +137,7 @@ def test_missing_column_names_the_argument_to_set(folder):
     ):
         load_vqa(DataArguments(dataset_name=str(folder)))
     train = {"question_column": "q", "answer_column": "label", "eval_split": None}
-    with pytest.raises(ValueError, match="two or more"):  # the columns are found now
+    with pytest.raises(ValueError, match="At least two images"):  # the columns are found now
         load_vqa(DataArguments(dataset_name=str(folder), **train))
 
 
@@ -147,14 +147,14 @@ def test_malformed_line_is_named_by_file_and_line(folder):
         load_vqa(DataArguments(dataset_name=str(folder)))
     (folder / "metadata.jsonl").unlink()
     (folder / "metadata.csv").write_text("file_name,question,answer\na.png,what\n")
-    with pytest.raises(ValueError, match=r"metadata\.csv, line 2: needs 3 values"):
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 2: expected 3 values"):
         load_vqa(DataArguments(dataset_name=str(folder)))
 
 
 def test_sources_that_are_not_there_say_what_to_check(folder):
     with pytest.raises(ValueError, match="Add a metadata.jsonl"):
         load_vqa(DataArguments(dataset_name=str(folder)))
-    with pytest.raises(ValueError, match="(?s)no file and no folder here.*HF_TOKEN"):
+    with pytest.raises(ValueError, match="(?s)not a local file or folder.*HF_TOKEN"):
         load_vqa(DataArguments(dataset_name="owner/none"))
     with pytest.raises(ValueError, match="image_folder must be a folder"):
         load_vqa(DataArguments(dataset_name=str(folder), image_folder="/no/such"))
@@ -169,7 +169,7 @@ def test_split_column_selects_and_an_unknown_split_lists_those_there(folder):
     train, evaluation = load_vqa(DataArguments(dataset_name=str(folder), eval_split="test"))
     assert [len(train), len(evaluation)] == [2, 2]
     assert list(evaluation["question"]) == ["is it red ?", "what color ?"]
-    with pytest.raises(ValueError, match="no split 'dev'; the data has train, test"):
+    with pytest.raises(ValueError, match="The split 'dev' does not exist; the data has train, test"):
         load_vqa(DataArguments(dataset_name=str(folder), eval_split="dev"))
 
 
@@ -274,7 +274,7 @@ def test_same_rows_to_train_and_to_evaluate_on_are_refused_unless_asked_for(fold
             Image.new("RGB", (9, 9), (number, 0, 0)).save(folder / f"COCO_x_{number:012d}.jpg")
         flags |= {"dataset_name": None, "image_folder": str(folder)}
         flags |= {"annotations_file": str(folder / "a.json"), "eval_annotations_file": str(folder / "a.json")}
-    with pytest.raises(ValueError, match="evaluate on are those to train on.*--allow_image_overlap"):
+    with pytest.raises(ValueError, match="used to train and to evaluate.*--allow_image_overlap"):
         load_vqa(DataArguments(**flags))
     overlap = load_vqa(DataArguments(**flags, allow_image_overlap=True))[1].image_overlap
     if "streaming" in flags:
@@ -330,9 +330,9 @@ def broken_rows(folder, tmp_path):
         "cut.png": "cannot be read",
         "text.png": "cannot be read",
         "missing.png": "cannot be read",
-        "../outside.png": "lies outside",
-        str(tmp_path / "outside.png"): "lies outside",
-        "link.png": "lies outside",
+        "../outside.png": "is outside",
+        str(tmp_path / "outside.png"): "is outside",
+        "link.png": "is outside",
         "http://example.org/a.png": "is a URL",
     }
     rows = [({"file_name": name, "question": "what is it ?", "answers": ["x"]}, why) for name, why in images.items()]
@@ -513,7 +513,7 @@ def test_parquet_path_without_bytes_never_leads_out_of_the_folder(folder, tmp_pa
     Image.new("RGB", (4, 4)).save(tmp_path / "outside.png")
     outside = {"bytes": None, "path": str(tmp_path / "outside.png")}
     images_in_parquet(folder, [outside, outside])
-    with pytest.raises(ValueError, match="(?s)2 of 2 rows.*lies outside"):
+    with pytest.raises(ValueError, match="(?s)2 of 2 rows.*is outside"):
         load_vqa(DataArguments(dataset_name=str(folder)))
     inside = [{"bytes": (folder / f"{name}.png").read_bytes(), "path": None} for name in "ab"]
     images_in_parquet(folder, [*inside, outside], "mixed.parquet")
@@ -662,7 +662,7 @@ def test_row_without_caption_is_bad_and_leaves_its_image_the_others(folder, tmp_
     args = DataArguments(dataset_name=str(folder), max_bad_fraction=0.5)
     train, evaluation = load_captions(args, tmp_path / "bad.jsonl")
     assert captions_of(train, evaluation) == CAPTIONS
-    assert json.loads((tmp_path / "bad.jsonl").read_text())["reason"] == "caption is empty or no text"
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["reason"] == "caption is empty or not a text"
 
 
 def test_missing_caption_column_is_named(folder):
@@ -692,7 +692,7 @@ def test_coco_captions_and_their_subset_folders_are_read(folder, tmp_path):
     assert captions_of(train, evaluation) == {"7": ["a dog", "a brown dog"], "9": ["a cat"]}
     content["annotations"][0]["image_id"] = 8
     (tmp_path / "captions_val2014.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="must hold COCO captions .* missing: 8"):
+    with pytest.raises(ValueError, match="must be COCO captions .* missing: 8"):
         load_captions(args)
 
 
@@ -801,16 +801,16 @@ def test_held_out_images_and_rows_to_test_on_are_apart_and_both_are_known(folder
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"test_split": "train"}, "The rows to test on are those to train on"),
-        ({"test_split": "test"}, "The rows to test on are those to evaluate on"),
-        ({"test_dataset_name": "{folder}/metadata.jsonl"}, "The rows to test on are those to train on"),
-        ({"test_dataset_name": "{folder}", "test_split": "test"}, "The rows to test on are those to evaluate on"),
+        ({"test_split": "train"}, "used to train and to test"),
+        ({"test_split": "test"}, "used to evaluate and to test"),
+        ({"test_dataset_name": "{folder}/metadata.jsonl"}, "used to train and to test"),
+        ({"test_dataset_name": "{folder}", "test_split": "test"}, "used to evaluate and to test"),
     ],
 )
 def test_rows_to_test_on_that_serve_otherwise_are_refused_unless_asked_for(folder, flags, message):
     write_metadata(folder, [{**row, "split": split} for row in ROWS for split in ("train", "test")])
     flags = {name: value.format(folder=folder) for name, value in flags.items()} | {"eval_split": "test"}
-    with pytest.raises(ValueError, match=f"{message}.*Name other rows with --test_split or --test_dataset_name"):
+    with pytest.raises(ValueError, match=f"{message}.*Choose other rows with --test_split or --test_dataset_name"):
         load_splits("vqa", DataArguments(dataset_name=str(folder), **flags))
     assert len(load_splits("vqa", DataArguments(dataset_name=str(folder), allow_image_overlap=True, **flags)).test) == 4
 

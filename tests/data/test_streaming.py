@@ -51,17 +51,17 @@ def questions(rows):
 ALL = sorted(row["question"] for row in ROWS)
 
 
-@pytest.mark.parametrize("places", [1, 4])
-def test_a_pass_gives_every_row_once_and_images_together(folder, places):
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_a_pass_gives_every_row_once_and_images_together(folder, num_shards):
     rows = stream(folder)
-    parts = [list(rows.read_pass(0, place, places)) for place in range(places)]
+    parts = [list(rows.read_pass(0, shard, num_shards)) for shard in range(num_shards)]
     assert sorted(questions(row for part in parts for row in part)) == ALL
     for part in parts:
         shown = [row["image_id"] for row in part]
         assert sum(one != other for one, other in zip(shown, shown[1:], strict=False)) == len(set(shown)) - 1
-    first, second = (questions(rows.read_pass(epoch, 0, places)) for epoch in (0, 1))
+    first, second = (questions(rows.read_pass(epoch, 0, num_shards)) for epoch in (0, 1))
     assert sorted(first) == sorted(second) and first != second
-    assert first == questions(stream(folder).read_pass(0, 0, places)) != sorted(first)
+    assert first == questions(stream(folder).read_pass(0, 0, num_shards)) != sorted(first)
 
 
 def batches_of(rows, workers, number):
@@ -131,7 +131,7 @@ def test_files_of_the_hub_are_shared_out_or_read_by_all(folder, tmp_path, monkey
     rows, evaluation = load_vqa(args)
     assert len(evaluation) == 2 and read == ["eval"] * 2
     readers = 4 if limit is None else 3
-    parts = [list(rows.read_pass(0, place, readers)) for place in range(readers)]
+    parts = [list(rows.read_pass(0, shard, readers)) for shard in range(readers)]
     wanted = ROWS[:limit]
     assert sorted(questions(row for part in parts for row in part)) == sorted(row["question"] for row in wanted)
     # by files each row is read once, else by each reader
@@ -157,7 +157,7 @@ def test_bad_rows_are_skipped_and_listed_once_and_too_many_stop_the_run(folder, 
     broken = [*ROWS, {**ROWS[0], "question": ""}, {**ROWS[0], "file_name": "../x.png"}]
     rows = stream(folder, broken, bad=bad, max_bad_fraction=0.1)
     for epoch in (0, 1):
-        assert sorted(question for place in (0, 1) for question in questions(rows.read_pass(epoch, place, 2))) == ALL
+        assert sorted(question for shard in (0, 1) for question in questions(rows.read_pass(epoch, shard, 2))) == ALL
     assert [json.loads(line)["row"] for line in bad.read_text().splitlines()] == [30, 31]
     with pytest.raises(ValueError, match="2 of the first 32 rows of the stream cannot be used"):
         list(stream(folder, broken, max_bad_fraction=0.01).read_pass(0))

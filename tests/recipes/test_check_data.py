@@ -99,4 +99,4 @@ def test_batch_size_is_that_of_the_recipe(check, image_folder, caplog):
         assert program["Training"].per_device_train_batch_size == size
         with pytest.raises(SystemExit):
             check("--dataset_name", image_folder, "--eval_split", "test", "--task", task)
-        assert f"One step takes {size} rows" in caplog.messages[-1]
+        assert f"One optimizer step uses {size} rows" in caplog.messages[-1]

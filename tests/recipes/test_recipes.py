@@ -538,7 +538,7 @@ CAPTION_MISTAKES = {
     "nothing can be written": (["--generation_max_length", "3"], "Set --generation_max_length to 6 or more"),
     "least above most": (
         ["--generation_min_length", "12", "--generation_max_length", "10"],
-        "generation_min_length 12 is above generation_max_length 10",
+        "generation_min_length 12 is larger than generation_max_length 10",
     ),
 }
 
