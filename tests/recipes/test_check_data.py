@@ -30,7 +30,7 @@ def test_questions_are_counted_by_row_image_length_type_and_answer(check, image_
     assert "most frequent answers: yes 25.0%, no 25.0%, red 12.5%, green 12.5%, blue 12.5%, white 12.5%" in lines
     first = "image_id: '0.png', question: 'what color is it ?', question_id: 'train-0', answers: ['red']"
     assert first in lines
-    assert lines[-1] == "This can be trained on, with at most 8 rows a step."
+    assert lines[-1] == "Training is possible, with at most 8 rows per step."
 
 
 @pytest.mark.parametrize("config", ["captioning_base_lora", "retrieval_base"])
@@ -39,7 +39,7 @@ def test_yaml_of_any_recipe_is_taken_and_captions_are_counted(check, image_folde
     task = config.split("_")[0]
     rows = ["--dataset_name", image_folder, "--eval_split", "test", "--per_device_train_batch_size", "8"]
     lines = check("--config", path, *rows, "--task", task, "--gradient_accumulation_steps", "1")
-    assert f"What recipes/{task}.py would read of {image_folder.name}:" in lines
+    assert f"recipes/{task}.py would read these rows of {image_folder.name}:" in lines
     assert "train 8 4" in lines and "evaluate 4 4" in lines
     assert "caption 7.5 10 10" in lines  # five words or ten
 
@@ -50,7 +50,7 @@ def test_rows_of_captions_alone_need_no_task(check, image_folder, tmp_path):
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     flags = ["--dataset_name", "captions.jsonl", "--image_folder", image_folder]
     lines = check(*flags, "--per_device_train_batch_size", "6")
-    assert "What recipes/captioning.py would read of captions.jsonl:" in lines
+    assert "recipes/captioning.py would read these rows of captions.jsonl:" in lines
 
 
 def test_bad_rows_are_counted_by_reason_and_too_many_end_in_exit_code_1(check, image_folder, tmp_path, capsys, caplog):
@@ -65,10 +65,10 @@ def test_bad_rows_are_counted_by_reason_and_too_many_end_in_exit_code_1(check, i
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == [
         "3 rows cannot be used, all listed in bad_rows.jsonl:",
-        "2 image cannot be read: FileNotFoundError, first train row 8 (none.png)",
+        "2 image cannot be read: FileNotFoundError, first in train row 8 (none.png)",
     ]
     assert "--max_bad_fraction 0.158" in caplog.text
-    assert check(*flags, "--max_bad_fraction", "0.158")[-1] == "This can be trained on, with at most 8 rows a step."
+    assert check(*flags, "--max_bad_fraction", "0.158")[-1] == "Training is possible, with at most 8 rows per step."
     assert len((tmp_path / "bad_rows.jsonl").read_text().splitlines()) == 3
 
 
