@@ -1,0 +1,90 @@
+"""The guide's module: DataPipeline gives batches for your own training loop, and rows are loaded."""
+
+import pytest
+import torch
+from PIL import Image
+from three_images import ROWS, save_three_images, write_metadata
+
+from blip_ft.data_pipeline import DataPipeline
+from blip_ft.models import load_model
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_three_images(tmp_path)
+
+
+@pytest.fixture
+def pipeline_settings(folder, checkpoint):
+    write_metadata(folder, [{**row, "answers": ["cat", "dog", "dog"]} for row in ROWS])
+    return {
+        "model_name_or_path": str(checkpoint),
+        "dataset_name": str(folder),
+        "eval_fraction": 0.34,
+        "per_device_train_batch_size": 2,
+        "dataloader_num_workers": 0,
+        "use_cpu": True,
+    }
+
+
+def test_pipeline_batches_feed_a_hand_written_loop(pipeline_settings, tmp_path, processor):
+    path = tmp_path / "vqa.yaml"
+    path.write_text("".join(f"{name}: {value}\n" for name, value in pipeline_settings.items()))
+    pipeline = DataPipeline(path)
+    with pytest.raises(ValueError, match=r"Call setup\(\) first"):
+        pipeline.get_train_dataloader()
+    pipeline.setup()
+    batch = next(iter(pipeline.get_train_dataloader()))
+    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "labels"}
+    assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["pixel_values"].is_floating_point()
+    # the most frequent answer, between [CLS] and [SEP]
+    assert batch["labels"].tolist() == [processor.tokenizer("dog").input_ids] * 2
+    rows = sum(len(batch["input_ids"]) for batch in pipeline.get_eval_dataloader())
+    assert rows == len(pipeline.eval_rows)
+
+
+def test_pipeline_groups_questions_when_asked(pipeline_settings):
+    pipeline = DataPipeline({**pipeline_settings, "group_questions": True})
+    pipeline.setup()
+    batch = next(iter(pipeline.get_train_dataloader()))
+    assert batch["pixel_values"].dtype == torch.uint8 and len(batch["image_index"]) == 2
+    assert load_model(pipeline_settings["model_name_or_path"])["model"](**batch).loss > 0
+
+
+def test_pipeline_refuses_an_unknown_key(pipeline_settings):
+    with pytest.raises(ValueError, match="Did you mean image_size"):
+        DataPipeline({**pipeline_settings, "imagesize": 32})
+
+
+def test_grouped_pipeline_shuffles_anew_in_each_epoch(pipeline_settings, folder):
+    write_metadata(folder, [{**ROWS[number % 3], "question": f"{number} ?"} for number in range(30)])
+    pipeline = DataPipeline({**pipeline_settings, "group_questions": True})
+    pipeline.setup()
+    loader = pipeline.get_train_dataloader()
+    first, second = (list(loader.sampler) for _ in range(2))
+    assert first != second and sorted(first) == sorted(second)
+    # a loader made anew goes on, another pipeline begins again
+    assert list(pipeline.get_train_dataloader().sampler) not in (first, second)
+    again = DataPipeline({**pipeline_settings, "group_questions": True})
+    again.setup()
+    assert first == list(again.get_train_dataloader().sampler)
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_pipeline_that_is_asked_for_a_loader_in_each_epoch_shuffles_anew(pipeline_settings, folder, group):
+    write_metadata(folder, [{**ROWS[number % 3], "question": "dog " * (number + 1)} for number in range(30)])
+    pipeline = DataPipeline({**pipeline_settings, "group_questions": group})
+    pipeline.setup()
+    first, second = ([batch["input_ids"].tolist() for batch in pipeline.get_train_dataloader()] for _ in range(2))
+    assert first != second
+
+
+def test_pipeline_pixels_are_those_of_the_processor(pipeline_settings, processor, folder):
+    pipeline = DataPipeline(pipeline_settings)
+    pipeline.setup()
+    batch = next(iter(pipeline.get_eval_dataloader()))
+    path = pipeline.eval_rows[0]["image"]["path"]
+    stock = processor.image_processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(batch["pixel_values"][:1], stock, atol=1e-6, rtol=0)
