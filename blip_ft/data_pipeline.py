@@ -1,4 +1,4 @@
-"""Data loaders for a hand-written training loop."""
+"""Data for your own training loop: DataPipeline gives data loaders, load_vqa and load_captions give rows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from datasets import (
-    Dataset,
-)
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import BlipProcessor
 
@@ -19,15 +17,17 @@ from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArgumen
 from blip_ft.cli import parse
 from blip_ft.data.collators import VqaCollator
 from blip_ft.data.images import encode_row_images
-from blip_ft.data.loading import load_vqa
+from blip_ft.data.loading import load_captions, load_vqa
 from blip_ft.data.sampling import GroupedSampler
 from blip_ft.data.tables import Row, number_images
 from blip_ft.data.texts import encode_labels, encode_texts
 from blip_ft.models import load_processor
 
+__all__ = ["DataPipeline", "load_captions", "load_vqa"]
+
 
 class _NextEpochSampler(GroupedSampler):
-    """Each pass is the next epoch, for loops that do not call set_epoch."""
+    """Starts the next epoch with each pass, for training loops that do not call set_epoch."""
 
     def __iter__(self) -> Iterator[int]:
         order = list(super().__iter__())
@@ -36,14 +36,14 @@ class _NextEpochSampler(GroupedSampler):
 
 
 class DataPipeline:
-    """Loaders for a hand-written training loop, from the YAML that a recipe's --config takes.
+    """Data loaders for your own training loop, configured by the same YAML as a recipe's --config.
 
-    Batches hold pixel_values (rows, 3, height, width), input_ids and attention_mask (rows, question_length) and labels
-    (rows, answer_length) of the most frequent answer, -100 on padding. With `group_questions: true` they are those of
-    VqaCollator, each image once.
+    Batches have pixel_values (rows, 3, height, width), input_ids and attention_mask (rows, question_length), and labels
+    (rows, answer_length) of the most frequent answer, with -100 on padding. With `group_questions: true` they are the
+    batches of VqaCollator, with each image only once.
 
     Args:
-        config: path of the YAML, or its content.
+        config: path of the YAML file, or its content.
     """
 
     def __init__(self, config: str | Path | dict[str, Any]) -> None:
@@ -59,10 +59,10 @@ class DataPipeline:
         self.processor: BlipProcessor | None = None
 
     def setup(self) -> None:
-        """Read the rows, and the processor of model_name_or_path, by default that of the recipe's checkpoint."""
+        """Read the rows, and load the processor of model_name_or_path (default: the checkpoint of recipes/vqa.py)."""
         name = self.model_args.model_name_or_path or "Salesforce/blip-vqa-base"
         if self.data_args.streaming:
-            raise ValueError("streaming is for the recipes. Leave it out of DataPipeline's YAML.")
+            raise ValueError("DataPipeline does not support streaming; only the recipes do. Remove it from the YAML.")
         self.train_rows, self.eval_rows = load_vqa(self.data_args, seed=self.training_args.seed)
         self.processor = load_processor(
             name,
@@ -78,19 +78,19 @@ class DataPipeline:
             self._sampler = _NextEpochSampler(images, args.per_device_train_batch_size, args.seed)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Shuffled anew in each epoch; with grouping, cut to whole batches."""
+        """All training rows, in a new random order each epoch. With grouping, only whole batches."""
         self._require_setup()
         order = {"sampler": self._sampler} if self._sampler else {"shuffle": True, "generator": self._shuffle}
         return self._loader(self.train_rows, self.training_args.per_device_train_batch_size, **order)
 
     def get_eval_dataloader(self) -> DataLoader:
-        """Every row once, in the data's order."""
+        """All evaluation rows, in the order of the data."""
         self._require_setup()
         return self._loader(self.eval_rows, self.training_args.per_device_eval_batch_size)
 
     def _require_setup(self) -> None:
         if self.processor is None:
-            raise ValueError("Call setup() first: it reads the rows and the processor.")
+            raise ValueError("Call setup() first: it reads the rows and loads the processor.")
 
     def _loader(self, rows: Dataset, batch_size: int, **kwargs: Any) -> DataLoader:
         limits = (self.task_args.max_question_tokens, self.task_args.max_answer_tokens)
@@ -104,7 +104,7 @@ class DataPipeline:
         )
 
     def _collate_pairs(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        answers = [max(row["answers"], key=row["answers"].count) for row in rows]  # max gives the first on ties
+        answers = [max(row["answers"], key=row["answers"].count) for row in rows]  # on a tie, max returns the first
         task, tokenizer, image_processor = self.task_args, self.processor.tokenizer, self.processor.image_processor
         images = encode_row_images(rows, image_processor)
         pixels = images["pixel_values"][images["image_index"]]

@@ -5,6 +5,8 @@ import torch
 from PIL import Image
 from three_images import ROWS, save_three_images, write_metadata
 
+from blip_ft import data_pipeline
+from blip_ft.data import loading
 from blip_ft.data_pipeline import DataPipeline
 from blip_ft.models import load_model
 
@@ -88,3 +90,8 @@ def test_pipeline_pixels_are_those_of_the_processor(pipeline_settings, processor
     path = pipeline.eval_rows[0]["image"]["path"]
     stock = processor.image_processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(batch["pixel_values"][:1], stock, atol=1e-6, rtol=0)
+
+
+def test_functions_that_load_rows_are_imported_from_the_same_module():
+    assert data_pipeline.load_vqa is loading.load_vqa and data_pipeline.load_captions is loading.load_captions
+    assert set(data_pipeline.__all__) == {"DataPipeline", "load_captions", "load_vqa"}
