@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import BlipProcessor
@@ -47,15 +45,12 @@ class DataPipeline:
     """
 
     def __init__(self, config: str | Path | dict[str, Any]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            if isinstance(config, dict):
-                content, config = config, Path(folder) / "DataPipeline.yaml"
-                config.write_text(yaml.safe_dump(content), encoding="utf-8")
-            self.model_args, _, self.data_args, self.task_args, self.training_args = parse(
-                *(ModelArguments, PeftArguments, DataArguments, VqaArguments, BlipTrainingArguments),
-                # batches are made on the CPU; without the flag `bf16: true` is refused where there is no GPU
-                argv=["--config", str(config), "--use_cpu"],
-            )
+        self.model_args, _, self.data_args, self.task_args, self.training_args = parse(
+            *(ModelArguments, PeftArguments, DataArguments, VqaArguments, BlipTrainingArguments),
+            # batches are made on the CPU; without the flag, `bf16: true` needs a GPU
+            argv=["--use_cpu"],
+            config=config,
+        )
         self.processor: BlipProcessor | None = None
 
     def setup(self) -> None:

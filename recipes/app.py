@@ -16,7 +16,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 from transformers import BlipProcessor
+from transformers.hf_argparser import HfArg
 
 from blip_ft.arguments import Settings
 from blip_ft.cli import parse, start_recipe
@@ -64,19 +65,18 @@ CSS = """
 class App(Settings):
     _argument_group_name = "Page"
 
-    model_name_or_path: str | None = field(
+    model_name_or_path: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Hub id or folder of a checkpoint or adapter. Default: MODEL_ID of the environment, outputs/vqa."
-        },
+        help="Hub id or folder of a checkpoint or adapter. Default: the environment variable MODEL_ID, or outputs/vqa.",
     )
-    host: str | None = field(
-        default=None, metadata={"help": "Default: GRADIO_SERVER_NAME, else 127.0.0.1, which is this machine alone."}
+    host: str | None = HfArg(
+        default=None,
+        help="Address to listen on. Default: GRADIO_SERVER_NAME, or 127.0.0.1, which only this machine can reach.",
     )
-    port: int | None = field(
-        default=None, metadata={"help": "Default: GRADIO_SERVER_PORT, else the first free one from 7860."}
+    port: int | None = HfArg(
+        default=None, help="Port to listen on. Default: GRADIO_SERVER_PORT, or the first free one from 7860."
     )
-    share: bool = field(default=False, metadata={"help": "Open the page to anyone, by a tunnel over gradio.live."})
+    share: bool = HfArg(default=False, help="Open the page to everyone through a tunnel of gradio.live.")
 
 
 def main() -> None:

@@ -10,9 +10,11 @@
 The loss is that of the original BLIP: the mean over the tokens of the captions, without the prompt (models/blip.py).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from transformers.hf_argparser import HfArg
 
 from blip_ft.arguments import BlipTrainingArguments, CaptioningArguments, DataArguments, ModelArguments, PeftArguments
 from blip_ft.cli import parse, start_recipe
@@ -48,11 +50,11 @@ class Training(BlipTrainingArguments):
     # configs/caption_coco.yaml of the original: 8 GPUs x 32 images, 1e-5, 5 epochs; 3 beams, 5 to 20 tokens
     learning_rate: float = 1e-5
     num_train_epochs: float = 5
-    load_best_model_at_end: bool = True  # train_caption.py: of the epochs, there by CIDEr + BLEU-4
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Captions a step and device."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Images at once."})
-    generation_max_length: int = field(default=20, metadata={"help": "Tokens of a caption, prompt included."})
-    generation_num_beams: int = field(default=3, metadata={"help": "Beams of generation. Original: 3."})
+    load_best_model_at_end: bool = True  # train_caption.py: the best epoch, there by CIDEr + BLEU-4
+    per_device_train_batch_size: int = HfArg(default=32, help="Training captions per device and batch.")
+    per_device_eval_batch_size: int = HfArg(default=32, help="Evaluation images per device and batch.")
+    generation_max_length: int = HfArg(default=20, help="Maximum tokens of a caption, prompt included.")
+    generation_num_beams: int = HfArg(default=3, help="Beams of beam search. Original: 3.")
 
 
 def main() -> None:

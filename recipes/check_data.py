@@ -12,12 +12,13 @@ given. The exit code is 0 if a recipe would train. With --streaming, the whole d
 import json
 import sys
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from datasets import Dataset
+from transformers.hf_argparser import HfArg
 
 from blip_ft.arguments import (
     BlipTrainingArguments,
@@ -36,25 +37,40 @@ from blip_ft.data.tables import CaptionRows, number_images
 from blip_ft.metrics.vqa import answer_type, most_frequent_answer
 
 
+# --help leaves out the flags that only training reads; they are parsed so that each recipe's YAML is understood
+@dataclass
+class Model(ModelArguments):
+    help_groups = {}
+
+
+@dataclass
+class Peft(PeftArguments):
+    help_groups = {}
+
+
 @dataclass
 class AnyTask(VqaArguments, CaptioningArguments, RetrievalArguments):
     """The arguments of all recipes, so that any recipe's YAML is accepted."""
 
     _argument_group_name = "Tasks"
+    help_groups = {"Task": ("task",)}
 
-    task: Literal["vqa", "captioning", "retrieval"] | None = field(
-        default=None,
-        metadata={"help": "What the rows are for. Default: vqa, or captioning if they have captions but no questions."},
+    task: Literal["vqa", "captioning", "retrieval"] | None = HfArg(
+        default=None, help="Task to check the rows for. Default: vqa, or captioning if rows have only captions."
     )
 
     def unread(self) -> dict[str, str]:
-        return {}  # the YAML of any recipe is valid here
+        return {}  # the settings of another task are no mistake
 
 
 @dataclass
 class Training(BlipTrainingArguments):
-    per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows per step and device. Default: the one of the task's recipe."}
+    help_groups = {
+        "Training": ("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+    }
+    output_dir: str | None = HfArg(default=None, help="Folder for bad_rows.jsonl. Default: the current folder.")
+    per_device_train_batch_size: int | None = HfArg(
+        default=None, help="Training rows per device and batch. Default: that of the task's recipe."
     )
 
 
@@ -65,7 +81,7 @@ BATCH_SIZES = {"vqa": 16, "captioning": 32, "retrieval": 32}
 def main() -> None:
     # nothing is trained; without --use_cpu, `bf16: true` is refused on a machine without a GPU
     _, data_args, task_args, _, training_args = parse(
-        *(ModelArguments, DataArguments, AnyTask, PeftArguments, Training),
+        *(Model, DataArguments, AnyTask, Peft, Training),
         argv=[*sys.argv[1:], "--use_cpu"],
     )
     data_args = replace(data_args, streaming=False)

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import BlipProcessor
+from transformers.hf_argparser import HfArg
 
 from blip_ft.arguments import DataArguments, Settings, changed_settings
 from blip_ft.cli import parse, read_text, start_recipe
@@ -59,7 +60,7 @@ Predict = Callable[[dict[str, torch.Tensor]], list[Line]]
 
 @dataclass
 class Data(DataArguments):
-    """Which images; of the training arguments those that choose and name columns count."""
+    """Which images, and the names of their columns."""
 
     _needs_annotations = False
     without_effect = {
@@ -76,21 +77,22 @@ class Data(DataArguments):
         "eval_annotations_file": "Give that file as --annotations_file.",
     }
 
-    images: list[str] | None = field(
-        default=None, metadata={"help": "Images and folders of images, in place of dataset_name."}
-    )
-    question: str | None = field(
-        default=None, metadata={"help": "Asked of every image, in place of the data's questions."}
-    )
-    texts: str | None = field(
-        default=None,
-        metadata={"help": "File of texts to rank for each image, one a line. Default: the data's captions."},
+    help_texts = {
+        "questions_file": "Official VQA v2 questions JSON to answer.",
+        "annotations_file": "Official VQA v2 annotations JSON, to score the answers.",
+        "eval_split": "Split to predict on. Default: all rows.",
+        "max_eval_samples": "Predict on the first N rows only.",
+    }
+    images: list[str] | None = HfArg(default=None, help="Images and folders of images, instead of dataset_name.")
+    question: str | None = HfArg(default=None, help="Question about every image, instead of the data's questions.")
+    texts: str | None = HfArg(
+        default=None, help="File of texts to rank for each image, one per line. Default: the data's captions."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if sum(map(bool, (self.images, self.dataset_name, self.questions_file))) != 1:
-            raise ValueError("Name the images by one of --images, --dataset_name and --questions_file.")
+            raise ValueError("Choose the images by exactly one of --images, --dataset_name and --questions_file.")
         if self.question is not None and not self.question.strip():
             raise ValueError('--question is empty. Give --question "what is it?", or leave it out.')
 
@@ -106,40 +108,40 @@ class Prediction(Settings):
 
     _argument_group_name = "Prediction"
 
-    model_name_or_path: str = field(metadata={"help": "Hub id or folder of a BLIP checkpoint or PEFT adapter."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
-    allow_pickle: bool = field(default=False, metadata={"help": "Also take weights that lie there as .bin only."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Default: outputs/predict, or the next free outputs/predict-2, -3, ..."}
+    model_name_or_path: str = HfArg(help="Hub id or folder of a BLIP checkpoint or PEFT adapter.")
+    model_revision: str = HfArg(default="main", help="Branch, tag or commit of the checkpoint.")
+    allow_pickle: bool = HfArg(default=False, help="Also load weights that exist only as .bin.")
+    output_dir: str | None = HfArg(
+        default=None,
+        help="Folder for results. Default: outputs/predict, or the next free outputs/predict-2, -3, ...",
     )
-    format: Literal["vqa", "coco"] | None = field(
-        default=None, metadata={"help": "Also results.json: official VQA results, or COCO caption results."}
+    format: Literal["vqa", "coco"] | None = HfArg(
+        default=None, help="Also write results.json. With vqa official VQA results, with coco COCO caption results."
     )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Questions, or images, at once."})
-    dataloader_num_workers: int = field(
-        default_factory=lambda: min(4, os.cpu_count() or 1), metadata={"help": "Processes that read images."}
+    per_device_eval_batch_size: int = HfArg(default=64, help="Questions or images per device and batch.")
+    dataloader_num_workers: int = HfArg(
+        default_factory=lambda: min(4, os.cpu_count() or 1),
+        help="Processes that read and resize images. By default one per core, at most 4.",
     )
-    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
-    max_question_tokens: int = field(default=35, metadata={"help": "Longer questions are cut."})
-    generation_max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of an answer or caption, first and last included. Default: 10 and 20."}
+    bf16: bool = HfArg(default=False, help="Mixed precision in bfloat16.")
+    use_cpu: bool = HfArg(default=False, help="Use the CPU even if there is a GPU.")
+    max_question_tokens: int = HfArg(default=35, help="Truncate longer questions.")
+    generation_max_length: int | None = HfArg(
+        default=None, help="Maximum tokens of an answer or caption, first and last included. Default: 10 and 20."
     )
-    generation_min_length: int = field(default=5, metadata={"help": "Tokens of a caption at least, prompt included."})
-    generation_num_beams: int = field(default=3, metadata={"help": "Beams of generation."})
-    prompt: str = field(
-        default="a picture of ", metadata={"help": "What every caption begins with; it is not written."}
-    )
-    max_caption_tokens: int = field(default=35, metadata={"help": "Longer texts to rank are cut."})
-    clean_captions: bool = field(default=True, metadata={"help": "Rank texts in lower case, without punctuation."})
-    k_test: int = field(default=256, metadata={"help": "Texts of each image that the matching head ranks."})
-    top_texts: int = field(default=10, metadata={"help": "Texts written for each image."})
+    generation_min_length: int = HfArg(default=5, help="Minimum tokens of a caption, prompt included.")
+    generation_num_beams: int = HfArg(default=3, help="Beams of beam search.")
+    prompt: str = HfArg(default="a picture of ", help="Beginning of every caption; it is not part of the result.")
+    max_caption_tokens: int = HfArg(default=35, help="Truncate longer texts to rank.")
+    clean_captions: bool = HfArg(default=True, help="Rank texts in lowercase, without most punctuation.")
+    k_test: int = HfArg(default=256, help="Texts per image that the matching head ranks again.")
+    top_texts: int = HfArg(default=10, help="Texts per image that are written.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_name_or_path == "demo":
             raise ValueError(
-                "The demo model is new and its answers are random. Train it with a recipe, and give its output_dir."
+                "The demo model is randomly initialized. Train it with a recipe, and pass the recipe's output_dir."
             )
 
     def unread(self) -> dict[str, str]:
@@ -147,7 +149,7 @@ class Prediction(Settings):
         return {"model_revision": "without a checkpoint of the Hub"} if is_local else {}
 
 
-# what only a checkpoint of some tasks reads
+# setting -> tasks that read it; all tasks read the other settings
 OF_TASKS = {
     **dict.fromkeys(("question", "question_column", "answer_column", "max_question_tokens"), ("vqa",)),
     "caption_column": ("conditional_generation", "image_text_retrieval"),

@@ -11,11 +11,12 @@ The loss is that of the original BLIP: contrast with a momentum model and a queu
 (models/blip_retrieval.py). Evaluation ranks by cosine, and then the best k_test again by the matching head.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from transformers.hf_argparser import HfArg
 
 from blip_ft.arguments import (
     WITHOUT_EFFECT,
@@ -43,7 +44,7 @@ from blip_ft.training.trainer import BlipTrainer
 
 @dataclass
 class Model(ModelArguments):
-    without_effect = {"label_smoothing": "Leave it out: the losses of retrieval have none."}
+    without_effect = {"label_smoothing": "Leave it out: the retrieval losses have no label smoothing."}
     model_name_or_path: str = "Salesforce/blip-itm-base-coco"
 
 
@@ -57,15 +58,15 @@ class Data(DataArguments):
 @dataclass
 class Training(BlipTrainingArguments):
     without_effect = WITHOUT_EFFECT | dict.fromkeys(
-        ("generation_max_length", "generation_num_beams"), "Leave it out: retrieval writes no text."
+        ("generation_max_length", "generation_num_beams"), "Leave it out: retrieval generates no text."
     )
     metrics = ("recall_mean", "text_recall", "image_recall", "itc_")
     # configs/retrieval_coco.yaml of the original: 8 GPUs x 32 pairs, 1e-5, 6 epochs
     learning_rate: float = 1e-5
     num_train_epochs: float = 6
-    load_best_model_at_end: bool = True  # train_retrieval.py: of the epochs, by the mean recall
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Pairs a step and device."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images at once."})
+    load_best_model_at_end: bool = True  # train_retrieval.py: the best epoch, by mean recall
+    per_device_train_batch_size: int = HfArg(default=32, help="Training pairs per device and batch.")
+    per_device_eval_batch_size: int = HfArg(default=64, help="Evaluation images per device and batch.")
 
 
 def main() -> None:

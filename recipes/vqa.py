@@ -12,10 +12,12 @@ The loss is that of the original BLIP: for each question, the sum over its answe
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+
+from transformers.hf_argparser import HfArg
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments
 from blip_ft.cli import parse, read_text, start_recipe
@@ -40,7 +42,7 @@ class Model(ModelArguments):
 
 @dataclass
 class Data(DataArguments):
-    without_effect = {"caption_column": "Leave it out: questions have answers. Use --answer_column."}
+    without_effect = {"caption_column": "Leave it out: vqa reads questions and answers. Use --answer_column."}
 
 
 @dataclass
@@ -49,12 +51,12 @@ class Training(BlipTrainingArguments):
     # configs/vqa.yaml of the original: 16 GPUs x 16 images, 2e-5, 10 epochs
     learning_rate: float = 2e-5
     num_train_epochs: float = 10
-    # train_vqa.py takes the last epoch, and to answer VQA v2's 214,000 questions ten times would cost hours
+    # train_vqa.py takes the last epoch; answering the 214,000 questions of VQA v2 ten times would take hours
     load_best_model_at_end: bool = False
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Questions a step and device."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Questions at once."})
-    generation_max_length: int = field(default=10, metadata={"help": "Tokens of an answer, with [DEC] and [SEP]."})
-    generation_num_beams: int = field(default=3, metadata={"help": "Beams of generation. Original: 3."})
+    per_device_train_batch_size: int = HfArg(default=16, help="Training questions per device and batch.")
+    per_device_eval_batch_size: int = HfArg(default=64, help="Evaluation questions per device and batch.")
+    generation_max_length: int = HfArg(default=10, help="Maximum tokens of an answer. [DEC] and [SEP] count too.")
+    generation_num_beams: int = HfArg(default=3, help="Beams of beam search. Original: 3.")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What all argument classes share: ranges of values, and settings without effect."""
+"""The base of all argument classes: ranges of values, and settings without effect."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ NOT_NEGATIVE = (0, math.inf)
 
 SHARE = (0, 1)
 
-TOKENS = (3, 512)  # the first, a word and [SEP]; BERT's positions
+TOKENS = (3, 512)  # at least the first token, a word and [SEP]; at most BERT's positions
 
-# setting -> the least and the largest value that it may have, in whatever program
+# setting -> smallest and largest value, in every program
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("label_smoothing", "dropout", "max_bad_fraction", "lora_dropout", "momentum", "alpha"), SHARE),
     **dict.fromkeys(
@@ -35,8 +35,8 @@ RANGES: dict[str, tuple[float, float]] = {
         ),
         NOT_NEGATIVE,
     ),
-    "lora_r": (1, 1024),  # the width of the largest BLIP; above it an adapter holds more than its layer
-    "adam_epsilon": (1e-20, math.inf),  # at 0 the step of a weight without gradient is 0 / 0
+    "lora_r": (1, 1024),  # width of the largest BLIP; a larger rank has more weights than the layer itself
+    "adam_epsilon": (1e-20, math.inf),  # with 0, the update of a weight without gradient is 0 / 0
     "num_train_epochs": (1e-6, math.inf),
     "save_steps": (1e-6, math.inf),
     "eval_steps": (1e-6, math.inf),  # 0 would mean logging_steps
@@ -44,16 +44,19 @@ RANGES: dict[str, tuple[float, float]] = {
     "data_seed": (0, 2**32 - 1),
 }
 
-WITHOUT_LARGEST = ("dropout", "lora_dropout")  # with 1 nothing would be left to train on
+WITHOUT_LARGEST = ("dropout", "lora_dropout")  # a dropout of 1 would drop everything
 
 
 class Settings:
-    """What the argument classes of all programs share: checks of single values, and of settings that nothing reads."""
+    """Base of all argument classes: checks values, and refuses settings that nothing reads."""
 
-    # settings of a base class that no program of this class reads -> why; refused, and not in --help
+    _argument_group_name: ClassVar[str]  # its title in --help
+    # settings of a base class that no program of this class reads -> what to do instead; refused, and not in --help
     without_effect: ClassVar[dict[str, str]] = {}
-    # help in the place of a base class's, where that would not be true here
+    # replaces the help of a base class if that is wrong here
     help_texts: ClassVar[dict[str, str]] = {}
+    # title -> settings that --help shows; None: all of them. --help-all shows the others too
+    help_groups: ClassVar[dict[str, tuple[str, ...]] | None] = None
 
     def __post_init__(self) -> None:
         self.check_values()
@@ -74,10 +77,22 @@ class Settings:
             raise ValueError(f"{entry.name} must be {wanted}{excluded}, found {value}.")
 
     def require_effect(self) -> None:
-        """Raise ValueError for a setting that is without_effect and has another value than its default."""
+        """Raise ValueError for a setting in without_effect whose value differs from its default."""
         for name in changed_settings(self):
             if name in self.without_effect:
                 raise ValueError(f"{name} has no effect here. {self.without_effect[name]}")
+
+    def require_use(self) -> None:
+        """Raise ValueError for a changed setting that nothing reads, because of the value of another setting.
+
+        Not part of __post_init__: code that replaces one of several settings that belong together must not fail.
+        """
+        changed = changed_settings(self)
+        for name, reason in self.unread().items():
+            if name in changed:
+                raise ValueError(
+                    f"{name} {changed[name]} has no effect {reason}. Leave it out, or change the other setting."
+                )
 
     def unread(self) -> dict[str, str]:
         """Settings that nothing reads because of the values of others -> "without ..." or "beside ..."."""
@@ -89,6 +104,6 @@ def _default(entry: dataclasses.Field) -> Any:
 
 
 def changed_settings(part: Settings) -> dict[str, Any]:
-    """Those fields that have another value than their default."""
+    """The fields whose value differs from their default."""
     values = {entry: getattr(part, entry.name) for entry in dataclasses.fields(part)}
     return {entry.name: value for entry, value in values.items() if value != _default(entry)}

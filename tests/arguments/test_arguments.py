@@ -1,108 +1,25 @@
-"""A YAML first, the command line over it, and errors that name the way out."""
+"""Settings that cannot work, or have no effect, are refused with the way out."""
 
 import ast
 import dataclasses
-import runpy
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import transformers
 from conftest import RECIPES
+from test_cli import ALL, parsed, recipe_classes
 
 from blip_ft.arguments import (
     BlipTrainingArguments,
     CaptioningArguments,
     DataArguments,
-    ModelArguments,
     PeftArguments,
     RetrievalArguments,
-    VqaArguments,
     changed_settings,
 )
 from blip_ft.cli import parse
 from blip_ft.training.hub import PushingTrainer
 from blip_ft.training.trainer import BlipTrainer
-
-ALL = (ModelArguments, DataArguments, VqaArguments, PeftArguments, BlipTrainingArguments)
-
-
-def parsed(tmp_path, yaml="", *flags):
-    (tmp_path / "run.yaml").write_text(yaml)
-    base = ["--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
-    return parse(*ALL, argv=[*base, *flags])
-
-
-def test_command_line_overrides_yaml_and_yaml_overrides_defaults(tmp_path):
-    model, data, _, _, training = parsed(tmp_path, "image_size: 96\ntrain_split: dev\nseed: 3\n", "--image_size", "64")
-    assert (model.image_size, data.train_split, training.seed, training.weight_decay) == (64, "dev", 3, 0.05)
-
-
-def test_yaml_scalars_get_the_type_of_their_field(tmp_path):
-    yaml = "learning_rate: 1e-4\neval_strategy: no\nbf16: false\nuse_peft: true\nlora_target_modules: [query, value]\n"
-    _, _, _, peft, training = parsed(tmp_path, yaml + "lr_scheduler_kwargs: {min_lr: 1e-6}\nimage_size: null\n")
-    assert training.learning_rate == 1e-4 and training.eval_strategy == "no" and training.bf16 is False
-    assert peft.use_peft is True and peft.lora_target_modules == ["query", "value"]
-
-
-def test_unknown_yaml_key_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"run\.yaml has the unknown key 'learning_rte'. Did you mean learning_rate\?"):
-        parsed(tmp_path, "learning_rte: 1e-4\n")
-
-
-def test_abbreviated_flag_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="Did you mean learning_rate"):
-        parsed(tmp_path, "", "--learning_rat", "1e-4")
-
-
-@pytest.mark.parametrize(
-    ("yaml", "line", "key"),
-    [
-        ("seed: 1\nbf16: false\nseed: 2\n", 3, "seed"),
-        ("learning_rate: 1e-4\nlearning-rate: 1e-5\n", 2, "learning_rate"),
-        ("lr_scheduler_kwargs:\n  min_lr: 1\n  min_lr: 2\n", 3, "min_lr"),
-    ],
-)
-def test_key_that_stands_twice_in_a_yaml_is_refused_with_its_line(tmp_path, yaml, line, key):
-    with pytest.raises(ValueError, match=rf"run\.yaml is not valid YAML in line {line}: the key '{key}' stands twice"):
-        parsed(tmp_path, yaml)
-
-
-def test_broken_yaml_and_missing_file_are_named(tmp_path):
-    with pytest.raises(ValueError, match="is not valid YAML"):
-        parsed(tmp_path, "a: [1\n")
-    with pytest.raises(ValueError, match="needs a YAML file that can be read; /no/such.yaml"):
-        parse(*ALL, argv=["--config", "/no/such.yaml"])
-    with pytest.raises(ValueError, match="must hold `key: value` lines"):
-        parsed(tmp_path, "- a\n")
-
-
-def test_value_of_the_wrong_type_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--image_size"):
-        parsed(tmp_path, "image_size: large\n")
-
-
-def test_values_within_a_yaml_dict_have_their_types(tmp_path):
-    text = "lr_scheduler_kwargs: {min_lr: 1e-5, num_cycles: 2, mode: cos, last: null}\n"
-    text += "gradient_checkpointing: true\ngradient_checkpointing_kwargs: {use_reentrant: False}\n"
-    args = parsed(tmp_path, text)[-1]
-    assert args.lr_scheduler_kwargs == {"min_lr": 1e-5, "num_cycles": 2, "mode": "cos", "last": None}
-    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
-
-
-def test_model_without_data_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--dataset_name demo"):
-        parse(*ALL, argv=["--model_name_or_path", "x"], demo_config=tmp_path / "unread.yaml")
-
-
-def test_overridden_default_keeps_its_help(capsys):
-    @dataclass
-    class Model(ModelArguments):
-        label_smoothing: float = 0.2
-
-    with pytest.raises(SystemExit):
-        parse(Model, argv=["--help"])
-    assert "Of the language-modelling loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -139,89 +56,6 @@ def test_settings_of_a_task_that_cannot_work_are_refused(arguments, flags, messa
 def test_settings_that_cannot_work_are_refused(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         parsed(tmp_path, "", *flags)
-
-
-def test_null_in_a_yaml_is_none_and_an_empty_string_is_one(tmp_path):
-    _, data, _, _, training = parsed(tmp_path, "save_total_limit: null\nimage_folder: ~\neval_split:\nrun_name: ''\n")
-    assert training.save_total_limit is None and data.image_folder is None and data.eval_split is None
-    assert training.run_name == ""
-    assert parsed(tmp_path, "save_total_limit: null\n", "--save_total_limit", "3")[-1].save_total_limit == 3
-    (caption,) = parse(CaptioningArguments, argv=["--config", str(written(tmp_path, 'prompt: ""\n'))])
-    assert caption.prompt == ""
-    with pytest.raises(ValueError, match=r"run.yaml: learning_rate needs a value. Leave the line out"):
-        parsed(tmp_path, "learning_rate: null\n")
-
-
-def written(folder, text):
-    (folder / "run.yaml").write_text(text)
-    return folder / "run.yaml"
-
-
-def test_null_takes_back_what_the_demo_yaml_says(tmp_path):
-    (tmp_path / "demo.yaml").write_text("model_name_or_path: demo\ndataset_name: demo\nmax_eval_samples: 9\n")
-    flags = ["--config", str(written(tmp_path, "max_eval_samples: null\n")), "--use_cpu"]
-    model, data, *_ = parse(*ALL, argv=flags, demo_config=tmp_path / "demo.yaml")
-    assert model.model_name_or_path == "demo" and data.max_eval_samples is None
-
-
-def test_one_config_is_read_and_a_yaml_names_no_other(tmp_path):
-    with pytest.raises(ValueError, match="One --config is read, found a.yaml, b.yaml"):
-        parse(*ALL, argv=["--config", "a.yaml", "--config=b.yaml"])
-    for key in ("config", "help", "no_clean_captions"):
-        with pytest.raises(ValueError, match=f"has the unknown key '{key}'"):
-            parsed(tmp_path, f"{key}: x\n")
-
-
-def test_model_that_a_program_cannot_do_without_may_stand_in_its_yaml(tmp_path):
-    program = runpy.run_path(str(RECIPES / "predict.py"))
-    path = written(tmp_path, "model_name_or_path: outputs/vqa\nimages: [a.jpg]\n")
-    args, _ = parse(program["Prediction"], program["Data"], argv=["--config", str(path)])
-    assert args.model_name_or_path == "outputs/vqa"
-
-
-def test_demo_model_on_own_data_takes_the_learning_rate_of_the_demo(tmp_path, caplog):
-    caplog.set_level("INFO", "blip_ft")
-    demo = {"demo_config": RECIPES / "configs" / "vqa_demo.yaml"}
-    flags = ["--dataset_name", str(tmp_path), "--use_cpu"]
-    training = parse(*ALL, argv=["--model_name_or_path", "demo", *flags], **demo)[-1]
-    assert (training.learning_rate, training.warmup_steps, training.num_train_epochs) == (8e-4, 0.1, 3)
-    assert "taking learning_rate 8e-4 and warmup_steps 0.1 from" in caplog.text
-    training = parse(*ALL, argv=["--model_name_or_path", "demo", *flags, "--learning_rate", "1e-5"], **demo)[-1]
-    assert (training.learning_rate, training.warmup_steps) == (1e-5, 0.1)
-    assert parse(*ALL, argv=["--model_name_or_path", "x", *flags], **demo)[-1].learning_rate == 5e-5
-
-
-@pytest.mark.parametrize(
-    ("key", "hint"),
-    [
-        *[(key, "Did you mean learning_rate?") for key in ("lr", "learningrate", "learning_rates", "lerning_rate")],
-        *[(key, "Did you mean num_train_epochs?") for key in ("epochs", "num_epochs", "train_epochs")],
-        ("batch_size", "Did you mean per_device_train_batch_size?"),
-        ("eval_batch_size", "Did you mean per_device_eval_batch_size?"),
-        *[(key, "Did you mean model_name_or_path?") for key in ("model", "checkpoint", "model_name_or_pth")],
-        ("dataset", "Did you mean dataset_name?"),
-        *[(key, "Did you mean lora_r?") for key in ("lora_rank", "rank")],
-        ("warmup_ratio", "Did you mean warmup_steps?"),
-        ("num_workers", "Did you mean dataloader_num_workers?"),
-        *[(key, "There is no early stopping; --load_best") for key in ("early_stopping", "early_stopping_patience")],
-        *[(key, "--help lists the keys there are") for key in ("temperature", "foo", "hub_tokn", "top_k")],
-    ],
-)
-def test_unknown_key_gets_the_name_here_or_no_hint_at_all(tmp_path, key, hint):
-    with pytest.raises(ValueError) as refused:
-        parsed(tmp_path, f"{key}: 1\n")
-    assert hint in str(refused.value)
-
-
-# ---- every field has an effect or is refused ----
-
-
-def recipe_classes(name):
-    program = runpy.run_path(str(RECIPES / f"{name}.py"))
-    if name == "predict":
-        return (program["Prediction"], program["Data"])
-    task = {"vqa": VqaArguments, "captioning": CaptioningArguments, "retrieval": RetrievalArguments}[name]
-    return (program["Model"], program["Data"], task, PeftArguments, program["Training"])
 
 
 def names_read(path: Path, leave_out=frozenset()) -> set[str]:
@@ -444,18 +278,6 @@ def test_adapters_are_trained_at_the_rate_of_the_readme():
     rates = {yaml.name: parse(*ALL, argv=["--config", str(yaml), "--use_cpu"])[-1].learning_rate for yaml in LORA}
     assert set(rates.values()) == {1e-4} and len(rates) >= 3
     assert "--use_peft --learning_rate 1e-4" in (RECIPES.parent / "README.md").read_text()
-
-
-def test_help_says_what_is_true_here(capsys):
-    for name in ("vqa", "retrieval"):
-        with pytest.raises(SystemExit):
-            parse(*recipe_classes(name), argv=["--help"])
-        shown = " ".join(capsys.readouterr().out.split())
-        assert "Weight decay of all parameters, biases and norms included" in shown
-        assert "excluded from bias" not in shown and "--hub_token" not in shown
-        assert "intended for your training/evaluation scripts" not in shown
-        assert "`last`: the newest complete checkpoint" in shown
-        assert "The checkpoint save strategy to adopt" in shown  # a new default keeps its help
 
 
 def test_settings_that_were_changed_are_those_that_differ_from_their_default():

@@ -368,7 +368,7 @@ MISTAKES = {
     "no such data": (["--dataset_name", "/no/such/data"], "Check the path"),
     "no such column": (["--question_column", "q"], "Set question_column, e.g. --question_column question"),
     "no such split": (["--eval_split", "dev"], "the data has train, test"),
-    "two widths": (["--use_peft", "--load_in_8bit", "--load_in_4bit"], "Choose one width"),
+    "two widths": (["--use_peft", "--load_in_8bit", "--load_in_4bit"], "mutually exclusive"),
     "bits without adapter": (["--load_in_4bit"], "Add --use_peft"),
     "unshifted smoothing": (["--label_smoothing_factor", "0.1"], "Use --label_smoothing"),
     "freeze nothing": (["--freeze", "classifier"], "There are vision_model, text_encoder, text_decoder"),
@@ -494,9 +494,9 @@ def test_output_dir_that_cannot_be_made_is_refused_before_the_model_loads(recipe
     assert f"{tmp_path / 'file'} is not a folder with write permission" in caplog.messages[-1]
 
 
-def test_mistake_shows_its_traceback_under_debug(recipe, data):
+def test_mistake_shows_its_traceback_if_asked(recipe, data):
     with pytest.raises(ValueError, match="Choose at most 8"):
-        recipe(*data, "--per_device_train_batch_size", "64", "--debug")
+        recipe(*data, "--per_device_train_batch_size", "64", "--traceback")
 
 
 def test_output_dir_in_use_is_refused(recipe, data, tmp_path, caplog):

@@ -333,7 +333,7 @@ def test_token_is_taken_from_the_environment_alone(where, tmp_path):
 
 
 def test_repository_that_cannot_be_is_refused_at_the_start():
-    with pytest.raises(ValueError, match="hub_model_id is OWNER/NAME, found 'a/b/c'"):
+    with pytest.raises(ValueError, match="hub_model_id must be OWNER/NAME, found 'a/b/c'"):
         parse(BlipTrainingArguments, argv=["--hub_model_id", "a/b/c"])
 
 
