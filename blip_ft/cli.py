@@ -95,7 +95,7 @@ def start_recipe(main: Callable[[], None]) -> None:
         if show_traceback:
             raise
         where = _last_frame_of_ours(error, main.__code__.co_filename)
-        message = "\n%s: %s\n(raised at %s; --traceback shows where in full)"
+        message = "\n%s: %s\n(raised at %s; --traceback shows the full traceback)"
         logger.error(message, type(error).__name__, hide_secrets(str(error)), where)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
@@ -140,7 +140,7 @@ class _Parser(HfArgumentParser):
         self.add_argument("--traceback", action="store_true", help="Show the traceback of an error.")
         # print_help_if_asked answers both before anything else is parsed
         self.add_argument("--help", "-h", action="store_true", help="Show the flags that people set most.")
-        self.add_argument("--help-all", action="store_true", help="Show all flags, and explain each in full.")
+        self.add_argument("--help-all", "--help_all", action="store_true", help="Show all flags, explained in full.")
 
     def _add_dataclass_arguments(self, dataclass_type: type) -> None:
         before = len(self._actions)
@@ -196,8 +196,8 @@ class _Parser(HfArgumentParser):
 
 
 HOW_TO_READ = (
-    "The value after a flag is its default. A flag without a value turns something on; true or false may follow. The "
-    "YAML has the same names without dashes."
+    "Each flag is followed by its default, or by N, TEXT, BOOL or choices. A flag followed by nothing turns something "
+    "on; true or false may follow. YAML files have the same names without dashes."
 )
 
 
@@ -218,7 +218,7 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def _simple_default(action: argparse.Action) -> str | None:
-    """The default as a word to put after the flag; None if there is none, and for choices, which stand there."""
+    """The default as one word to show after the flag; None without a default, and if choices are shown there."""
     default = getattr(action.default, "value", action.default)  # of an Enum
     if default is None or default is False or default == [] or (action.choices and len(action.choices) < 10):
         return None

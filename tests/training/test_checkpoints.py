@@ -292,7 +292,7 @@ def test_checkpoint_with_content_of_another_kind_ends_in_one_message_and_runs_no
                 recipe(*flags, str(changed), output_dir=checkpointed, task=task)
             assert stopped.value.code == 1 and str(changed) in caplog.messages[-1], caplog.messages[-1]
             wanted = "does not list files and their sizes" if name == "complete.json" else "cannot be read"
-            assert wanted in caplog.messages[-1] and "--traceback shows where" in caplog.messages[-1]
+            assert wanted in caplog.messages[-1] and "--traceback shows the full" in caplog.messages[-1]
     changed = tmp_path / "checkpoint-2"
     shutil.copytree(checkpointed / "checkpoint-2", changed)
     write_over(changed / "training_args.bin", pickles["zip"])
