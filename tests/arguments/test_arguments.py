@@ -42,7 +42,7 @@ def test_settings_of_a_task_that_cannot_work_are_refused(arguments, flags, messa
         (["--remove_unused_columns", "true"], "would drop image"),
         (["--accelerator_config", '{"split_batches": true}'], "each process makes batches of its own"),
         (["--questions_file", "q.json"], "come in pairs"),
-        (["--questions_file", "q", "--annotations_file", "a"], "needs image_folder"),
+        (["--questions_file", "q", "--annotations_file", "a"], "requires image_folder"),
         (["--eval_fraction", "1.5"], "between 0 and 1"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1, found 0"),
         (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps must be at least 1"),
@@ -148,7 +148,7 @@ def test_each_setting_without_effect_is_refused_and_not_in_help(name, tmp_path, 
         default = part.__dataclass_fields__[setting].default
         by_type = {bool: str(not default).lower(), int: "7", float: "0.7"}
         value = NO_WORDS.get(setting, by_type.get(type(default), "x"))
-        with pytest.raises(ValueError, match=f"{setting} has no effect here|{setting} goes with"):
+        with pytest.raises(ValueError, match=f"{setting} has no effect here|{setting} requires"):
             parse(*classes, argv=[*needed, f"--{setting}", value])
         assert f"--{setting}" not in shown and f"--{setting}," not in shown
 
@@ -161,7 +161,7 @@ BESIDE = [
     (["--dataset_config", "small", "--dataset_name", "demo"], "without a data set of the Hub"),
     (["--shuffle_buffer", "9", "--dataset_name", "demo"], "without --streaming"),
     (["--eval_fraction", "0.2", "--eval_split", "test"], "beside other data to evaluate on"),
-    (["--eval_questions_file", "q.json", "--eval_annotations_file", "a.json"], "goes with questions_file"),
+    (["--eval_questions_file", "q.json", "--eval_annotations_file", "a.json"], "requires questions_file"),
     (["--k_test", "9"], "k_test 9 has no effect without --answer_mode rank"),
     (["--cache_dtype", "fp32"], "without --cache_image_features"),
     (["--eval_steps", "5"], "without --eval_strategy steps"),
@@ -256,7 +256,7 @@ def test_no_number_is_nan_or_infinite(part, name, value):
         (["--accelerator_config", "{x"], "accelerator_config needs a JSON object"),
         (["--max_steps", "0"], "max_steps must be at least 1, or -1 to train num_train_epochs; found 0"),
         (["--warmup_steps", "nan"], "warmup_steps must be at least 0, found nan"),
-        (["--bf16", "--use_cpu", "false"], "bf16 needs a GPU that computes in bfloat16.*add --use_cpu"),
+        (["--bf16", "--use_cpu", "false"], "bf16 needs a GPU that supports bfloat16.*add --use_cpu"),
         (["--fp16"], "fp16 needs a GPU"),
         (["--torch_compile_mode", "x"], "torch_compile_mode must be one of default, .*found 'x'"),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "reduce_lr_on_plateau follows a metric. Add --eval_strategy"),
@@ -324,7 +324,7 @@ def test_evaluations_and_checkpoints_come_together_if_the_best_is_kept(flags, ev
     ],
 )
 def test_best_checkpoint_that_would_not_be_kept_is_refused(flags, found):
-    with pytest.raises(ValueError, match=f"{found}. Name one of the two alone.*--load_best_model_at_end false"):
+    with pytest.raises(ValueError, match=f"{found}. Set only one of the two.*--load_best_model_at_end false"):
         parse(BlipTrainingArguments, argv=[*BEST, *flags])
 
 
@@ -336,5 +336,5 @@ def test_best_checkpoint_is_the_default_of_captions_and_retrieval(name, metric):
 
 def test_test_rows_of_vqa_v2_files_are_refused_with_what_to_do_instead():
     files = {"questions_file": "q.json", "annotations_file": "a.json", "image_folder": "."}
-    with pytest.raises(ValueError, match="go with dataset_name.*--do_train false --eval_questions_file"):
+    with pytest.raises(ValueError, match="require dataset_name.*--do_train false --eval_questions_file"):
         DataArguments(**files, test_split="test")

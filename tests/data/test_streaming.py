@@ -211,8 +211,8 @@ def test_resumed_run_of_a_stream_equals_the_unbroken_one(recipe, flags, tmp_path
 @pytest.mark.parametrize(
     ("task", "more", "message"),
     [
-        ("vqa", ["--max_steps", "-1"], "--streaming needs --max_steps"),
-        ("vqa", ["--freeze", "vision_model", "--cache_image_features"], "leave out --streaming"),
+        ("vqa", ["--max_steps", "-1"], "--streaming requires --max_steps"),
+        ("vqa", ["--freeze", "vision_model", "--cache_image_features"], "Leave out --streaming"),
         ("retrieval", [], "streaming is for questions and captions"),
     ],
 )
@@ -232,5 +232,5 @@ def test_stream_goes_on_with_the_settings_it_began_with_only(recipe, flags, tmp_
 
 
 def test_stream_needs_rows_to_evaluate_on():
-    with pytest.raises(ValueError, match="no image can be held out. Give --eval_split or --eval_dataset_name"):
+    with pytest.raises(ValueError, match="No images can be held out from a stream. Add --eval_split or --eval_dataset_name"):
         DataArguments(dataset_name="owner/images", streaming=True)

@@ -330,7 +330,7 @@ OUT_OF_RANGE = {
     "no texts": ("retrieval", ["--texts", "none.txt"], "texts needs a text file; none.txt: No such file"),
     "UTF-16": ("retrieval", ["--texts", "{utf16}"], "is not text in UTF-8 (invalid start byte at byte 0). Save it as"),
     "no training": ("vqa", ["--eval_fraction", "0.5"], "eval_fraction has no effect here. Leave it out: nothing is"),
-    "demo": ("demo", [], "The demo model is new and its answers are random. Train it with a recipe"),
+    "demo": ("demo", [], "The demo model is randomly initialized. Train it with a recipe"),
     "columns": ("vqa", ["--question_column", "q"], "question_column q has no effect beside --images"),
 }
 
