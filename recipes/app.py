@@ -168,11 +168,10 @@ Rows = list[tuple[list[str], float]]
 
 def answer(model: Any, processor: BlipProcessor, pixels: torch.Tensor, text: str) -> Rows:
     questions = lines_of(text)
-    tokens = encode_texts(questions, processor.tokenizer, model.config.text_config.max_position_embeddings)
-    ids, mask = tokens["input_ids"].to(model.device), tokens["attention_mask"].to(model.device)
-    index = torch.zeros(len(questions), dtype=torch.long, device=model.device)
-    states = model.encode_pairs(model.encode_images(pixels).last_hidden_state, ids, mask, index)
-    answers = inference.answer(model, processor.tokenizer, states, mask)
+    batch = encode_texts(questions, processor.tokenizer, model.config.text_config.max_position_embeddings)
+    batch |= {"pixel_values": pixels, "image_index": torch.zeros(len(questions), dtype=torch.long)}
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    answers = inference.answer(model, processor.tokenizer, *inference.encode_questions(model, batch))
     return [([question, text], score) for question, text, score in zip(questions, *answers, strict=True)]
 
 

@@ -242,11 +242,8 @@ def make_predict(model: Any, processor: BlipProcessor, args: Prediction, task: s
     features = inference.embed_texts(model, **tokens) if texts else None
 
     def answer(batch: dict[str, torch.Tensor]) -> list[Line]:
-        images = model.encode_images(batch["pixel_values"]).last_hidden_state
-        mask = batch["attention_mask"]
-        states = model.encode_pairs(images, batch["input_ids"], mask, batch["image_index"])
         limits = (args.generation_max_length or 10, args.generation_num_beams)
-        answers = inference.answer(model, tokenizer, states, mask, *limits)
+        answers = inference.answer(model, tokenizer, *inference.encode_questions(model, batch), *limits)
         return [{"answer": text, "score": score} for text, score in zip(*answers, strict=True)]
 
     def caption(batch: dict[str, torch.Tensor]) -> list[Line]:

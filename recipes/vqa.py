@@ -71,18 +71,16 @@ def main() -> None:
     model.config.question_start_token = vqa_args.question_start_token
 
     def predict(model, batch, positions):
-        mask = batch["attention_mask"]
-        images = model.encode_images(batch["pixel_values"]).last_hidden_state
-        states = model.encode_pairs(images, batch["input_ids"], mask, batch["image_index"])
-        losses = model.answer_losses(states, mask, batch["labels"], batch["question_index"]) * batch["answer_weights"]
-        losses = losses.new_zeros(len(mask)).index_add(0, batch["question_index"], losses).tolist()
+        encoded = inference.encode_questions(model, batch)
+        losses = model.answer_losses(*encoded, batch["labels"], batch["question_index"]) * batch["answer_weights"]
+        losses = losses.new_zeros(len(batch["input_ids"])).index_add(0, batch["question_index"], losses).tolist()
         if candidates:
             limits = (vqa_args.k_test, vqa_args.max_answer_tokens)
-            texts = inference.rank(model, processor.tokenizer, states, mask, candidates, *limits)
+            texts = inference.rank(model, processor.tokenizer, *encoded, candidates, *limits)
             probabilities = [None] * len(texts)
         else:
             limits = (training_args.generation_max_length, training_args.generation_num_beams)
-            texts, probabilities = inference.answer(model, processor.tokenizer, states, mask, *limits)
+            texts, probabilities = inference.answer(model, processor.tokenizer, *encoded, *limits)
         names = ("prediction", "probability", "loss")
         return [dict(zip(names, values, strict=True)) for values in zip(texts, probabilities, losses, strict=True)]
 

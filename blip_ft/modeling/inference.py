@@ -14,6 +14,23 @@ from blip_ft.data.images import longest_side, open_image, resize_to_uint8
 from blip_ft.data.texts import decode_texts, encode_labels, encode_prompt, encode_texts
 
 
+def encode_questions(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode the images of a batch, then its questions.
+
+    Args:
+        batch: on the model's device; pixel_values (num_images, 3, height, width), or image_states
+            (num_images, patches, width) if the images are encoded already; input_ids and attention_mask
+            (num_questions, question_length); image_index (num_questions,), the image of each question.
+    Returns: what answer() and rank() read: question_states (num_questions, question_length, width) and
+        attention_mask.
+    """
+    image_states = batch.get("image_states")
+    if image_states is None:
+        image_states = model.encode_images(batch["pixel_values"]).last_hidden_state
+    mask = batch["attention_mask"]
+    return model.encode_pairs(image_states, batch["input_ids"], mask, batch["image_index"]), mask
+
+
 def answer(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -22,11 +39,11 @@ def answer(
     max_length: int = 20,
     num_beams: int = 3,
 ) -> tuple[list[str], list[float]]:
-    """An answer for each question, written freely, and its probability; see sequence_probabilities.
+    """Generate an answer to each question, and its probability; see sequence_probabilities.
 
     Args:
-        question_states, attention_mask: (num_questions, question_length, ...), of model.encode_pairs.
-        max_length: tokens of an answer, [DEC] and [SEP] among them.
+        question_states, attention_mask: of encode_questions.
+        max_length: number of tokens of an answer, [DEC] and [SEP] included.
     """
     ids = model.generate_answers(
         question_states, attention_mask, max_length=max_length, num_beams=num_beams, do_sample=False
@@ -268,15 +285,12 @@ def answer_questions(
             states = model.encode_images(pixels.to(model.device)).last_hidden_state
             for first in range(0, len(pairs), questions_at_once):
                 rows, positions = zip(*pairs[first : first + questions_at_once], strict=True)
-                tokens = encode_texts([questions[p] for p in positions], processor.tokenizer, longest)
-                ids, mask = tokens["input_ids"].to(model.device), tokens["attention_mask"].to(model.device)
-                index = torch.tensor(rows, device=model.device)
-                question_states = model.encode_pairs(states, ids, mask, index)
-                # not answer(): its probabilities cost another pass of the decoder
-                answer_ids = model.generate_answers(
-                    question_states, mask, max_length=max_length, num_beams=num_beams, do_sample=False
-                )
-                texts = decode_texts(answer_ids, processor.tokenizer)
-                for position, text in zip(positions, texts, strict=True):
+                batch = encode_texts([questions[p] for p in positions], processor.tokenizer, longest)
+                batch["image_index"] = torch.tensor(rows)
+                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                encoded = encode_questions(model, {"image_states": states, **batch})
+                # answer() would also compute probabilities, which takes one more pass of the decoder
+                ids = model.generate_answers(*encoded, max_length=max_length, num_beams=num_beams, do_sample=False)
+                for position, text in zip(positions, decode_texts(ids, processor.tokenizer), strict=True):
                     answers[position] = text
     return answers

@@ -8,7 +8,14 @@ from blip_ft.data.texts import encode_prompt
 from blip_ft.modeling.blip.captioning import BlipForConditionalGeneration
 from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
 from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
-from blip_ft.modeling.inference import caption, embed_texts, rank_pairs, rank_texts, sequence_probabilities
+from blip_ft.modeling.inference import (
+    caption,
+    embed_texts,
+    encode_questions,
+    rank_pairs,
+    rank_texts,
+    sequence_probabilities,
+)
 
 OWNER = np.array([0, 0, 1, 2, 2, 2, 3])  # the image of each of seven texts
 
@@ -113,3 +120,16 @@ def test_ranked_texts_are_those_of_the_largest_sum(ranked):
         order = np.argsort(-for_texts[row])[:3]
         assert [place for place, _ in found] == order.tolist()
         np.testing.assert_allclose([score for _, score in found], for_texts[row, order], atol=1e-5)
+
+
+def test_questions_are_encoded_as_by_the_model_from_images_or_their_states(golden):
+    model = BlipForQuestionAnswering.from_pretrained(golden / "vqa").eval()
+    pixels, index = torch.randn(2, 3, 32, 32), torch.tensor([1, 0, 1])
+    ids = torch.randint(1, 90, (3, 5))
+    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_index": index}
+    with torch.no_grad():
+        image_states = model.encode_images(pixels).last_hidden_state
+        wanted = model.encode_questions(image_states, ids, tokens["attention_mask"], index)
+        for images in ({"pixel_values": pixels}, {"image_states": image_states}):
+            states, mask = encode_questions(model, {**images, **tokens})
+            assert torch.equal(states, wanted) and mask is tokens["attention_mask"]
