@@ -241,7 +241,7 @@ def test_card_of_a_data_set_on_the_hub_names_it_and_no_base_for_a_local_checkpoi
     assert card.data.metrics == ["accuracy"]
     assert card.data.eval_results[0].dataset_type == "owner/dogs"
     assert front_matter_errors(str(card)) == []
-    assert "Not known: look up the licence" in card.text
+    assert "Unknown. Check the license" in card.text
 
 
 @pytest.mark.parametrize(
@@ -277,8 +277,8 @@ def test_card_calls_task_and_units_by_their_names():
     assert retrieval.data.pipeline_tag is None and "image-text-retrieval" in retrieval.data.tags
     assert front_matter_errors(str(retrieval)) == []
     captions = card_of(stock_class="BlipForConditionalGeneration", task="image-to-text", scores={"eval_cider": 120.0})
-    assert "CIDEr-D is x 100 and has no bound of 100" in captions.text and "Percent." not in captions.text
-    assert "Percent." in card_of(scores={"eval_vqa_accuracy_cider": 1.0}).text
+    assert "CIDEr-D can exceed 100" in captions.text and "All scores are in percent." not in captions.text
+    assert "All scores are in percent." in card_of(scores={"eval_vqa_accuracy_cider": 1.0}).text
 
 
 def test_arguments_on_the_card_are_a_yaml_that_config_takes_without_folders_and_hub(flags, recipe, tmp_path):
@@ -288,7 +288,7 @@ def test_arguments_on_the_card_are_a_yaml_that_config_takes_without_folders_and_
     card = (folder / "README.md").read_text()
     assert "/tmp" not in card and str(tmp_path) not in card and "owner/secret_name" in card.split("```yaml")[0]
     block = card.split("```yaml\n")[1].split("\n```")[0]
-    assert "Of `model_name_or_path`, `dataset_name` only the last part of the path is shown" in card
+    assert "In `model_name_or_path`, `dataset_name`, only the last part of each path is shown" in card
     rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", card, re.MULTILINE))
     assert rows["rows trained on"] == rows["rows evaluated on"] == "8 of 4 images"
     assert rows["image size"] == "32 x 32 pixels" and rows["epochs"] == "1" and re.match(r"0:\d\d:\d\d$", rows["time"])
