@@ -3,11 +3,14 @@ PYTHON := $(VENV)/bin/python
 # torch first and alone: with no torch there, a range would bring the newest build and gigabytes of CUDA;
 # on a CUDA machine install the torch you want into .venv before
 TORCH := 2.13.0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test style format benchmark
 
+# without these values accelerate prints what it chose for each; a demo needs one GPU, or none
 demo: $(VENV)/installed
-	$(VENV)/bin/accelerate launch --quiet recipes/vqa.py
+	$(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --gpu_ids 0 --mixed_precision no \
+		--dynamo_backend no recipes/vqa.py
 
 test: $(VENV)/installed-dev
 	$(PYTHON) -m pytest -m "not slow and not gpu"

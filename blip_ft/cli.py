@@ -19,9 +19,11 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from accelerate.utils.memory import should_reduce_batch_size
+from datasets import disable_progress_bars as disable_dataset_bars
 from torch import distributed
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+from transformers.utils.logging import disable_progress_bar as disable_model_bars
 
 from blip_ft.data.secrets import hide_secrets
 from blip_ft.results.files import release_folders
@@ -85,6 +87,9 @@ def start_recipe(main: Callable[[], None]) -> None:
     first_process = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("blip_ft").setLevel(logging.INFO if first_process else logging.ERROR)
+    if not sys.stderr.isatty():  # each update of a bar is a line of a log file
+        disable_model_bars()
+        disable_dataset_bars()
     # unlike a kill, an exit removes temporary files
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

@@ -280,7 +280,8 @@ def predict_rows(
     )
     # of the rows of an image, which stand together
     is_first = np.diff(number_images(rows)[share], prepend=-1) != 0
-    with tqdm(total=int(is_first.sum()), unit=" images", disable=not state.is_local_main_process) as progress:
+    hidden = None if state.is_local_main_process else True  # None: shown in a terminal only
+    with tqdm(total=int(is_first.sum()), unit=" images", disable=hidden) as progress:
         for batch, here, readable in match_rows(loader, share):
             lines = predict({name: tensor.to(state.device) for name, tensor in batch.items()})
             yield {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -85,6 +86,7 @@ HELP_TEXTS = {
     "hub_private_repo": "Make a new repository private. An existing one is not changed.",
     "bf16": "Mixed precision in bfloat16. Needs a GPU that supports it, or --use_cpu.",
     "fp16": "Mixed precision in float16. Needs a GPU; prefer bf16 if the GPU supports it.",
+    "disable_tqdm": "Show no progress bars. Default: bars are shown in a terminal, and not in a log file.",
     "optim_target_modules": "Layers that GaLore or APOLLO train at low rank.",
 }
 
@@ -195,6 +197,8 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         self._check_run()
         self._check_precision()
         self._settle_metric()
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()  # each update of a bar is a line of a log file
         # torch warns in each epoch if there is no device to pin memory for
         self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
         try:

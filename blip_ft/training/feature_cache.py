@@ -203,7 +203,7 @@ def _encode(
         worker_init_fn=ignore_signals_in_worker,
     )
     model.eval()
-    with tqdm(total=len(missing), desc="Encoding images, once for all epochs") as progress:
+    with tqdm(total=len(missing), desc="Encoding images, once for all epochs", disable=args.disable_tqdm) as progress:
         for batch, keys, readable in match_rows(loader, missing):
             with torch.autocast(model.device.type, _autocast_dtype(args), enabled=args.bf16 or args.fp16):
                 states = model.encode_images(batch["pixel_values"].to(model.device)).last_hidden_state

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
@@ -48,6 +49,7 @@ from blip_ft.training.checkpoints import (
 )
 from blip_ft.training.engines import SHARDED, engine_of, local_part, shard_embeddings_with_head, unsharded_weight
 from blip_ft.training.hub import PushingTrainer
+from blip_ft.training.progress import ProgressLog
 from blip_ft.training.run_settings import SETTINGS_FILE
 from blip_ft.training.signals import Signals, StopCallback, block_sigterm, ignore_signals_in_worker, unblock_sigterm
 
@@ -117,6 +119,9 @@ class BlipTrainer(PushingTrainer):
         self.has_targets = False  # whether a batch had a token to learn
         self.loss_parts: list[torch.Tensor] = []  # LOSS_PARTS (3,) of each step since the last log
         self.first_bad_step = torch.tensor(NEVER)  # first step of this process with a loss that is not finite
+        for shown in (ProgressCallback, PrinterCallback):
+            if self.pop_callback(shown):
+                self.add_callback(ProgressLog())
         self.add_callback(BestCallback())
         self.add_callback(EpochCallback(self))
         self.add_callback(ContrastiveCallback(self))
@@ -414,7 +419,8 @@ class BlipTrainer(PushingTrainer):
         block_sigterm()  # while workers start
         batches = iter(dataloader)
         unblock_sigterm()
-        progress = tqdm(batches, description, len(dataloader), disable=not self.is_local_process_zero(), leave=False)
+        hidden = self.args.disable_tqdm or not self.is_local_process_zero()
+        progress = tqdm(batches, description, len(dataloader), disable=hidden, leave=False)
         with self.unsharded_model() as model:
             model.eval()
             for batch, here, readable in match_rows(progress, dataloader.row_positions):
