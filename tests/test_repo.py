@@ -95,33 +95,48 @@ def test_fsdp_wraps_layers_that_the_model_has(golden):
     assert {type(module).__name__ for module in model.modules()} >= set(names)
 
 
-def test_python_of_the_readme_runs(checkpoint, image_folder, tmp_path, monkeypatch):
-    section = (ROOT / "README.md").read_text().split("## Use it from Python")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) >= 2
+README, README_ZH = ROOT / "README.md", ROOT / "README_zh.md"
+PAGES = [README, README_ZH, *sorted((ROOT / "docs").glob("*.md"))]
+WITH_LINKS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks_of(page: Path, language: str = r"\w+") -> list[str]:
+    """The code blocks of a page that name a language, without comments."""
+    blocks = re.findall(rf"```(?:{language})\n(.*?)```", page.read_text(), re.DOTALL)
+    return [re.sub(r" +#.*", "", block) for block in blocks]
+
+
+COMMANDS = {line: None for page in PAGES for block in blocks_of(page, "bash") for line in block.split("\n") if line}
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page, "python")], ids=name_of)
+def test_python_of_readme_and_docs_runs(page, checkpoint, image_folder, tmp_path, monkeypatch):
     shutil.copytree(checkpoint, tmp_path / "outputs" / "vqa")
     shutil.copytree(image_folder, tmp_path / "my_images")
     shutil.copy(image_folder / "0.png", tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-    assert (tmp_path / "checkpoints" / "mine" / "model.safetensors").is_file()
-
-
-README = (ROOT / "README.md").read_text()
-PAGES = README + "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
-# every line of a bash block
-LINES = [
-    line.split(" #")[0] for block in re.findall(r"```bash\n(.*?)```", PAGES, re.DOTALL) for line in block.split("\n")
-]
-COMMANDS = [line for line in LINES if line]
+    for block in blocks_of(page, "python"):
+        exec(compile(block, page.name, "exec"), {})
+        for folder in re.findall(r"""save_model\(model, "(.*?)\"""", block):
+            assert (tmp_path / folder / "model.safetensors").is_file()
 
 
 class Parsed(Exception):
     """Raised in the place of a run: all flags are known and go together."""
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if "recipes/" in line])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "recipes/" in command])
 def test_recipe_commands_of_readme_and_docs_parse(command, monkeypatch):
     words = shlex.split(command)
     script = next(number for number, word in enumerate(words) if word.startswith("recipes/"))
@@ -151,14 +166,47 @@ def test_other_commands_of_readme_and_docs_are_there():
             assert words[:2] in (["hf", "upload"], ["pip", "install"])  # test_hub runs the first
 
 
-def test_promises_of_the_readme_are_held_by_tests_that_exist():
-    promises = README.split("## What is promised")[1].split("\n## ")[0]
-    held_by = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", promises)
-    assert len(held_by) >= 10
+def test_both_readmes_have_the_same_sections_commands_and_numbers():
+    english, chinese = README.read_text(), README_ZH.read_text()
+    assert blocks_of(README) == blocks_of(README_ZH) and len(blocks_of(README, "bash")) > 5
+    for pattern in (r"^#+ ", r"\]\(((?!README).*?)\)"):
+        assert re.findall(pattern, english, re.MULTILINE) == re.findall(pattern, chinese, re.MULTILINE)
+    # the order of words in a sentence is not the same
+    assert sorted(re.findall(r"\d+\.\d+", english)) == sorted(re.findall(r"\d+\.\d+", chinese))
+    assert "(README_zh.md)" in english.split("\n## ")[0] and "(README.md)" in chinese.split("\n## ")[0]
+
+
+@pytest.mark.parametrize("page", [README, README_ZH], ids=name_of)
+def test_readme_is_short(page):
+    assert len(page.read_text().splitlines()) <= 220
+
+
+@pytest.mark.parametrize("page", WITH_LINKS, ids=name_of)
+def test_links_lead_to_files_and_sections_that_exist(page):
+    for link in re.findall(r"\]\((.*?)\)", page.read_text()):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+def test_promises_are_held_by_tests_that_exist():
+    text = (ROOT / "docs" / "fidelity.md").read_text()
+    held_by = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(held_by) == text.count("tests/") >= 40
     for file, name in held_by:
-        assert not name or f"def {name}(" in (ROOT / file).read_text()
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
 
 
-def test_images_of_the_readme_are_small():
-    for path in re.findall(r"!\[[^\]]*\]\((.*?)\)", README):
-        assert 1000 < (ROOT / path).stat().st_size < 200_000
+def test_files_and_folders_that_the_pages_name_exist():
+    for page in WITH_LINKS:
+        for path in re.findall(r"`((?:tests|recipes|accelerate_configs|docs|blip_ft)/[\w/.]*)`", page.read_text()):
+            assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_images_of_readme_and_docs_are_small():
+    images = {page.parent / path for page in PAGES for path in re.findall(r"!\[[^\]]*\]\((.*?)\)", page.read_text())}
+    assert images == set((ROOT / "docs").glob("*.png"))
+    assert all(1000 < image.stat().st_size < 200_000 for image in images)

@@ -279,11 +279,3 @@ def test_memory_that_cannot_be_had_ends_in_one_message(caplog, monkeypatch, allo
         start_recipe(allocate)
     assert stopped.value.code == 1
     assert "There is too little memory. Lower --per_device_train_batch_size" in message_of(caplog)
-
-
-def test_small_model_of_the_documentation_is_built_as_it_says(image_folder, tmp_path, monkeypatch):
-    text = (RECIPES.parent / "docs" / "small_models.md").read_text()
-    (tmp_path / "my_images").symlink_to(image_folder)
-    monkeypatch.chdir(tmp_path)
-    exec(text.split("```python\n")[1].split("```")[0], {})
-    assert (tmp_path / "small_blip" / "model.safetensors").exists()
