@@ -1,6 +1,7 @@
 """The house itself: which file may import which, and that every YAML fits its program."""
 
 import ast
+import json
 import re
 import runpy
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
 
 from blip_ft.arguments import (
     BlipTrainingArguments,
@@ -22,6 +24,7 @@ from blip_ft.arguments import (
     VqaArguments,
 )
 from blip_ft.cli import parse
+from blip_ft.data.loading import load_captions, load_vqa
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "blip_ft"
@@ -122,7 +125,7 @@ def anchors_of(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page, "python")], ids=name_of)
 def test_python_of_readme_and_docs_runs(page, checkpoint, image_folder, tmp_path, monkeypatch):
-    shutil.copytree(checkpoint, tmp_path / "outputs" / "vqa")
+    shutil.copytree(checkpoint, tmp_path / "outputs" / "mine")
     shutil.copytree(image_folder, tmp_path / "my_images")
     shutil.copy(image_folder / "0.png", tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
@@ -130,6 +133,18 @@ def test_python_of_readme_and_docs_runs(page, checkpoint, image_folder, tmp_path
         exec(compile(block, page.name, "exec"), {})
         for folder in re.findall(r"""save_model\(model, "(.*?)\"""", block):
             assert (tmp_path / folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page, "json")], ids=name_of)
+def test_rows_of_readme_and_docs_are_read(page, tmp_path):
+    questions, captions = blocks_of(page, "json")
+    for load, block in ((load_vqa, questions), (load_captions, captions)):
+        for row in map(json.loads, block.splitlines()):
+            color = "red" if row["file_name"] == "cat.jpg" else "blue"
+            Image.new("RGB", (8, 8), color).save(tmp_path / row["file_name"])
+        (tmp_path / "metadata.jsonl").write_text(block)
+        train, evaluation = load(DataArguments(dataset_name=str(tmp_path)), tmp_path / "bad_rows.jsonl")
+        assert len(train) and len(evaluation) and not (tmp_path / "bad_rows.jsonl").exists()
 
 
 class Parsed(Exception):
@@ -163,7 +178,8 @@ def test_other_commands_of_readme_and_docs_are_there():
         if words[0] == "make":
             assert set(words[1:]) <= set(targets)
         elif "recipes/" not in command:
-            assert words[:2] in (["hf", "upload"], ["pip", "install"])  # test_hub runs the first
+            # test_hub runs the first
+            assert words[:2] in (["hf", "upload"], ["pip", "install"], ["source", ".venv/bin/activate"])
 
 
 def test_both_readmes_have_the_same_sections_commands_and_numbers():
