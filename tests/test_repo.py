@@ -127,7 +127,7 @@ def anchors_of(page: Path) -> set[str]:
 def test_python_of_readme_and_docs_runs(page, checkpoint, image_folder, tmp_path, monkeypatch):
     shutil.copytree(checkpoint, tmp_path / "outputs" / "mine")
     shutil.copytree(image_folder, tmp_path / "my_images")
-    shutil.copy(image_folder / "0.png", tmp_path / "cat.jpg")
+    shutil.copy(image_folder / "0.png", tmp_path / "my_images" / "cat.jpg")
     monkeypatch.chdir(tmp_path)
     for block in blocks_of(page, "python"):
         exec(compile(block, page.name, "exec"), {})
