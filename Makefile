@@ -4,6 +4,8 @@ PYTHON := $(VENV)/bin/python
 # on a CUDA machine install the torch you want into .venv before
 TORCH := 2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# tests at once; each takes one core and about 2 GB
+WORKERS := 2
 
 .PHONY: demo test style format benchmark
 
@@ -13,7 +15,7 @@ demo: $(VENV)/installed
 		--dynamo_backend no recipes/vqa.py
 
 test: $(VENV)/installed-dev
-	$(PYTHON) -m pytest -m "not slow and not gpu"
+	$(PYTHON) -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 style: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

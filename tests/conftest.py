@@ -8,8 +8,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # the models are tiny: more threads gain nothing, and on a busy machine they wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import json
-import multiprocessing
 import runpy
 import sys
 from datetime import timedelta
@@ -18,7 +18,9 @@ from pathlib import Path
 import datasets.config
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from programs import CONTEXT
 from torch import distributed
 from transformers import BertTokenizer, BlipImageProcessor, BlipProcessor
 
@@ -35,6 +37,25 @@ TASKS = {
     "captioning": BlipForConditionalGeneration,
     "retrieval": BlipForImageTextRetrieval,
 }
+
+
+# made once in a session: with several pytest workers, one of them takes all tests that ask for it
+MADE_ONCE = ("demo_run", "url")
+# fixtures of the longest tests, which start first so that no worker ends long after the others
+LONGEST = ("demo_run", "reference", "flags_of")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: min((LONGEST.index(name) for name in LONGEST if name in item.fixturenames), default=9))
+    for item in items:
+        for name in set(MADE_ONCE) & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
+def pytest_collection_finish():
+    # each run collects garbage, which takes half a second if it looks at all imported modules
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -166,16 +187,25 @@ def on_two_processes(tmp_path):
 
     def run(function, *args) -> list:
         store = tmp_path / "store"
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
+        with CONTEXT.Pool(1) as pool:
             second = pool.apply_async(take_part, (1, store, function, args))
             return [take_part(0, store, function, args), second.get(timeout=60)]
 
     return run
 
 
+def save_blank(figure: Figure, file, *, format: str, dpi: int):
+    Image.new("RGB", tuple(round(inches * dpi) for inches in figure.get_size_inches())).save(file, format)
+
+
 @pytest.fixture
-def recipe(monkeypatch, tmp_path):
-    """Runs a recipe in this process, by default vqa, and returns output_dir."""
+def recipe(monkeypatch, tmp_path, request):
+    """Runs a recipe in this process, by default vqa, and returns output_dir.
+
+    The curves of a run are put together, and drawn only if the test is marked draws_curves: half a second each time.
+    """
+    if not request.node.get_closest_marker("draws_curves"):
+        monkeypatch.setattr(Figure, "savefig", save_blank)
 
     def start(*flags: str, output_dir: Path | None = None, task: str = "vqa") -> Path:
         folder = output_dir or tmp_path / "run"

@@ -1,16 +1,15 @@
 """recipes/predict.py as users start it: what it writes, and that a run which was stopped goes on."""
 
 import json
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import RECIPES
+from programs import run_ranks
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -234,14 +233,10 @@ def test_unreadable_image_is_listed_and_the_rest_is_answered(predict, image_fold
 def test_two_processes_write_what_one_writes(predict, image_folder, checkpoint, tmp_path):
     flags = ["--dataset_name", str(image_folder), "--eval_split", "test", "--per_device_eval_batch_size", "2"]
     one = lines_of(predict("vqa", *flags) / "predictions.jsonl")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(RECIPES / "predict.py")]
-    common = ["--model_name_or_path", str(checkpoint), "--use_cpu", "--dataloader_num_workers", "0"]
-    subprocess.run(
-        [*command, *common, *flags, "--output_dir", str(tmp_path / "two")],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    common = ["--model_name_or_path", checkpoint, "--use_cpu", "--dataloader_num_workers", "0"]
+    words = [RECIPES / "predict.py", *common, *flags, "--output_dir", tmp_path / "two"]
+    for code, errors in run_ranks(*words, folder=tmp_path):
+        assert code == 0, errors[-3000:]
     two = lines_of(tmp_path / "two" / "predictions.jsonl")
     scores = [[line.pop("score") for line in part] for part in (one, two)]
     assert one == two and scores[0] == pytest.approx(scores[1], rel=1e-4)

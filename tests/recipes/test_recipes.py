@@ -1,7 +1,6 @@
 """Recipes as users start them: what they write, what they refuse, and that equal runs give equal numbers."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import torch
 from conftest import RECIPES, TASKS, history_of, predictions_of, results_of
 from peft import PeftModel
+from programs import run_ranks
 from safetensors.torch import load_file
 from transformers import BlipProcessor, PreTrainedModel
 from transformers.models.blip import modeling_blip
@@ -36,6 +36,7 @@ MEMORIZED = {
 }
 
 
+@pytest.mark.draws_curves
 @pytest.mark.parametrize("task", MEMORIZED)
 def test_eight_rows_are_memorized_and_every_file_is_written(recipe, data_of, task):
     epochs, wanted = MEMORIZED[task]
@@ -109,24 +110,12 @@ def test_two_processes_give_the_losses_and_predictions_of_one(recipe, data_of, t
     odd = ["--max_train_samples", "7", "--max_eval_samples", "3" if task == "retrieval" else "7"]
     common = [*data_of(task), *rate, *odd, "--num_train_epochs", "3", "--logging_steps", "1"]
     one = recipe(*common, "--per_device_train_batch_size", "4", output_dir=tmp_path / "one", task=task)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(RECIPES / f"{task}.py"),
-    ]
     # with accumulation for the tasks in which it is exact
     share = ["2"] if task == "retrieval" else ["1", "--gradient_accumulation_steps", "2"]
     flags = ["--per_device_train_batch_size", *share, "--use_cpu", "--dataloader_num_workers", "0"]
-    subprocess.run(
-        [*command, *common, *flags, "--output_dir", str(tmp_path / "two")],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    words = [RECIPES / f"{task}.py", *common, *flags, "--output_dir", tmp_path / "two"]
+    for code, errors in run_ranks(*words, folder=tmp_path):
+        assert code == 0, errors[-3000:]
     if task != "retrieval":
         for name in ("loss", "grad_norm"):
             values = [[entry[name] for entry in history_of(tmp_path / run)] for run in ("one", "two")]

@@ -181,6 +181,7 @@ def few(checkpoints, image_folder):
     return flags
 
 
+@pytest.mark.draws_curves
 def test_run_that_is_cut_leaves_its_curves(recipe, few, tmp_path, monkeypatch):
     steps = []
 
@@ -207,6 +208,7 @@ BASELINES = {
 }
 
 
+@pytest.mark.draws_curves
 @pytest.mark.parametrize("task", BASELINES)
 def test_baseline_and_words_on_the_loss_are_in_results_log_card_and_report(recipe, few, task, caplog):
     caplog.set_level("INFO")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -9,13 +10,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import RECIPES
+from programs import Program
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer
 
@@ -50,23 +51,16 @@ def flags_of(checkpoints, image_folder):
     return flags
 
 
-def start(task: str, folder: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, str(RECIPES / f"{task}.py"), "--dataloader_num_workers", "0", *flags]
-    command += ["--output_dir", str(folder), "--use_cpu"]
-    return subprocess.Popen(
-        [*command, "--resume_from_checkpoint", "last"],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(task: str, folder: Path, *flags: str) -> Program:
+    words = [RECIPES / f"{task}.py", "--dataloader_num_workers", "0", *flags, "--resume_from_checkpoint", "last"]
+    return Program(*words, "--output_dir", folder, "--use_cpu", errors=folder.with_name("said"))
 
 
 def last_step(folder: Path) -> int:
     return max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
 
 
-def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+def wait_for_step(process: Program, folder: Path, step: int) -> None:
     while last_step(folder) < step and process.poll() is None:
         time.sleep(0.002)
 
@@ -91,22 +85,23 @@ def assert_same_end(one: Path, other: Path) -> None:
 def kill_and_go_on(recipe, flags_of, tmp_path, kind: str, kills: int) -> None:
     task, flags = flags_of(kind)
     whole = recipe(*flags, output_dir=tmp_path / "whole", task=task)
-    seed = time.time_ns()
+    seed = int(os.environ.get("BLIP_FT_TEST_SEED", time.time_ns()))
+    # pytest shows it if the test fails
+    logging.getLogger(__name__).warning("To kill at the same moments again: BLIP_FT_TEST_SEED=%d", seed)
     chance = random.Random(seed)
-    steps, cut = last_step(whole), tmp_path / f"cut at moments of seed {seed}"
+    steps, cut = last_step(whole), tmp_path / "cut"
     for number in range(kills):
         process = start(task, cut, *flags)
         # the first kill in the first epoch, the others anywhere in what is left; saving takes most of the time
         here = last_step(cut)
         wait_for_step(process, cut, here + (1 if number == 0 else chance.randint(0, max(1, (steps - here) // 2))))
         if number and chance.random() < 0.3:
-            time.sleep(chance.uniform(0, 8))  # also while libraries, data and checkpoint are loaded
+            time.sleep(chance.uniform(0, 2))  # also while data and checkpoint are loaded
         time.sleep(chance.uniform(0, 0.05))
         process.kill()
-        process.communicate()
-    process = start(task, cut, *flags)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors[-3000:]
+        process.wait()
+    code, errors = start(task, cut, *flags).wait()
+    assert code == 0, errors[-3000:]
     assert_same_end(whole, cut)
     assert not (cut / "_saving").exists()
 
@@ -132,8 +127,8 @@ def test_signal_saves_says_how_to_go_on_and_ends_with_its_code(flags_of, tmp_pat
     process = start(task, folder, *flags, "--num_train_epochs", "500", *workers)
     wait_for_step(process, folder, 5)
     (os.killpg if to == "all" else os.kill)(process.pid, number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    code, errors = process.wait(timeout=60)
+    assert code == 128 + number
     step = last_step(folder)
     saved = folder / f"checkpoint-{step}"
     assert what_is_missing(saved) is None
@@ -461,17 +456,18 @@ from pathlib import Path
 from blip_ft.results.files import claim
 claim(Path(sys.argv[1]))
 if os.fork():
-    print("held", flush=True)
+    Path(sys.argv[1], "held").touch()
 time.sleep(60)  # the child, as a loader's worker, outlives its parent
 """
 
 
 def test_killed_run_holds_its_folder_no_longer(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, start_new_session=True
-    )
+    (tmp_path / "hold.py").write_text(HOLD)
+    process = Program(tmp_path / "hold.py", tmp_path / "run", errors=tmp_path / "said")
     try:
-        assert process.stdout.readline() == b"held\n"
+        while not (tmp_path / "run" / "held").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
         assert not claim(tmp_path / "run")
         process.kill()
         process.wait()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RECIPES, history_of, predictions_of
+from programs import Program, run_ranks
 from safetensors.torch import load_file
 
 from blip_ft.cli import start_recipe
@@ -86,21 +85,20 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def on_two(program: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
-    flags = [*flags, "--use_cpu", "--dataloader_num_workers", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *flags], capture_output=True, text=True, env=environment, timeout=100)
+def on_two(folder: Path, *words: str | Path) -> list[tuple[int, str]]:
+    """The exit codes and messages of two processes that write to folder."""
+    flags = ["--use_cpu", "--dataloader_num_workers", "0", "--output_dir", folder]
+    return run_ranks(*words, *flags, folder=folder.with_name("said"))
 
 
 def test_loss_of_one_process_that_is_not_finite_stops_all(data_of, tmp_path):
     program, folder = tmp_path / "broken.py", tmp_path / "run"
     program.write_text(BROKEN_IN_SECOND)
     flags = ["--per_device_train_batch_size", "4", "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "2"]
-    ended = on_two(program, str(RECIPES / "vqa.py"), *data_of("vqa"), *flags, "--output_dir", str(folder))
-    assert ended.returncode == 1
-    assert f"the loss of step 3 is not finite (NaN or infinity). That state is not saved; {folder}" in ended.stderr
-    assert "checkpoint-2 is the last complete checkpoint" in ended.stderr
+    (code, said), (other_code, _) = on_two(folder, program, RECIPES / "vqa.py", *data_of("vqa"), *flags)
+    assert code == other_code == 1
+    assert f"the loss of step 3 is not finite (NaN or infinity). That state is not saved; {folder}" in said
+    assert "checkpoint-2 is the last complete checkpoint" in said
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
@@ -176,11 +174,10 @@ def test_dry_run_changes_no_number(recipe, data_of, tmp_path, caplog, monkeypatc
 
 @pytest.mark.parametrize("task", ["vqa", "retrieval"])
 def test_two_processes_run_dry_together(data_of, tmp_path, task):
-    ended = on_two(
-        *(RECIPES / f"{task}.py", *data_of(task), "--max_steps", "1", "--per_device_train_batch_size", "4"),
-        *("--output_dir", str(tmp_path / "run"), "--max_eval_samples", "1"),
-    )
-    assert ended.returncode == 0 and ended.stderr.count(DRY_RUN) == 1
+    flags = ["--max_steps", "1", "--per_device_train_batch_size", "4", "--max_eval_samples", "1"]
+    ended = on_two(tmp_path / "run", RECIPES / f"{task}.py", *data_of(task), *flags)
+    assert [code for code, _ in ended] == [0, 0]
+    assert "".join(said for _, said in ended).count(DRY_RUN) == 1
     assert (tmp_path / "run" / "all_results.json").exists()
 
 
@@ -219,13 +216,13 @@ def test_killed_worker_ends_in_one_message_that_says_how_to_resume(data_of, tmp_
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     flags = ["--max_steps", "1", "--dataloader_num_workers", "1", "--use_cpu", "--output_dir", str(folder)]
-    command = [sys.executable, str(program), str(RECIPES / "vqa.py"), *data_of("vqa"), *flags]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    assert "A worker process that loads images has ended" in ended.stderr
-    assert f"Resume with: --output_dir {folder} --resume_from_checkpoint last" in ended.stderr
+    words = [program, RECIPES / "vqa.py", *data_of("vqa"), *flags]
+    code, said = Program(*words, errors=tmp_path / "said").wait()
+    assert code == 1 and "Traceback" not in said
+    assert "A worker process that loads images has ended" in said
+    assert f"Resume with: --output_dir {folder} --resume_from_checkpoint last" in said
     last = "No checkpoint had been written" if at == "first step" else f"{folder}/checkpoint-1 is the last complete"
-    assert last in ended.stderr
+    assert last in said
 
 
 class Rows(list):
