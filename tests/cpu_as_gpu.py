@@ -3,9 +3,12 @@
 accelerate launch --config_file FILE --num_processes 2 tests/cpu_as_gpu.py recipes/vqa.py --use_cpu
 """
 
+import json
+import os
 import runpy
 import sys
 from functools import wraps
+from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -19,5 +22,8 @@ def as_gpu(self, *args, init=PartialState.__init__, **kwargs):
 
 
 PartialState.__init__ = as_gpu
+if "LAUNCHED_WITH" in os.environ:
+    # what the launcher has set, for a test that starts the same without it
+    Path(os.environ["LAUNCHED_WITH"]).write_text(json.dumps(dict(os.environ)))
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")

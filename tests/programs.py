@@ -1,6 +1,6 @@
 """Recipes in processes of their own, forked from a process that has imported the libraries: no start waits for imports.
 
-What such a process needs of a launcher are environment variables. That launchers set them is held by test_engines.
+What such a process needs of a launcher are environment variables: test_engines starts with the launchers themselves.
 """
 
 from __future__ import annotations
@@ -66,11 +66,13 @@ def start_ranks(*words: str | Path, folder: Path, variables: dict[str, str] | No
     """Two processes of one run, with the variables of torchrun; their stderr is written to folder."""
     folder.mkdir(parents=True, exist_ok=True)
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    # where torchrun's agent is asked for the address, there is none
+    variables = {**(variables or {}), **world, "TORCHELASTIC_USE_AGENT_STORE": "False"}
     return [
         Program(
             *words,
             errors=folder / f"stderr of rank {rank}",
-            variables={**(variables or {}), **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            variables={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]

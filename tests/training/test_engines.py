@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import RECIPES, TASKS, history_of, predictions_of, results_of
 from peft import PeftModel
+from programs import Program, free_port, run_ranks
 from safetensors.torch import load_file
 from transformers.models.blip import modeling_blip
 
@@ -65,19 +65,24 @@ def command_of(engine: str, recipe: str) -> list[str]:
     return [*launch, "--num_processes", "2", "--mixed_precision", "no", str(ROOT / "tests" / "cpu_as_gpu.py"), program]
 
 
+def flags_of(name: str, data_of, folder: Path, *flags: str) -> list[str]:
+    recipe, own = RUNS[name]
+    # accumulation too; retrieval's negatives stand in the batch, where accumulation is another loss
+    share = ["2"] if recipe == "retrieval" else ["1", "--gradient_accumulation_steps", "2"]
+    flags = [*data_of(recipe), *own, *STEPS, "--per_device_train_batch_size", *share, *flags]
+    return [*flags, "--output_dir", str(folder), "--use_cpu", "--dataloader_num_workers", "0"]
+
+
 @pytest.fixture
 def start(data_of, tmp_path):
+    """With the launcher, whose variables are then in launched.json."""
+
     def run(engine: str, name: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
-        recipe, own = RUNS[name]
-        # accumulation is tested too; in retrieval it changes the loss, because the negatives are in the batch
-        share = ["2"] if recipe == "retrieval" else ["1", "--gradient_accumulation_steps", "2"]
-        flags = [*data_of(recipe), *own, *STEPS, "--per_device_train_batch_size", *share, *flags]
-        flags += ["--output_dir", str(folder), "--use_cpu", "--dataloader_num_workers", "0"]
         return subprocess.run(
-            [*command_of(engine, recipe), *flags],
+            [*command_of(engine, RUNS[name][0]), *flags_of(name, data_of, folder, *flags)],
             capture_output=True,
             text=True,
-            env=environment(tmp_path / "cache"),
+            env={**environment(tmp_path / "cache"), "LAUNCHED_WITH": str(tmp_path / "launched.json")},
             timeout=300,
         )
 
@@ -85,14 +90,30 @@ def start(data_of, tmp_path):
 
 
 @pytest.fixture
-def reference(recipe, start, data_of, tmp_path, monkeypatch):
-    """A run with the same global batch in one process; for retrieval under DDP, because processes share negatives."""
+def start_again(data_of, tmp_path):
+    """Without the launcher, but with what it has set: no time to import libraries, and the same processes else."""
+
+    def run(engine: str, name: str, folder: Path, *flags: str) -> None:
+        *_, program = command_of(engine, RUNS[name][0])
+        words, variables = [program, *flags_of(name, data_of, folder, *flags)], environment(tmp_path / "cache")
+        if engine != "DDP":
+            words.insert(0, str(ROOT / "tests" / "cpu_as_gpu.py"))
+            variables |= json.loads((tmp_path / "launched.json").read_text())
+        for code, errors in run_ranks(*words, folder=tmp_path / "said", variables=variables):
+            assert code == 0, errors[-3000:]
+
+    return run
+
+
+@pytest.fixture
+def reference(recipe, start_again, data_of, tmp_path, monkeypatch):
+    """A run with the same global batch in one process; of retrieval, whose processes share negatives, under DDP."""
 
     def run(name: str) -> Path:
         task, own = RUNS[name]
         folder = tmp_path / "reference"
         if task == "retrieval":
-            assert start("DDP", name, folder).returncode == 0
+            start_again("DDP", name, folder)
             return folder
         monkeypatch.setattr(feature_cache, "HF_CACHE_HOME", str(tmp_path / "cache"))
         flags = [*data_of(task), *own, *STEPS, "--per_device_train_batch_size", "4"]
@@ -119,7 +140,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("engine", "name"), MATRIX)
 def test_engine_gives_the_numbers_of_one_process_and_resumes_bitwise(
-    start, reference, checkpoints, tmp_path, engine, name
+    start, start_again, reference, checkpoints, tmp_path, engine, name
 ):
     done = start(engine, name, tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -143,8 +164,7 @@ def test_engine_gives_the_numbers_of_one_process_and_resumes_bitwise(
 
     resumed = tmp_path / "resumed"
     shutil.copytree(run, resumed, ignore=shutil.ignore_patterns("checkpoint-5"))
-    done = start(engine, name, resumed, "--resume_from_checkpoint", "last")
-    assert done.returncode == 0, done.stderr[-3000:]
+    start_again(engine, name, resumed, "--resume_from_checkpoint", "last")
     assert weights_of(resumed).keys() == weights_of(run).keys()
     assert all(torch.equal(weights_of(resumed)[key], tensor) for key, tensor in weights_of(run).items())
 
@@ -230,43 +250,47 @@ def test_killed_process_ends_the_others_and_leaves_the_last_checkpoint_complete(
     assert checkpoints and not any(map(what_is_missing, checkpoints))
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def test_two_machines_without_a_shared_disk_train_and_resume_where_each_has_the_checkpoint(
     data_of, reference, tmp_path
 ):
-    """Two launchers, each with its own folder, simulate two machines."""
+    """Two launchers, each with a folder of its own, stand for two machines; what they set starts the runs after."""
     machines = [tmp_path / f"machine{number}" for number in range(2)]
+    flags = [*STEPS, "--per_device_train_batch_size", "2", "--output_dir", "run", "--use_cpu"]
+    words = [str(RECIPES / "vqa.py"), *data_of("vqa"), *flags, "--dataloader_num_workers", "0"]
+    variables = environment(tmp_path / "cache")
 
-    def run(*flags: str) -> list[tuple[int, str]]:
-        port = free_port()
-        processes = []
-        for number, machine in enumerate(machines):
-            machine.mkdir(exist_ok=True)
-            where = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(number)]
-            where += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-            words = [sys.executable, "-m", "torch.distributed.run", *where, str(RECIPES / "vqa.py"), *data_of("vqa")]
-            words += [*STEPS, "--per_device_train_batch_size", "2", "--output_dir", "run", "--use_cpu", *flags]
-            processes.append(
-                subprocess.Popen(
-                    [*words, "--dataloader_num_workers", "0"],
-                    cwd=machine,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    env=environment(tmp_path / "cache"),
-                )
+    processes, port = [], str(free_port())
+    for number, machine in enumerate(machines):
+        machine.mkdir()
+        where = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(number)]
+        where += ["--master_addr", "127.0.0.1", "--master_port", port, str(ROOT / "tests" / "cpu_as_gpu.py")]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *where, *words, "--save_on_each_node"],
+                cwd=machine,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**variables, "LAUNCHED_WITH": str(machine / "launched.json")},
             )
-        return [
-            (process.returncode, errors) for process in processes for _, errors in [process.communicate(timeout=200)]
-        ]
+        )
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors[-3000:]
 
-    for code, errors in run("--save_on_each_node"):
-        assert code == 0, errors[-3000:]
+    def run_again(*flags: str) -> list[tuple[int, str]]:
+        port = {"MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        programs = [
+            Program(
+                *(*words, *flags),
+                cwd=machine,
+                errors=machine / "said",
+                variables=json.loads((machine / "launched.json").read_text()) | port,
+            )
+            for machine in machines
+        ]
+        return [program.wait() for program in programs]
+
     one = reference("vqa")
     assert numbers_of(machines[0] / "run") == pytest.approx(numbers_of(one), rel=1e-4)
     assert results_of(machines[0] / "run")["eval_loss"] == pytest.approx(results_of(one)["eval_loss"], rel=1e-4)
@@ -277,14 +301,13 @@ def test_two_machines_without_a_shared_disk_train_and_resume_where_each_has_the_
     for machine in machines:
         shutil.rmtree(machine / "run" / "checkpoint-5")
     shutil.move(machines[1] / "run" / "checkpoint-3", tmp_path / "kept")
-    for code, errors in run("--resume_from_checkpoint", "last"):
-        assert code == 1
-        assert (
-            "checkpoint-3 must be complete on each machine" in errors
-            or "checkpoint" not in errors.split("ChildFailed")[0]
-        )
+    ended = run_again("--resume_from_checkpoint", "last")
+    assert [code for code, _ in ended] == [1, 1]
+    for _, errors in ended:
+        assert "checkpoint-3 must be complete on each machine" in errors or "checkpoint" not in errors
+    assert any("checkpoint-3 must be complete on each machine" in errors for _, errors in ended)
 
     shutil.move(tmp_path / "kept", machines[1] / "run" / "checkpoint-3")
-    for code, errors in run("--save_on_each_node", "--resume_from_checkpoint", "last"):
+    for code, errors in run_again("--save_on_each_node", "--resume_from_checkpoint", "last"):
         assert code == 0, errors[-3000:]
     assert all(torch.equal(weights_of(machines[0] / "run")[name], tensor) for name, tensor in unbroken.items())
