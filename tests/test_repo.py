@@ -82,11 +82,27 @@ def test_recipe_yaml_parses_for_its_recipe(path, tmp_path):
     assert model.model_name_or_path
 
 
+# file -> engine, machines, precision, and settings that make it what its name says
+ACCELERATE_CONFIGS = {
+    "cpu": ("NO", 1, "no", {"use_cpu": True, "num_processes": 1}),
+    "single_gpu": ("NO", 1, "bf16", {"use_cpu": False, "num_processes": 1}),
+    "multi_gpu": ("MULTI_GPU", 1, "bf16", {"num_processes": 8}),
+    "multi_node": ("MULTI_GPU", 2, "bf16", {"num_processes": 16}),
+    "deepspeed_zero2": ("DEEPSPEED", 1, "bf16", {"deepspeed_config": {"zero_stage": 2}}),
+    "deepspeed_zero3": ("DEEPSPEED", 1, "bf16", {"deepspeed_config": {"zero_stage": 3}}),
+    "fsdp": ("FSDP", 1, "bf16", {"fsdp_config": {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}}),
+}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_config_loads(path):
+def test_accelerate_config_loads_as_the_engine_of_its_name(path):
     config = load_config_from_file(str(path))
-    assert config.num_processes >= config.num_machines
-    assert config.compute_environment.value == "LOCAL_MACHINE"
+    engine, machines, precision, settings = ACCELERATE_CONFIGS[path.stem]
+    assert (config.distributed_type, config.num_machines, config.mixed_precision) == (engine, machines, precision)
+    assert config.compute_environment == "LOCAL_MACHINE"
+    for name, value in settings.items():
+        found = getattr(config, name)
+        assert found.items() >= value.items() if isinstance(value, dict) else found == value
 
 
 def test_fsdp_wraps_layers_that_the_model_has(golden):
