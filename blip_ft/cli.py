@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -25,6 +26,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 from transformers.utils.logging import disable_progress_bar as disable_model_bars
 
+from blip_ft.arguments.aliases import ALIASES
 from blip_ft.data.secrets import hide_secrets
 from blip_ft.results.files import release_folders
 
@@ -279,7 +281,7 @@ _Loader.add_constructor(NULL, lambda loader, node: None)
 
 
 def _refuse_bare_debug(flags: Sequence[str]) -> None:
-    for flag, following in zip(flags, [*flags[1:], "--"], strict=True):
+    for flag, following in pairwise([*flags, "--"]):
         if flag == "--debug" and following.startswith("--"):
             raise ValueError(
                 "--debug needs a value: it is the Trainer's flag, as in --debug underflow_overflow. To see the "
@@ -395,50 +397,6 @@ def _typed(value: Any) -> Any:
         return json.loads(value)  # 1e-4 is a number in JSON and a string in YAML
     except ValueError:
         return yaml.safe_load(value)
-
-
-# names of other projects -> the name here
-ALIASES = {
-    **dict.fromkeys(("lr", "rate", "base_lr"), "learning_rate"),
-    **dict.fromkeys(("epochs", "num_epochs", "n_epochs", "max_epochs", "epoch"), "num_train_epochs"),
-    **dict.fromkeys(("steps", "num_steps", "num_train_steps", "max_train_steps"), "max_steps"),
-    **dict.fromkeys(("batch_size", "bs", "train_batch_size", "per_device_batch_size"), "per_device_train_batch_size"),
-    **dict.fromkeys(("eval_batch_size", "val_batch_size", "test_batch_size"), "per_device_eval_batch_size"),
-    **dict.fromkeys(("grad_accum", "grad_accum_steps", "accumulation_steps"), "gradient_accumulation_steps"),
-    **dict.fromkeys(
-        ("model", "model_name", "model_id", "model_path", "checkpoint", "base_model"), "model_name_or_path"
-    ),
-    **dict.fromkeys(("dataset", "data", "data_path", "data_dir", "dataset_path", "train_file"), "dataset_name"),
-    **dict.fromkeys(("eval_dataset", "eval_data", "validation_file", "val_data"), "eval_dataset_name"),
-    **dict.fromkeys(("test_data", "test_dataset", "test_file"), "test_dataset_name"),
-    **dict.fromkeys(("val_split", "validation_split"), "eval_split"),
-    **dict.fromkeys(("val_fraction", "test_size", "val_size"), "eval_fraction"),
-    **dict.fromkeys(("image_dir", "images_dir", "image_root", "img_dir"), "image_folder"),
-    **dict.fromkeys(("lora", "peft", "use_lora"), "use_peft"),
-    **dict.fromkeys(("lora_rank", "rank", "r"), "lora_r"),
-    **dict.fromkeys(("target_modules", "lora_targets"), "lora_target_modules"),
-    **dict.fromkeys(("4bit", "use_4bit", "qlora"), "load_in_4bit"),
-    **dict.fromkeys(("8bit", "use_8bit"), "load_in_8bit"),
-    **dict.fromkeys(("warmup", "warmup_ratio", "num_warmup_steps"), "warmup_steps"),
-    **dict.fromkeys(("wd", "decay"), "weight_decay"),
-    **dict.fromkeys(("grad_clip", "clip_grad", "clip_grad_norm", "gradient_clipping"), "max_grad_norm"),
-    **dict.fromkeys(("scheduler", "lr_scheduler", "schedule"), "lr_scheduler_type"),
-    **dict.fromkeys(("optimizer", "optimiser"), "optim"),
-    **dict.fromkeys(("output", "out", "out_dir", "save_dir", "output_path"), "output_dir"),
-    **dict.fromkeys(("resume", "resume_from"), "resume_from_checkpoint"),
-    **dict.fromkeys(("workers", "num_workers", "num_proc"), "dataloader_num_workers"),
-    **dict.fromkeys(("beams", "num_beams", "beam_size"), "generation_num_beams"),
-    **dict.fromkeys(("max_length", "max_new_tokens"), "generation_max_length"),
-    **dict.fromkeys(("min_length", "min_new_tokens"), "generation_min_length"),
-    **dict.fromkeys(("img_size", "resolution", "size"), "image_size"),
-    **dict.fromkeys(("evaluation_strategy", "eval_every"), "eval_strategy"),
-    **dict.fromkeys(("no_cuda", "cpu", "device"), "use_cpu"),
-    **dict.fromkeys(("frozen", "freeze_layers", "freeze_vision"), "freeze"),
-    **dict.fromkeys(("early_stopping", "early_stopping_patience", "patience"), "load_best_model_at_end"),
-    **dict.fromkeys(("random_seed", "manual_seed"), "seed"),
-    **dict.fromkeys(("image", "image_path"), "images"),
-    **dict.fromkeys(("fp32", "mixed_precision", "precision"), "bf16"),
-}
 
 
 def _unknown_key(key: str, parser: _Parser, where: str | Path) -> str:

@@ -168,6 +168,11 @@ def test_mapping_is_checked_as_strictly_as_a_yaml(config, message):
         parse(*ALL, argv=["--use_cpu"], config=config)
 
 
+def test_no_flags_at_all_give_the_defaults(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["app.py"])
+    assert parse(PeftArguments) == (PeftArguments(),)
+
+
 def test_program_with_a_config_reads_no_other():
     with pytest.raises(ValueError, match="One --config is read, found a.yaml"):
         parse(*ALL, argv=["--config", "a.yaml"], config={"seed": 1})

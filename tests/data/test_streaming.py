@@ -232,5 +232,7 @@ def test_stream_goes_on_with_the_settings_it_began_with_only(recipe, flags, tmp_
 
 
 def test_stream_needs_rows_to_evaluate_on():
-    with pytest.raises(ValueError, match="No images can be held out from a stream"):
+    with pytest.raises(
+        ValueError, match="No images can be held out from a stream. Add --eval_split or --eval_dataset_name"
+    ):
         DataArguments(dataset_name="owner/images", streaming=True)

@@ -256,7 +256,7 @@ def test_adapter_does_what_it_was_trained_for(predict, image_folder, checkpoints
 
 
 MISTAKES = {
-    "nothing named": ([], "by one of --images, --dataset_name and --questions_file"),
+    "nothing named": ([], "by exactly one of --images, --dataset_name and --questions_file"),
     "no question": (["--images", "{images}"], 'Give --question "what is it?"'),
     "no such image": (["--images", "none.jpg", "--question", "is it ?"], "none.jpg does not exist"),
     "no image": (["--images", "{empty}", "--question", "is it ?"], "has no images"),
