@@ -31,7 +31,7 @@ def pipeline_settings(folder, checkpoint):
     }
 
 
-def test_pipeline_batches_feed_a_hand_written_loop(pipeline_settings, tmp_path, processor):
+def test_pipeline_batches_fit_a_training_loop(pipeline_settings, tmp_path, processor):
     path = tmp_path / "vqa.yaml"
     path.write_text("".join(f"{name}: {value}\n" for name, value in pipeline_settings.items()))
     pipeline = DataPipeline(path)
@@ -60,14 +60,14 @@ def test_pipeline_refuses_an_unknown_key(pipeline_settings):
         DataPipeline({**pipeline_settings, "imagesize": 32})
 
 
-def test_grouped_pipeline_shuffles_anew_in_each_epoch(pipeline_settings, folder):
+def test_grouped_pipeline_shuffles_again_in_each_epoch(pipeline_settings, folder):
     write_metadata(folder, [{**ROWS[number % 3], "question": f"{number} ?"} for number in range(30)])
     pipeline = DataPipeline({**pipeline_settings, "group_questions": True})
     pipeline.setup()
     loader = pipeline.get_train_dataloader()
     first, second = (list(loader.sampler) for _ in range(2))
     assert first != second and sorted(first) == sorted(second)
-    # a loader made anew goes on, another pipeline begins again
+    # a new loader continues with the next epoch, a new pipeline starts again
     assert list(pipeline.get_train_dataloader().sampler) not in (first, second)
     again = DataPipeline({**pipeline_settings, "group_questions": True})
     again.setup()
@@ -75,7 +75,7 @@ def test_grouped_pipeline_shuffles_anew_in_each_epoch(pipeline_settings, folder)
 
 
 @pytest.mark.parametrize("group", [True, False])
-def test_pipeline_that_is_asked_for_a_loader_in_each_epoch_shuffles_anew(pipeline_settings, folder, group):
+def test_pipeline_with_a_new_loader_per_epoch_shuffles_again(pipeline_settings, folder, group):
     write_metadata(folder, [{**ROWS[number % 3], "question": "dog " * (number + 1)} for number in range(30)])
     pipeline = DataPipeline({**pipeline_settings, "group_questions": group})
     pipeline.setup()
@@ -83,7 +83,7 @@ def test_pipeline_that_is_asked_for_a_loader_in_each_epoch_shuffles_anew(pipelin
     assert first != second
 
 
-def test_pipeline_pixels_are_those_of_the_processor(pipeline_settings, processor, folder):
+def test_pipeline_pixels_equal_those_of_the_processor(pipeline_settings, processor, folder):
     pipeline = DataPipeline(pipeline_settings)
     pipeline.setup()
     batch = next(iter(pipeline.get_eval_dataloader()))

@@ -1,4 +1,4 @@
-"""Whatever a data set holds, each row ends as a right one, as a listed bad one, or the source with a message."""
+"""Whatever a data set contains: each row is read correctly or listed as bad, or the source is refused."""
 
 import csv
 import io
@@ -50,7 +50,10 @@ def encoded(image, format="PNG", **kwargs):
 
 
 def load_rows(folder, rows, load=load_vqa, **kwargs):
-    """(rows to train on, what bad_rows.jsonl lists) of a metadata.jsonl; one good row is evaluated on."""
+    """Write metadata.jsonl with these training rows and a good row to evaluate on, and load it.
+
+    Returns: the training rows, and the rows of bad_rows.jsonl.
+    """
     lines = [{"question": "what is it ?", "answer": "dog", "caption": "a dog", **row, "split": "train"} for row in rows]
     lines.append({**lines[0], "file_name": "other.png", "question": "q ?", "answer": "a", "caption": "c"})
     lines[-1] = {**lines[-1], "split": "test", "image_id": "other", "question_id": "other"}
@@ -62,11 +65,8 @@ def load_rows(folder, rows, load=load_vqa, **kwargs):
     return list(train), [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
 
 
-# ---- images ----
-
-
 def bomb(width, height):
-    """A PNG of a few kB that stands for width x height pixels."""
+    """A PNG of a few kB that would decode to width x height pixels."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -78,7 +78,7 @@ def bomb(width, height):
 
 
 def jpeg_of_scans(number, between=b""):
-    """A progressive JPEG of `number` scans, all but six of them a few bytes; `between` stands before each of those."""
+    """A progressive JPEG with `number` scans. All but six have only a few bytes and come after the bytes `between`."""
     content = encoded(Image.new("L", (64, 64), 128), "JPEG", progressive=True)
     scan = content[content.rindex(b"\xff\xda") : -2]
     return content[:-2] + (between + scan) * (number - content.count(b"\xff\xda")) + b"\xff\xd9"
@@ -91,7 +91,7 @@ UNREADABLE = {
     "cut png": encoded(NOISE)[:1000],
     "cut jpeg": encoded(NOISE.convert("RGB"), "JPEG")[:1000],
     "header alone": encoded(NOISE)[:30],
-    # Pillow warns of the first, and refuses the second itself
+    # Pillow only warns about the first one, and refuses the second one
     "bomb": bomb(12_000, 10_000),
     "larger bomb": bomb(60_000, 60_000),
     # Pillow would start Ghostscript
@@ -104,14 +104,14 @@ UNREADABLE = {
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("check", ["full", "header"])
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_unreadable_image_is_listed_or_counts_for_nothing(folder, processor, kind, check):
+def test_unreadable_image_is_listed_or_has_no_weight(folder, processor, kind, check):
     (folder / "bad.png").write_bytes(UNREADABLE[kind])
     rows, bad = load_rows(folder, [{"file_name": "good.png"}, {"file_name": "bad.png"}], check_images=check)
     if check == "full" or kind not in ("cut png", "cut jpeg", "scans"):
         assert [(row["row"], row["reason"].split(":")[0]) for row in bad] == [(1, "image cannot be read")]
         assert [row["image_id"] for row in rows] == ["good.png"]
     else:
-        # only the header was asked for: the row is there and weighs nothing
+        # only the header was checked: the row stays, with weight 0
         assert VqaCollator(processor)(rows)["answer_weights"].tolist() == [1, 0]
 
 
@@ -135,7 +135,7 @@ def test_image_of_each_usual_format_is_read(form):
 
 
 def test_only_regular_files_are_opened(folder):
-    """A named pipe would be waited for without end."""
+    """Opening a named pipe would wait forever."""
     os.mkfifo(folder / "pipe.png")
     rows, bad = load_rows(folder, [{"file_name": "good.png"}, {"file_name": "pipe.png"}])
     assert [row["image_id"] for row in rows] == ["good.png"]
@@ -147,15 +147,15 @@ def test_only_regular_files_are_opened(folder):
 
 def test_scans_of_a_jpeg_are_bounded_before_it_is_decoded(monkeypatch):
     assert open_image(jpeg_of_scans(100)).size == (64, 64)
-    for between in (b"", b"\xff\xfe\0\x02", b"\xff\xff"):  # a comment, a filling byte
+    for between in (b"", b"\xff\xfe\0\x02", b"\xff\xff"):  # nothing, a comment, a fill byte
         content = jpeg_of_scans(5000, between)
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="JPEG has 5000 scans; the limit is 100"):
             patch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
             open_image(content)
 
 
-def test_starts_of_scans_that_are_none_are_not_counted():
-    """In a segment's content and behind the end, where telephones put films."""
+def test_bytes_that_only_look_like_a_scan_are_not_counted():
+    """They appear inside a segment, and after the end, where phones store videos."""
     content = encoded(NOISE.convert("RGB"), "JPEG", comment=b"\xff\xda" * 200) + b"\xff\xda" * 200
     assert open_image(content).size == (64, 64)
 
@@ -195,14 +195,14 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_odd_image_under_a_wrong_name_comes_out_upright_in_rgb(folder, processor, kind):
+def test_odd_image_with_a_wrong_suffix_becomes_upright_rgb(folder, processor, kind):
     content, size, color = ODD[kind]
     (folder / "odd.jpg").write_bytes(content)
     rows, bad = load_rows(folder, [{"file_name": "odd.jpg"}])
     assert bad == [] and len(rows) == 1
     image = open_image(rows[0]["image"])
     assert image.mode == "RGB" and image.size == size
-    assert np.abs(np.asarray(image, int) - color).max() <= 3  # JPEG's own
+    assert np.abs(np.asarray(image, int) - color).max() <= 3  # the error of JPEG
     pixels = VqaCollator(processor)(rows)["pixel_values"]
     assert pixels.shape == (1, 3, 32, 32)
     assert (pixels.int() - torch.tensor(color).view(3, 1, 1)).abs().max() <= 3
@@ -221,7 +221,7 @@ def test_image_column_of_images_bytes_paths_or_both(folder, tmp_path):
         features = Features({"image": feature, "question": Value("string"), "answer": Value("string")})
         rows = {"image": values, "question": ["a ?", "b ?"], "answer": ["x", "y"]}
         Dataset.from_dict(rows, features).save_to_disk(tmp_path / name)
-        # in the second row of dicts the image has no bytes, beside one that has: it would be looked for elsewhere
+        # "dicts": the second image has only a path, which is not trusted if other images of the column have bytes
         wanted = 1 if name == "dicts" else 2
         args = {"dataset_name": str(tmp_path / name), "eval_dataset_name": str(tmp_path / name)}
         args |= {"allow_image_overlap": True, "image_folder": str(folder)}
@@ -266,7 +266,7 @@ def test_path_that_is_none_or_leads_elsewhere_is_refused(folder, tmp_path, monke
     assert len(bad) == 1 and reason in bad[0]["reason"]
 
 
-def test_hub_data_set_may_name_no_file_beside_its_own(tmp_path, monkeypatch):
+def test_hub_data_set_cannot_name_files_outside_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(schema, "HUB_CACHES", (str(tmp_path / "cache"),))
     (tmp_path / "cache").mkdir()
     for name in ("cache/own.png", "private.png"):
@@ -279,9 +279,6 @@ def test_hub_data_set_may_name_no_file_beside_its_own(tmp_path, monkeypatch):
     train, _ = load_vqa(args, tmp_path / "bad.jsonl")
     assert list(train["question"]) == ["a"]
     assert "outside the Hub's cache" in (tmp_path / "bad.jsonl").read_text()
-
-
-# ---- texts and ids ----
 
 
 @pytest.mark.parametrize(
@@ -301,21 +298,21 @@ def test_answer_and_caption_without_text_are_listed(folder, value):
         assert len(rows) == 1 and [row["reason"] for row in bad] == [f"{name} is empty or not a text"]
 
 
-def test_caption_of_signs_that_cleaning_takes_out_is_none(folder):
-    """It would be trained on as the prompt and nothing behind it."""
+def test_caption_without_words_after_cleaning_is_dropped(folder):
+    """Otherwise it would be trained on as a prompt without a caption."""
     rows, bad = load_rows(folder, [{"file_name": "good.png", "captions": ["...", "a cat"]}], load_captions)
     assert bad == []
     assert [row["caption"] for row in rows] == ["a cat"]
 
 
-def test_text_keeps_its_words_and_loses_what_no_prediction_can_hold(folder):
+def test_text_keeps_its_words_and_loses_characters_that_cannot_be_predicted(folder):
     rows, _ = load_rows(
         folder, [{"file_name": "good.png", "question": "ça\0 va\ud800 ?", "answer": "\ufeffcafé\u200b"}]
     )
     assert rows[0]["question"] == "ça va ?" and rows[0]["answers"] == ["café"]
 
 
-def test_ten_thousand_words_are_cut_by_the_collators(folder, processor):
+def test_ten_thousand_words_are_truncated_by_the_collators(folder, processor):
     words = "dog " * 10_000
     rows, bad = load_rows(folder, [{"file_name": "good.png", "question": words, "answer": words}])
     assert bad == [] and rows[0]["question"] == words.strip()
@@ -327,15 +324,15 @@ def test_ten_thousand_words_are_cut_by_the_collators(folder, processor):
 
 
 @pytest.mark.parametrize("missing", [float("nan"), None, "", [1], {"a": 1}])
-def test_what_is_no_id_is_made_from_the_image(folder, missing):
-    """Taken as ids, all of them would be one image."""
+def test_invalid_id_is_replaced_by_one_made_from_the_image(folder, missing):
+    """If these values were used as ids, all rows would have the same image."""
     names = ("good.png", "other.png")
     rows, _ = load_rows(folder, [{"file_name": name, "image_id": missing, "question_id": missing} for name in names])
     assert [row["image_id"] for row in rows] == list(names)
     assert [row["question_id"] for row in rows] == ["train-0", "train-1"]
 
 
-def test_second_image_under_an_id_is_listed(folder):
+def test_second_image_with_the_same_id_is_listed(folder):
     names = ("good.png", "./good.png", "other.png")
     rows, bad = load_rows(folder, [{"file_name": name, "image_id": 7} for name in names])
     assert len(rows) == 2
@@ -344,14 +341,14 @@ def test_second_image_under_an_id_is_listed(folder):
     ]
 
 
-def test_repeated_question_id_is_kept_and_named(folder, caplog):
+def test_repeated_question_id_is_kept_with_a_warning(folder, caplog):
     rows, bad = load_rows(folder, [{"file_name": "good.png", "question_id": number} for number in (1, 5, 5, 2)])
     assert len(rows) == 4 and bad == []
     assert "1 question_ids of the rows to train on appear in several rows, e.g. 5" in caplog.text
 
 
-def test_unreadable_image_of_one_file_leaves_the_other_files_images(folder, tmp_path):
-    """Two files that count their images from 0."""
+def test_unreadable_image_of_one_file_does_not_remove_rows_of_another(folder, tmp_path):
+    """Both files number their images from 0."""
     (folder / "bad.png").write_bytes(b"")
     for name, image in (("train.jsonl", "good.png"), ("eval.jsonl", "bad.png")):
         row = {"file_name": image, "image_id": 0, "question": "what ?", "answer": "x"}
@@ -362,8 +359,6 @@ def test_unreadable_image_of_one_file_leaves_the_other_files_images(folder, tmp_
     assert [len(train), len(evaluation)] == [1, 1]
     assert [json.loads(line)["split"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == ["eval"]
 
-
-# ---- files ----
 
 GOOD_LINE = json.dumps({"file_name": "good.png", "question": "what ?", "answer": "x"}).encode() + b"\n"
 
@@ -416,12 +411,12 @@ def test_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name, content
         load_vqa(DataArguments(dataset_name=str(tmp_path / name)))
 
 
-def test_saved_data_set_that_was_cut_or_is_empty_is_named(tmp_path):
+def test_saved_data_set_that_is_truncated_or_empty_is_named(tmp_path):
     Dataset.from_dict({"image": ["a"], "question": ["?"], "answer": ["x"]}).save_to_disk(tmp_path / "saved")
     file = next((tmp_path / "saved").glob("*.arrow"))
     file.write_bytes(file.read_bytes()[:100])
     Dataset.from_dict({"image": [], "question": [], "answer": []}).save_to_disk(tmp_path / "empty")
-    # datasets 4.0 reads the empty one
+    # datasets 4.0 can read the empty one
     for name, said in (("saved", "cannot be read any more"), ("empty", "has no rows|found 0")):
         with pytest.raises(ValueError, match=said):
             load_vqa(DataArguments(dataset_name=str(tmp_path / name)))
@@ -440,9 +435,7 @@ def test_id_with_two_values_in_official_files_is_refused(tmp_path):
         load_vqa(DataArguments(**files, image_folder=str(tmp_path)))
 
 
-# ---- rows nobody would think of ----
-
-# an image's path as it may stand in a row -> the file that it means
+# a path as written in a row -> the file that it refers to
 PATHS = {
     "a.png": "a.png",
     "./a.png": "a.png",
@@ -464,7 +457,7 @@ NO_PATHS = [
 
 @pytest.fixture(scope="module")
 def zoo():
-    """A folder of good images in three colours and of bad ones."""
+    """A folder with readable images in three colors, and with unreadable ones."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root, "images")
         (folder / "sub").mkdir(parents=True)
@@ -478,7 +471,7 @@ def zoo():
         yield folder
 
 
-def colour_of(path):
+def color_of(path):
     return {"a.png": 0, "b.jpg": 1, "sub/c": 2}[PATHS[path]]
 
 
@@ -516,7 +509,7 @@ row_strategy = st.fixed_dictionaries(
 
 
 def letters_of(text):
-    """What a reader sees of a text, as far as the tokenizer does too: one character after another, none by a regex."""
+    """The characters of a text that the tokenizer sees: a second implementation of _clean_text, to compare with."""
     seen = ""
     for char in text:
         kind = unicodedata.category(char)
@@ -524,12 +517,12 @@ def letters_of(text):
             continue
         seen += char
     seen = seen.strip()
-    # accents alone are nothing
+    # accents alone are not a text
     return seen if any(not char.isspace() and unicodedata.category(char)[0] != "M" for char in seen) else ""
 
 
 def texts_in(value, name):
-    """The strings of a value, in order, by recursion."""
+    """The strings of a value, in order: a recursive implementation of _as_texts, to compare with."""
     if isinstance(value, dict):
         return texts_in(value.get(name), name)
     if isinstance(value, list):
@@ -544,7 +537,7 @@ def texts_in(value, name):
 
 
 def usable(row, task):
-    """The texts of a row that must be trained on, None for one that must be listed."""
+    """The texts of a row that must be trained on, or None if the row must be listed as bad."""
     path = row["file_name"]
     path = path.get("path") if isinstance(path, dict) else path
     if not isinstance(path, str) or path not in PATHS:
@@ -569,7 +562,7 @@ def path_of(row):
 
 
 def split_by_hand(rows, task):
-    """(position, texts) of the rows to train on; all others are to be listed. One image to an id: the first."""
+    """(position, texts) of the rows to train on. All others must be listed as bad."""
     kept, shown = [], {}
     for position, row in enumerate(rows):
         content = usable(row, task)
@@ -601,7 +594,7 @@ def test_generated_rows_are_right_or_listed_or_end_in_a_message(zoo, processor, 
         try:
             train, _ = load(args, files["bad"])
         except ValueError as error:
-            # the only message that rows of this form may end in
+            # the only error that such rows may cause
             assert "No rows are left to train on" in str(error) and not kept
             return
         listed = (
@@ -615,26 +608,26 @@ def test_generated_rows_are_right_or_listed_or_end_in_a_message(zoo, processor, 
         batch = VqaCollator(processor)(train)
         assert batch["readable"].all()
         assert batch["input_ids"].shape[0] == len(train) and batch["input_ids"].shape[1] <= 35
-        # [CLS], a word at least, [SEP]
+        # [CLS], at least one word, [SEP]
         assert (batch["attention_mask"].sum(1) >= 3).all() and ((batch["labels"] != -100).sum(1) >= 3).all()
         weights = torch.zeros(len(train)).index_add(0, batch["question_index"], batch["answer_weights"])
         torch.testing.assert_close(weights, torch.ones(len(train)))
         for row, source, image in zip(train, sources, batch["image_index"].tolist(), strict=True):
             pixels = batch["pixel_values"][image].flatten(1).float().mean(1)
-            assert int(pixels.argmax()) == colour_of(source["file_name"]) and pixels.max() > 200, row
+            assert int(pixels.argmax()) == color_of(source["file_name"]) and pixels.max() > 200, row
     else:
         together = {}
         for position, captions in kept:
             key = id_of(rows[position]) or PATHS[path_of(rows[position])]
-            together.setdefault(key, (colour_of(rows[position]["file_name"]), {}))[1].update(dict.fromkeys(captions))
+            together.setdefault(key, (color_of(rows[position]["file_name"]), {}))[1].update(dict.fromkeys(captions))
         assert [row["caption"] for row in train] == [text for _, captions in together.values() for text in captions]
-        colours = [colour for colour, captions in together.values() for _ in captions]
+        colors = [color for color, captions in together.values() for _ in captions]
         batch, pairs = CaptionCollator(processor)(train), RetrievalCollator(processor)(train)
         assert ((batch["labels"] != -100).sum(1) >= 2).all()  # a word and [SEP]
         assert (pairs["attention_mask"].sum(1) >= 3).all()
         for part in (batch, pairs):
             means = part["pixel_values"].flatten(2).float().mean(2)[part["image_index"]]
-            assert means.argmax(1).tolist() == colours and (means.max(1).values > 200).all()
+            assert means.argmax(1).tolist() == colors and (means.max(1).values > 200).all()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -646,7 +639,7 @@ def test_generated_files_end_in_a_message(ending, content):
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, f"rows{ending}")
         path.write_bytes(content)
-        # no such file holds the columns that are needed
+        # no generated file has the needed columns
         with pytest.raises(ValueError):
             load_vqa(DataArguments(dataset_name=str(path)))
 

@@ -1,4 +1,4 @@
-"""Images that cannot be read are found and their rows listed; readable ones are checked once."""
+"""Unreadable images are found, and readable images are checked only once."""
 
 import pytest
 from PIL import Image
@@ -15,7 +15,7 @@ def folder(tmp_path):
     return save_three_images(tmp_path)
 
 
-def test_good_images_are_read_once_and_again_when_they_change(folder, monkeypatch):
+def test_readable_images_are_checked_again_only_if_they_change(folder, monkeypatch):
     write_metadata(folder, ROWS)
     load_vqa(DataArguments(dataset_name=str(folder)))
     opened = []
@@ -29,7 +29,7 @@ def test_good_images_are_read_once_and_again_when_they_change(folder, monkeypatc
         load_vqa(DataArguments(dataset_name=str(folder)))
 
 
-def test_header_check_passes_what_only_a_full_check_refuses(folder, tmp_path):
+def test_truncated_image_passes_the_header_check_but_not_the_full_check(folder, tmp_path):
     Image.effect_noise((64, 64), 50).save(folder / "a.png")
     (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:1000])
     write_metadata(folder, ROWS)
@@ -38,7 +38,7 @@ def test_header_check_passes_what_only_a_full_check_refuses(folder, tmp_path):
         load_vqa(DataArguments(dataset_name=str(folder)))
 
 
-def test_advised_bad_fraction_is_enough(folder):
+def test_suggested_bad_fraction_is_large_enough(folder):
     # 0.29 * 100 is 28.999999999999996
     write_metadata(folder, [{**ROWS[number % 3], "question": "" if number < 29 else "q"} for number in range(100)])
     with pytest.raises(ValueError, match=r"--max_bad_fraction 0\.29$"):

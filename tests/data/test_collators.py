@@ -1,4 +1,4 @@
-"""Images of any kind, and rows to batches."""
+"""Images of any kind are opened, and rows become batches."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def test_image_of_any_mode_becomes_rgb(data, color):
 
 def test_exif_rotation_is_applied():
     exif = Image.Exif()
-    exif[0x0112] = 6  # what was stored at the left belongs at the top
+    exif[0x0112] = 6  # the left side of the stored image is its top
     stored = Image.new("RGB", (32, 16))
     stored.paste((255, 255, 255), (0, 0, 16, 16))
     upright = open_image(as_bytes(stored, "JPEG", exif=exif))
@@ -71,7 +71,7 @@ def test_large_jpeg_is_decoded_no_larger_than_needed():
     gradient = np.linspace(0, 255, 400 * 300 * 3).reshape(300, 400, 3).astype(np.uint8)
     encoded = as_bytes(Image.fromarray(gradient), "JPEG", quality=95)
     assert open_image(encoded).size == (400, 300)
-    assert open_image(encoded, size=64).size == (100, 75)  # a quarter; an eighth would be 50 x 37
+    assert open_image(encoded, size=64).size == (100, 75)  # 1/4; 1/8 would be 50 x 37
     assert open_image(encoded, size=200).size == (400, 300)
     resized = [np.asarray(open_image(encoded, size).resize((64, 64)), int) for size in (None, 64)]
     assert np.abs(resized[0] - resized[1]).max() <= 4
@@ -99,7 +99,7 @@ def test_decoding_stops_at_sep_and_drops_special_and_unknown_ids(processor):
     assert decode_texts(ids, processor.tokenizer) == ["yes it is", "two"]
 
 
-def test_labels_are_cut_and_padded_with_minus_100(processor):
+def test_labels_are_truncated_and_padded_with_minus_100(processor):
     labels = encode_labels(["two", "black and white dog"], processor.tokenizer, max_tokens=4)
     assert labels.shape == (2, 4) and labels[0].tolist() == [101, 25, 102, -100] and (labels[1] != -100).all()
 
@@ -108,7 +108,7 @@ def row(image_id, question, answers, image=RED):
     return {"image_id": image_id, "image": image, "question": question, "answers": answers}
 
 
-def test_each_image_stands_once_and_answers_weigh_their_share(processor):
+def test_each_image_is_in_the_batch_once_and_answers_are_weighted_by_frequency(processor):
     rows = [
         row("x", "is it red ?", ["yes"] * 7 + ["no"] * 3),
         row("y", "what color ?", ["red"]),
@@ -122,14 +122,14 @@ def test_each_image_stands_once_and_answers_weigh_their_share(processor):
     assert decode_texts(batch["labels"].clamp(min=0), processor.tokenizer) == ["yes", "no", "red", "two", "three"]
 
 
-def test_unreadable_image_is_grey_and_weighs_nothing(processor, caplog):
+def test_unreadable_image_is_gray_and_has_no_weight(processor, caplog):
     batch = VqaCollator(processor)([row("x", "is it ?", ["yes"], b"broken"), row("y", "is it ?", ["no"])])
     assert (batch["pixel_values"][0] == 128).all()
     assert batch["answer_weights"].tolist() == [0, 1]
     assert "image x cannot be read" in caplog.text
 
 
-def test_long_questions_are_cut(processor):
+def test_long_questions_are_truncated(processor):
     batch = VqaCollator(processor, max_question_tokens=6)([row("x", "is it " * 1000, ["yes"])])
     assert batch["input_ids"].shape == (1, 6) and batch["input_ids"][0, -1] == 102
 
@@ -145,7 +145,7 @@ def caption_rows(**images):
     ]
 
 
-def test_prompt_and_padding_of_captions_are_no_targets(processor):
+def test_prompt_and_padding_of_captions_are_not_targets(processor):
     batch = CaptionCollator(processor)(caption_rows())
     # [CLS] a picture of a red dog [SEP]
     assert batch["input_ids"][0].tolist() == [101, 1, 2, 3, 1, *processor.tokenizer("red dog")["input_ids"][1:]]
@@ -162,27 +162,27 @@ def test_collated_captions_are_the_inputs_of_the_original(golden, processor):
     rows = [{"image_id": caption, "image": RED, "caption": caption} for caption in captions]
     batch = CaptionCollator(processor, expected["prompt"])(rows)
     assert batch["attention_mask"].equal(inputs["attention_mask"]) and batch["labels"].equal(inputs["labels"])
-    # forward writes [DEC] where the tokenizer has [CLS]
+    # forward replaces the tokenizer's [CLS] by [DEC]
     assert batch["input_ids"][:, 1:].equal(inputs["input_ids"][:, 1:])
 
 
-def test_captions_of_an_unreadable_image_are_no_targets(processor):
+def test_captions_of_an_unreadable_image_are_not_targets(processor):
     batch = CaptionCollator(processor)(caption_rows(x=b"broken"))
     assert (batch["labels"][:2] == -100).all() and (batch["labels"][2] != -100).any()
 
 
-def test_captions_are_cleaned_as_in_the_original_unless_asked_not_to(processor):
+def test_captions_are_cleaned_as_in_the_original_unless_clean_is_off(processor):
     assert clean_caption('A "Red" dog: it runs (fast)... #1!') == "a red dog it runs fast 1"
     assert clean_caption("dog's black-and-white tail; " * 20) == " ".join(["dog's", "black-and-white", "tail"] * 10)
     rows = [{"image_id": "x", "image": RED, "caption": "a dog , running ?"}]
     kept = [CaptionCollator(processor, clean=clean)(rows)["input_ids"].shape[1] for clean in (True, False)]
-    assert kept == [10, 10]  # neither sign is among those that the original takes out
+    assert kept == [10, 10]  # the original removes neither of these signs
     rows[0]["caption"] = "a dog . running !"
     kept = [CaptionCollator(processor, clean=clean)(rows)["input_ids"].shape[1] for clean in (True, False)]
     assert kept == [8, 10]
 
 
-def test_evaluation_of_images_holds_nothing_but_images(processor):
+def test_evaluation_batch_has_only_images(processor):
     rows = [{"image_id": name, "image": RED, "captions": captions} for name, captions in CAPTIONS.items()]
     batch = ImageCollator(processor)([*rows, {**rows[0], "image_id": "z", "image": b"broken"}])
     assert set(batch) == {"pixel_values", "readable"}
@@ -195,11 +195,11 @@ def test_retrieval_ids_are_equal_for_equal_images_in_every_batch(processor):
     assert batch["image_ids"].shape == (2,) and batch["image_ids"].dtype == torch.int64
     assert batch["image_ids"][1] == other["image_ids"][0] != batch["image_ids"][0]
     assert batch["image_index"].tolist() == [0, 0, 1]
-    # [CLS] first; forward puts [ENC] there where it is asked for
+    # [CLS] comes first; forward replaces it by [ENC] if needed
     assert batch["input_ids"][:, 0].tolist() == [101] * 3
 
 
-def test_unreadable_image_leaves_the_batch_of_retrieval(processor):
+def test_row_with_unreadable_image_is_dropped_from_a_retrieval_batch(processor):
     batch = RetrievalCollator(processor)(caption_rows(x=b"broken"))
     assert len(batch["pixel_values"]) == len(batch["input_ids"]) == len(batch["image_ids"]) == 1
     with pytest.raises(ValueError, match="No image of a batch can be read"):

@@ -1,4 +1,4 @@
-"""The built-in data: repeatable, never the same image in both splits, all of it known to its tokenizer."""
+"""The built-in data set can be repeated, shares no scene between splits, and fits its tokenizer."""
 
 import io
 from collections import Counter
@@ -15,7 +15,7 @@ def small():
     return load_demo(num_train=60, num_eval=20, seed=1)
 
 
-def test_same_seed_draws_the_same_and_another_does_not(small):
+def test_same_seed_gives_the_same_data_and_another_seed_does_not(small):
     assert small["train"].to_list() == load_demo(60, 20, 1)["train"].to_list()
     assert small["train"]["question"] != load_demo(60, 20, 2)["train"]["question"]
 
@@ -26,7 +26,7 @@ def test_each_image_has_six_questions_and_a_caption(small):
 
 
 def test_no_scene_is_in_both_splits():
-    """Compared as scenes, for the same one can be painted a few pixels apart."""
+    """Scenes are compared, because the same scene can be drawn a few pixels apart."""
     images, scenes = {}, {}
     for name, rows in load_demo().items():
         first = rows.select(range(0, len(rows), 6))
@@ -41,14 +41,14 @@ def test_no_scene_is_in_both_splits():
 
 
 def occupied_cells(image):
-    """Which quarters are not all background; the caption lists their shapes in this order."""
+    """Which quarters have a shape. The caption lists the shapes in this order."""
     pixels, half = np.asarray(Image.open(io.BytesIO(image))), IMAGE_SIZE // 2
     quarters = (pixels[y : y + half, x : x + half] for y in (0, half) for x in (0, half))
     return tuple(bool((quarter != (20, 20, 30)).any()) for quarter in quarters)
 
 
 def test_answers_follow_from_the_caption(small):
-    """The caption lists all shapes; each question can be answered from it, but for places."""
+    """The caption lists all shapes, so every question can be answered from it, except those about positions."""
     for row in small["train"]:
         caption, question, answer = row["captions"][0], row["question"], row["answers"][0]
         things = [thing.split() for thing in caption.replace(" and ", ", ").split(", ")]

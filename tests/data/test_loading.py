@@ -1,4 +1,4 @@
-"""The rows of a run: what is left out, what is limited, and which images are in two parts."""
+"""The rows of a run: bad rows are left out, limits apply, and images in two parts are counted."""
 
 import json
 import os
@@ -24,8 +24,8 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("check", ["full", "header"])
 @pytest.mark.parametrize("load", [load_vqa, load_captions])
-def test_images_to_train_and_to_evaluate_on_are_counted(folder, tmp_path, caplog, load, check):
-    """The same file in another folder's words, an equal file, equal bytes; not an equal name or number."""
+def test_images_both_trained_and_evaluated_on_are_counted(folder, tmp_path, caplog, load, check):
+    """A link to the same file and a copy count; the same name or id in another source does not."""
     other = tmp_path / "other"
     other.mkdir()
     os.symlink(folder / "b.png", other / "b.png")
@@ -42,12 +42,12 @@ def test_images_to_train_and_to_evaluate_on_are_counted(folder, tmp_path, caplog
     assert (
         f"{evaluation.image_overlap.num_shared} of 3 images to evaluate on are also trained on, e.g. x" in caplog.text
     )
-    # of what is left out nothing is trained on
+    # images of rows beyond max_train_samples are not trained on
     _, evaluation = load(DataArguments(**where, max_train_samples=1))
     assert evaluation.image_overlap == ImageOverlap(0, 3, None)
 
 
-def test_images_in_bytes_equal_their_files(folder, tmp_path):
+def test_image_in_bytes_is_the_same_as_its_file(folder, tmp_path):
     write_metadata(folder, ROWS)
     content = (folder / "b.png").read_bytes()
     rows = {"image": [{"bytes": content, "path": None}], "image_id": ["7"], "question": ["q ?"], "answers": [["x"]]}
@@ -77,7 +77,7 @@ def test_sample_limits_take_the_first_rows(folder):
 
 
 def broken_rows(folder, tmp_path):
-    """Rows that cannot be used, with a part of the reason for each."""
+    """Rows that cannot be used, each with a part of the reason."""
     (folder / "empty.png").write_bytes(b"")
     noise = Image.effect_noise((64, 64), 50)
     noise.save(folder / "cut.png")

@@ -1,4 +1,4 @@
-"""Any columns become ours: images, ids, answers and captions, and a missing column is named."""
+"""Rows with any columns are converted to our columns, and a missing column is named."""
 
 import json
 
@@ -47,11 +47,11 @@ def test_missing_column_names_the_argument_to_set(folder):
     ):
         load_vqa(DataArguments(dataset_name=str(folder)))
     train = {"question_column": "q", "answer_column": "label", "eval_split": None}
-    with pytest.raises(ValueError, match="At least two images"):  # the columns are found now
+    with pytest.raises(ValueError, match="At least two images"):  # now the columns are found
         load_vqa(DataArguments(dataset_name=str(folder), **train))
 
 
-def test_image_id_column_that_is_not_there_is_named(folder):
+def test_missing_image_id_column_is_named(folder):
     write_metadata(folder, ROWS)
     with pytest.raises(ValueError, match="Set image_id_column"):
         load_vqa(DataArguments(dataset_name=str(folder), image_id_column="foo"))
@@ -71,7 +71,7 @@ def test_missing_caption_column_is_named(folder):
         load_captions(DataArguments(dataset_name=str(folder)))
 
 
-def test_empty_id_in_csv_is_made_as_a_missing_one(folder):
+def test_empty_id_in_csv_is_treated_as_missing(folder):
     lines = [f"{name}.png,what ?,x,,\n" for name in "abc"]
     (folder / "metadata.csv").write_text("file_name,question,answer,image_id,question_id\n" + "".join(lines))
     rows = [row for part in load_vqa(DataArguments(dataset_name=str(folder))) for row in part]
@@ -80,7 +80,7 @@ def test_empty_id_in_csv_is_made_as_a_missing_one(folder):
 
 
 def images_in_parquet(folder, images, name="metadata.parquet", **columns):
-    """One question for each {"bytes", "path"}, and further columns of images."""
+    """Write a parquet file with one question per {"bytes", "path"}, and more columns of images."""
     image = {"bytes": Value("binary"), "path": Value("string")}
     features = {"image": image, **dict.fromkeys(columns, ImageFeature()), "question": Value("string")}
     rows = {"image": images, **columns, "question": [row["question"] for row in ROWS[: len(images)]]}
@@ -88,7 +88,7 @@ def images_in_parquet(folder, images, name="metadata.parquet", **columns):
     Dataset.from_dict({**rows, **answers}, Features({**features, "answer": Value("string")})).to_parquet(folder / name)
 
 
-def test_parquet_path_without_bytes_starts_from_the_folder(folder):
+def test_parquet_path_without_bytes_is_relative_to_the_folder(folder):
     images_in_parquet(folder, [{"bytes": None, "path": f"{name}.png"} for name in "abc"])
     rows = [row for part in load_vqa(DataArguments(dataset_name=str(folder))) for row in part]
     assert {row["image"]["path"] for row in rows} == {str(folder / f"{name}.png") for name in "abc"}
@@ -133,7 +133,7 @@ CAPTIONS = {"a.png": ["a dog", "a brown dog"], "b.png": ["a cat"], "c.png": ["a 
 
 
 @pytest.mark.parametrize("form", ["caption", "captions", "save_to_disk"])
-def test_captions_of_an_image_are_put_together_from_all_its_rows(folder, tmp_path, form):
+def test_captions_of_all_rows_of_an_image_are_merged(folder, tmp_path, form):
     where = {"dataset_name": str(folder)}
     if form == "captions":
         write_metadata(folder, [{"file_name": name, "captions": captions} for name, captions in CAPTIONS.items()])
@@ -150,7 +150,7 @@ def test_captions_of_an_image_are_put_together_from_all_its_rows(folder, tmp_pat
     assert list(number_images(train)) == [list(dict.fromkeys(shown)).index(image_id) for image_id in shown]
 
 
-def test_row_without_caption_is_bad_and_leaves_its_image_the_others(folder, tmp_path):
+def test_row_without_caption_is_bad_and_its_image_keeps_the_other_captions(folder, tmp_path):
     write_metadata(folder, [*CAPTION_ROWS, {"file_name": "a.png", "caption": " "}])
     args = DataArguments(dataset_name=str(folder), max_bad_fraction=0.5)
     train, evaluation = load_captions(args, tmp_path / "bad.jsonl")
@@ -158,7 +158,7 @@ def test_row_without_caption_is_bad_and_leaves_its_image_the_others(folder, tmp_
     assert json.loads((tmp_path / "bad.jsonl").read_text())["reason"] == "caption is empty or not a text"
 
 
-def test_images_in_bytes_are_not_copied_when_captions_are_put_together(folder, tmp_path):
+def test_images_in_bytes_are_not_copied_when_captions_are_merged(folder, tmp_path):
     rows = [
         {
             "image": {"bytes": (folder / row["file_name"]).read_bytes(), "path": None},
@@ -172,4 +172,4 @@ def test_images_in_bytes_are_not_copied_when_captions_are_put_together(folder, t
     train, evaluation = load_captions(DataArguments(dataset_name=str(tmp_path / "rows.parquet")))
     assert captions_of(train, evaluation) == CAPTIONS
     written = {path for path in (tmp_path / "cache").rglob("*.arrow")} - before
-    assert len(written) == 1  # the parquet file's own copy
+    assert len(written) == 1  # the copy that datasets makes of the parquet file

@@ -1,4 +1,4 @@
-"""Every kind of source gives the same rows, and a source that cannot be read is named."""
+"""Every kind of source gives the same rows, and a source that cannot be read is named in the error."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def test_malformed_line_is_named_by_file_and_line(folder):
         load_vqa(DataArguments(dataset_name=str(folder)))
 
 
-def test_sources_that_are_not_there_say_what_to_check(folder):
+def test_error_for_a_missing_source_says_what_to_check(folder):
     with pytest.raises(ValueError, match="Add a metadata.jsonl"):
         load_vqa(DataArguments(dataset_name=str(folder)))
     with pytest.raises(ValueError, match="(?s)not a local file or folder.*HF_TOKEN"):
@@ -104,7 +104,7 @@ def test_parquet_of_encoded_images_needs_no_feature(folder):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
-def test_byte_order_mark_of_windows_is_no_part_of_the_text(folder, name):
+def test_byte_order_mark_is_not_part_of_the_text(folder, name):
     text = {
         "rows.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
         "rows.json": json.dumps(ROWS),
@@ -114,13 +114,13 @@ def test_byte_order_mark_of_windows_is_no_part_of_the_text(folder, name):
     assert len(load_all(dataset_name=str(folder / name))) == 4
 
 
-def test_csv_that_cannot_be_split_is_named_by_file_and_line(folder):
+def test_malformed_csv_is_named_by_file_and_line(folder):
     (folder / "metadata.csv").write_text('file_name,question,answer\na.png,"' + "x" * 200_000)
     with pytest.raises(ValueError, match=r"metadata\.csv, line 2: not valid CSV"):
         load_vqa(DataArguments(dataset_name=str(folder)))
 
 
-def test_image_folder_may_start_from_home(folder, tmp_path, monkeypatch):
+def test_image_folder_may_start_with_a_tilde(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_metadata(tmp_path, ROWS, "rows.jsonl")
     assert len(load_all(dataset_name=str(tmp_path / "rows.jsonl"), image_folder="~/images")) == 4

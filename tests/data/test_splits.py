@@ -1,4 +1,4 @@
-"""Which rows are trained, evaluated and tested on, and that no image is on both sides."""
+"""The right rows are used to train, evaluate and test, and no image is held out and trained on."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def folder(tmp_path):
     return save_three_images(tmp_path)
 
 
-def test_split_column_selects_and_an_unknown_split_lists_those_there(folder):
+def test_split_column_selects_rows_and_an_unknown_split_lists_the_known_ones(folder):
     write_metadata(
         folder, [{**row, "split": split} for row, split in zip(ROWS, ["train", "test", "train", "test"], strict=True)]
     )
@@ -81,7 +81,7 @@ def test_held_out_images_are_never_trained_on(folder, caplog):
 
 @pytest.mark.parametrize("load", [load_vqa, load_captions])
 def test_one_image_under_several_names_is_never_on_both_sides(folder, load):
-    """Eight images, each as ./name, through a link, as a copy, and under an image_id of its own."""
+    """Eight images, each also as ./name, as a link, as a copy, and with another image_id."""
     rows = []
     for number in range(8):
         Image.new("RGB", (20, 10), (0, 0, 30 * number)).save(folder / f"{number}.png")
@@ -131,7 +131,7 @@ def test_same_rows_to_train_and_to_evaluate_on_are_refused_unless_asked_for(fold
         load_vqa(DataArguments(**flags))
     overlap = load_vqa(DataArguments(**flags, allow_image_overlap=True))[1].image_overlap
     if "streaming" in flags:
-        assert overlap is None  # a stream's images are not known beforehand
+        assert overlap is None  # the images of a stream are not known before it is read
     else:
         assert overlap.num_shared == overlap.num_eval > 1
 
@@ -156,7 +156,7 @@ def test_splits_that_are_not_used_are_named_with_the_flag_that_uses_them(folder,
     assert "Only train is used" not in caplog.text
 
 
-def test_other_source_to_evaluate_on_starts_from_its_own_folder(folder, tmp_path):
+def test_paths_of_another_evaluation_source_are_relative_to_its_folder(folder, tmp_path):
     write_metadata(folder, CAPTION_ROWS)
     other = tmp_path / "other"
     other.mkdir()
@@ -185,7 +185,7 @@ def test_rows_to_test_on_are_those_of_their_split_or_source(folder, tmp_path, ki
     assert (evaluation["image_id"][:], test["image_id"][:]) == (["b.png"], ["c.png"])
     assert set(test.column_names) == set(evaluation.column_names)
     assert test.image_overlap == (None if streaming else ImageOverlap(0, 1, None))
-    # another source, whose first image is trained on and its second evaluated on
+    # another source: its first image is also trained on, its second is also evaluated on
     write_metadata(folder, [{**rows[0], "file_name": f"{name}.png"} for name in "ab"], "other.jsonl")
     args = DataArguments(
         dataset_name=str(folder), eval_split="val", streaming=streaming, test_dataset_name=str(folder / "other.jsonl")
@@ -198,7 +198,7 @@ def test_rows_to_test_on_are_those_of_their_split_or_source(folder, tmp_path, ki
     assert load_splits(kind, DataArguments(dataset_name=str(folder), eval_split="val")).test is None
 
 
-def test_held_out_images_and_rows_to_test_on_are_apart_and_both_are_known(folder, caplog):
+def test_held_out_images_and_test_rows_are_separate(folder, caplog):
     write_metadata(folder, [{**row, "split": "final" if row is ROWS[3] else "train"} for row in ROWS])
     train, evaluation, test = load_splits("vqa", DataArguments(dataset_name=str(folder), test_split="final"))
     assert len({*train["image_id"], *evaluation["image_id"]}) == 2 and test["image_id"][:] == ["c.png"]
@@ -214,7 +214,7 @@ def test_held_out_images_and_rows_to_test_on_are_apart_and_both_are_known(folder
         ({"test_dataset_name": "{folder}", "test_split": "test"}, "used to evaluate and to test"),
     ],
 )
-def test_rows_to_test_on_that_serve_otherwise_are_refused_unless_asked_for(folder, flags, message):
+def test_test_rows_that_are_also_used_otherwise_are_refused_unless_allowed(folder, flags, message):
     write_metadata(folder, [{**row, "split": split} for row in ROWS for split in ("train", "test")])
     flags = {name: value.format(folder=folder) for name, value in flags.items()} | {"eval_split": "test"}
     with pytest.raises(ValueError, match=f"{message}.*Choose other rows with --test_split or --test_dataset_name"):

@@ -1,4 +1,4 @@
-"""A stream gives every row once a pass, whoever reads it, and a resumed run goes on at the same row."""
+"""A stream gives every row once per pass, for any number of readers, and a resumed run continues at the same row."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from blip_ft.data.loading import load_captions, load_vqa
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-# three questions on each of ten images, which is no multiple of four readers
+# three questions for each of ten images; ten is not a multiple of four readers
 ROWS = [
     {"file_name": f"{image}.png", "question": f"q {image} {number} ?", "answer": "dog", "caption": f"dog {number}"}
     for image in range(10)
@@ -70,7 +70,7 @@ def batches_of(rows, workers, number):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_two_processes_with_workers_share_the_rows_and_go_on_at_any_batch(folder, workers):
+def test_two_processes_with_workers_share_the_rows_and_can_start_at_any_batch(folder, workers):
     seen = []
     for process in range(2):
         rows = stream(folder)
@@ -78,7 +78,7 @@ def test_two_processes_with_workers_share_the_rows_and_go_on_at_any_batch(folder
         unbroken = batches_of(rows, workers, 8)
         readers = max(workers, 1)
         own = [questions(rows.read_pass(0, process * readers + reader, 2 * readers)) for reader in range(readers)]
-        # in turn, a batch of each worker
+        # the workers take turns, one batch each
         assert unbroken[:2] == ([part[:3] for part in own] if workers else [own[0][:3], own[0][3:6]])
         seen += [question for part in own for question in part]
         for begin in (1, 4, 7):  # in the first pass and in the second
@@ -134,7 +134,7 @@ def test_files_of_the_hub_are_shared_out_or_read_by_all(folder, tmp_path, monkey
     parts = [list(rows.read_pass(0, shard, readers)) for shard in range(readers)]
     wanted = ROWS[:limit]
     assert sorted(questions(row for part in parts for row in part)) == sorted(row["question"] for row in wanted)
-    # by files each row is read once, else by each reader
+    # if files are shared, each row is read once; otherwise once by each reader
     assert read.count("train") == (30 if files == 4 and limit is None else len(wanted) * len(parts))
 
 
@@ -165,7 +165,7 @@ def test_bad_rows_are_skipped_and_listed_once_and_too_many_stop_the_run(folder, 
         next(iter(stream(folder, [*([broken[30]] * 20), *ROWS], max_bad_fraction=0.019)))
 
 
-def test_unreadable_image_of_a_stream_weighs_nothing(folder, processor):
+def test_unreadable_image_of_a_stream_has_no_weight(folder, processor):
     (folder / "3.png").write_bytes(b"")
     rows = list(stream(folder).read_pass(0))
     batch = VqaCollator(processor)(rows)
@@ -173,7 +173,7 @@ def test_unreadable_image_of_a_stream_weighs_nothing(folder, processor):
     assert batch["answer_weights"].sum() == 27
 
 
-def test_more_readers_than_images_end_in_a_message(folder):
+def test_more_readers_than_images_are_refused(folder):
     with pytest.raises(ValueError, match=r"too few rows for 12 readers \(processes x --dataloader_num_workers\)"):
         list(stream(folder).read_pass(0, 11, 12))
 
@@ -216,13 +216,13 @@ def test_resumed_run_of_a_stream_equals_the_unbroken_one(recipe, flags, tmp_path
         ("retrieval", [], "streaming is for questions and captions"),
     ],
 )
-def test_settings_that_do_not_go_with_a_stream_are_refused(recipe, flags, caplog, task, more, message):
+def test_settings_without_support_for_streams_are_refused(recipe, flags, caplog, task, more, message):
     with pytest.raises(SystemExit):
         recipe(*flags(task), *more, task=task)
     assert message in caplog.text
 
 
-def test_stream_goes_on_with_the_settings_it_began_with_only(recipe, flags, tmp_path, caplog):
+def test_stream_cannot_be_resumed_with_other_settings(recipe, flags, tmp_path, caplog):
     folder = recipe(*flags("vqa"), "--max_steps", "2", output_dir=tmp_path / "run")
     for name in ("per_device_train_batch_size", "shuffle_buffer"):
         with pytest.raises(SystemExit):

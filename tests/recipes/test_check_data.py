@@ -1,4 +1,4 @@
-"""What check_data.py prints is what the recipes read, and its exit code is whether they would train."""
+"""check_data.py prints what the recipes read, and its exit code says whether they would train."""
 
 import json
 import runpy
@@ -10,7 +10,7 @@ from conftest import RECIPES
 
 @pytest.fixture
 def check(monkeypatch, tmp_path, capsys):
-    """Runs check_data.py in an empty folder and returns what it prints, word by word with single spaces."""
+    """Run check_data.py in an empty folder and return the printed lines, with single spaces between words."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
@@ -34,17 +34,17 @@ def test_questions_are_counted_by_row_image_length_type_and_answer(check, image_
 
 
 @pytest.mark.parametrize("config", ["captioning_base_lora", "retrieval_base"])
-def test_yaml_of_any_recipe_is_taken_and_captions_are_counted(check, image_folder, config):
+def test_yaml_of_any_recipe_is_accepted_and_captions_are_counted(check, image_folder, config):
     path = RECIPES / "configs" / f"{config}.yaml"
     task = config.split("_")[0]
     rows = ["--dataset_name", image_folder, "--eval_split", "test", "--per_device_train_batch_size", "8"]
     lines = check("--config", path, *rows, "--task", task, "--gradient_accumulation_steps", "1")
     assert f"recipes/{task}.py would read these rows of {image_folder.name}:" in lines
     assert "train 8 4" in lines and "evaluate 4 4" in lines
-    assert "caption 7.5 10 10" in lines  # five words or ten
+    assert "caption 7.5 10 10" in lines  # half have five words, half have ten
 
 
-def test_rows_of_captions_alone_need_no_task(check, image_folder, tmp_path):
+def test_rows_with_only_captions_do_not_need_a_task(check, image_folder, tmp_path):
     rows = [json.loads(line) for line in (image_folder / "metadata.jsonl").read_text().splitlines()]
     kept = [{name: row[name] for name in ("file_name", "caption")} for row in rows]
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -72,13 +72,13 @@ def test_bad_rows_are_counted_by_reason_and_too_many_end_in_exit_code_1(check, i
     assert len((tmp_path / "bad_rows.jsonl").read_text().splitlines()) == 3
 
 
-def test_batch_of_more_rows_than_there_are_is_refused_as_in_a_recipe(check, image_folder, caplog):
+def test_batch_larger_than_the_data_is_refused_as_in_a_recipe(check, image_folder, caplog):
     with pytest.raises(SystemExit):
         check("--dataset_name", image_folder, "--eval_split", "test", "--per_device_train_batch_size", "9")
     assert "Choose at most 8" in caplog.text
 
 
-def test_rows_of_the_other_kind_of_task_are_sent_there(check, image_folder, tmp_path, caplog):
+def test_rows_for_another_task_are_refused_with_that_task(check, image_folder, tmp_path, caplog):
     rows = [json.loads(line) for line in (image_folder / "metadata.jsonl").read_text().splitlines()]
     for name, columns in (("captions", ("file_name", "caption")), ("questions", ("file_name", "question", "answer"))):
         lines = [json.dumps({column: row[column] for column in columns}) + "\n" for row in rows]
@@ -93,7 +93,7 @@ def test_rows_of_the_other_kind_of_task_are_sent_there(check, image_folder, tmp_
 
 
 def test_batch_size_is_that_of_the_recipe(check, image_folder, caplog):
-    """Eight rows fill no batch of 16, which recipes/vqa.py takes, nor one of 32."""
+    """Eight rows do not fill a batch of 16 (vqa) or 32 (captioning, retrieval)."""
     for task, size in (("vqa", 16), ("captioning", 32), ("retrieval", 32)):
         program = runpy.run_path(str(RECIPES / f"{task}.py"))
         assert program["Training"].per_device_train_batch_size == size

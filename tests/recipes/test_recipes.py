@@ -521,7 +521,7 @@ def test_demo_model_on_own_data_learns_at_its_own_rate(recipe, image_folder, cap
 CAPTION_MISTAKES = {
     "prompt fills the captions": (
         ["--max_caption_tokens", "5"],
-        "max_caption_tokens is 5, and the prompt 'a picture of ', a word and the end take 6 tokens",
+        "max_caption_tokens is 5, but the prompt 'a picture of ', one word and [SEP] need 6 tokens",
     ),
     "prompt fills what is written": (["--prompt", "a dog on the grass " * 4], "Set --generation_max_length to 23"),
     "nothing can be written": (["--generation_max_length", "3"], "Set --generation_max_length to 6 or more"),
