@@ -50,7 +50,7 @@ class Peft(PeftArguments):
 
 @dataclass
 class AnyTask(VqaArguments, CaptioningArguments, RetrievalArguments):
-    """The arguments of all recipes, so that any recipe's YAML is accepted."""
+    """The keys of all recipes, so that each one's YAML is understood."""
 
     _argument_group_name = "Tasks"
     help_groups = {"Task": ("task",)}

@@ -46,9 +46,8 @@ def find_unreadable_images(parts: Iterable[Part], mode: str) -> dict[str, dict[s
     for part in parts:
         found[part.name] = {}
         ordered, column = list(part.first), part.rows.select_columns("image")
-        progress = tqdm(
-            total=len(ordered), desc=f"Checking images ({part.name})", delay=3, disable=None
-        )  # None: shown in a terminal only
+        # disable=None: the bar is shown only in a terminal
+        progress = tqdm(total=len(ordered), desc=f"Checking images ({part.name})", delay=3, disable=None)
         with ThreadPoolExecutor() as pool:
             # in chunks, because map() reads all of its input at once
             for start in range(0, len(ordered), 256):

@@ -43,7 +43,7 @@ def decode_texts(token_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of [CLS] and the prompt's words, without [SEP]. Generation starts with them; training ignores them."""
+    """Ids of [CLS] and the prompt's words, without [SEP]. Generation starts with them; they have no loss."""
     return tokenizer(prompt)["input_ids"][:-1]
 
 
