@@ -2,7 +2,7 @@
 
 import inspect
 import pkgutil
-from argparse import ArgumentParser
+from argparse import ArgumentParser, HelpFormatter
 from importlib import import_module
 
 import evaluate
@@ -44,6 +44,7 @@ METHODS = {
     },
     PreTrainedModel: {"_init_weights": ["module"]},
     HfArgumentParser: {"_add_dataclass_arguments": ["dtype"]},
+    HelpFormatter: {"_format_action_invocation": ["action"]},
     PeftModel: {"_get_base_model_class": ["is_prompt_tuning"]},
     evaluate.Metric: {"_info": [], "_compute": ["predictions", "references", "kwargs"]},
 }
