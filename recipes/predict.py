@@ -189,7 +189,7 @@ def main() -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         predicted = predictions.read_parts(folder)
-        lines = [predictions.describe(row, predicted[position], task) for position, row in enumerate(rows)]
+        lines = predictions.build_lines(rows, [predicted[position] for position in range(len(rows))])
         write_results(folder, args, data_args, rows, lines, bad_rows, task, ids)
 
 
@@ -244,17 +244,19 @@ def make_predict(model: Any, processor: BlipProcessor, args: Prediction, task: s
     def answer(batch: dict[str, torch.Tensor]) -> list[Line]:
         limits = (args.generation_max_length or 10, args.generation_num_beams)
         answers = inference.answer(model, tokenizer, *inference.encode_questions(model, batch), *limits)
-        return [{"answer": text, "score": score} for text, score in zip(*answers, strict=True)]
+        return [{"prediction": text, "probability": number} for text, number in zip(*answers, strict=True)]
 
     def caption(batch: dict[str, torch.Tensor]) -> list[Line]:
         limits = (args.generation_max_length or 20, args.generation_num_beams, args.generation_min_length)
         captions = inference.caption(model, tokenizer, batch["pixel_values"], args.prompt, *limits)
-        return [{"caption": text, "score": score} for text, score in zip(*captions, strict=True)]
+        return [{"prediction": text, "probability": number} for text, number in zip(*captions, strict=True)]
 
     def rank(batch: dict[str, torch.Tensor]) -> list[Line]:
         ranked = inference.rank_texts(model, batch["pixel_values"], features, **tokens, k=args.k_test)
-        best = [ranking[: args.top_texts] for ranking in ranked]
-        return [{"texts": [{"text": texts[place], "score": score} for place, score in ranking]} for ranking in best]
+        best = [
+            [{"text": texts[place], "score": score} for place, score in ranking[: args.top_texts]] for ranking in ranked
+        ]
+        return [{"prediction": own[0]["text"], "score": own[0]["score"], "texts": own} for own in best]
 
     return {"vqa": answer, "conditional_generation": caption, "image_text_retrieval": rank}[task]
 
@@ -285,7 +287,7 @@ def predict_rows(
         for batch, here, readable in match_rows(loader, share):
             lines = predict({name: tensor.to(state.device) for name, tensor in batch.items()})
             yield {
-                position: line if good else {"unreadable_image": True}
+                position: line if good else predictions.UNREADABLE
                 for position, line, good in zip(here, lines, readable, strict=True)
             }
             progress.update(int(is_first[: len(here)].sum()))
@@ -325,13 +327,13 @@ def write_results(
         if "unreadable_image" in line:
             reason = why_unreadable(rows[position]["image"]) or "image could not be read at first, and now can"
             bad_rows.append({"split": "eval", "image_id": line["image_id"], "reason": reason})
-    scores, samples = predictions.score(lines, task)
+    lines, scores = predictions.grade(lines, task)
     name = data_args.dataset_name or data_args.questions_file or ", ".join(data_args.images)
     write_report(
         folder / "report.html",
         f"{Path(args.model_name_or_path).name}: {Path(name).name}",
         scores,
-        samples,
+        predictions.samples_of(lines),
         lambda position: open_image(rows[position]["image"], THUMBNAIL_PIXELS),
     )
     if scores:
@@ -355,18 +357,16 @@ def write_results(
 
 
 def in_words(line: Line) -> str:
-    """A line of predictions.jsonl on one line of a screen: the image, what was asked, what was predicted."""
-    asked = [line["question"]] if "question" in line else []
+    """A line of predictions.jsonl for the screen: image, question and prediction."""
+    question = [line["question"]] if "question" in line else []
     if "unreadable_image" in line:
-        said = ["the image cannot be read"]
-    elif "texts" in line:
-        said = [f"{best['text']} ({best['score']:.2f})" for best in line["texts"][:1]]
+        predicted = "the image cannot be read"
     else:
-        text, score = line.get("answer", line.get("caption")), line["score"]
-        said = [f"{text or '(nothing)'} ({score:.1%})"]
-    # what data and models say may hold signs that move a terminal's cursor
-    shown = " | ".join([line["image"] or line["image_id"], *asked, *said])
-    return "  " + "".join(sign if sign.isprintable() else " " for sign in shown)
+        number = f"{line['score']:.2f}" if "score" in line else f"{line['probability']:.1%}"
+        predicted = f"{line['prediction'] or '(nothing)'} ({number})"
+    shown = " | ".join([line["image"] or line["image_id"], *question, predicted])
+    # data and predictions may contain characters that move the cursor of a terminal
+    return "  " + "".join(character if character.isprintable() else " " for character in shown)
 
 
 if __name__ == "__main__":

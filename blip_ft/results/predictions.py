@@ -1,13 +1,29 @@
-"""What recipes/predict.py writes, and its scores.
+"""predictions.jsonl: its lines, their scores, and how recipes/predict.py writes and resumes it.
 
-Predictions are appended batch by batch, by each process to a file of its own, so that a run that was stopped goes on.
+Training runs and recipes/predict.py write the same format, one JSON object per row of the data, in its order:
+
+    image           path of the image, null if the data contains the image itself
+    image_id, question, question_id, answers or captions, answer_type
+                    what the data says about the row; empty values are left out
+    prediction      the answer, the caption, or the best text for the image; "" if the image cannot be read
+    probability     of an answer or caption, 0 to 1; null for an answer chosen from a list
+    score           of a text, instead of probability: cosine + matching logit, without bounds
+    texts           recipes/predict.py only, for retrieval: the best texts, [{"text", "score"}, ...]
+    accuracy        of an answer or text, 0 to 1, if the data has references
+    rouge_l         of a caption, 0 to 1, if the data has references
+    loss            training runs only, of an answer: summed over the reference answers, weighted
+    unreadable_image
+                    true if the image cannot be read; probability, score, texts and loss are missing then
+
+recipes/predict.py appends predictions batch by batch, and each process writes its own file, so that a stopped run can
+resume.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,31 +43,63 @@ FILE = "predictions.jsonl"
 
 SETTINGS_FILE = "predict_settings.json"
 
-# --format -> the task that it is for; the column with the ids by which an evaluation server knows the rows, and the
-# number in one; what a prediction is called
+# --format -> its task; the column with the ids that the evaluation server uses, and the number in one; the server's
+# name for a prediction
 FORMATS = {
-    # eval-7 is the seventh row after the first, of data without ids
+    # eval-7 is the eighth row of data without ids
     "vqa": ("vqa", "question_id", r"(?:eval-)?(\d+)", "answer"),
-    # also of a file: COCO_val2014_000000000042.jpg is 42
+    # also matches a file: COCO_val2014_000000000042.jpg is 42
     "coco": ("conditional_generation", "image_id", r"(?:.*\D)?(\d+)(?:\.\w+)?", "caption"),
 }
 
-# what is written of an image that cannot be read
-NOTHING: dict[str, Line] = {
-    "vqa": {"answer": "", "score": None},
-    "conditional_generation": {"caption": "", "score": None},
-    "image_text_retrieval": {"texts": []},
-}
+UNREADABLE: Line = {"prediction": "", "unreadable_image": True}
+
+
+def build_lines(rows: Dataset, results: Sequence[Line | None]) -> list[Line]:
+    """The lines of predictions.jsonl.
+
+    Args:
+        results: what was predicted for each row, with the names above; None if its image cannot be read.
+    """
+    # a wrong answer, in the same terms as the answers to other rows
+    graded = {name for result in results if result for name in ("accuracy", "rouge_l") if name in result}
+    unreadable = UNREADABLE | dict.fromkeys(graded, 0.0)
+    # without the bytes of the images, which can be gigabytes
+    known = rows.flatten().remove_columns("image.bytes").rename_column("image.path", "image")
+    always = ("image", "image_id", "question")
+    return [
+        {name: value for name, value in row.items() if value or name in always} | (result or unreadable)
+        for row, result in zip(known, results, strict=True)
+    ]
+
+
+def samples_of(lines: Iterable[Line]) -> list[Sample]:
+    """The lines as the report shows them."""
+    return [
+        Sample(
+            line["prediction"],
+            line.get("question", ""),
+            line.get("answers") or line.get("captions", ()),
+            accuracy=line.get("accuracy"),
+            quality=line.get("rouge_l"),
+            score=line.get("score", line.get("probability")),
+            score_name="score" if "score" in line else "probability",
+            kind=line.get("answer_type", ""),
+            readable="unreadable_image" not in line,
+        )
+        for line in lines
+    ]
 
 
 def settle_folder(given: str | None, settings: Line) -> tuple[Path, set[int]]:
-    """The folder to write to, and the positions of the rows that an unfinished run has left there.
+    """The folder to write to, and the positions of the rows that an unfinished run has predicted there.
 
-    Not given: outputs/predict, else the next free outputs/predict-2, -3, ... It is this program's until it ends.
+    The default is outputs/predict, or the next free one of outputs/predict-2, -3, ... No other program can write to
+    the folder until this process ends.
 
     Args:
-        settings: what two runs must have in common for the one to go on with the predictions of the other.
-    Raises: ValueError, in all processes, if the folder holds anything else than such a run, or is in use.
+        settings: a run can resume another one only if all of these are equal.
+    Raises: ValueError, in all processes, if the folder contains anything but such a run, or is in use.
     """
 
     def settle() -> tuple[Path, set[int]]:
@@ -66,10 +114,10 @@ def _choose_folder(given: str | None, settings: Line) -> Path:
     if given:
         require_claim(Path(given))
         if found := _what_is_in_the_way(Path(given), settings):
-            raise ValueError(f"output_dir {given} holds {found}. Choose another --output_dir, or remove it.")
+            raise ValueError(f"output_dir {given} contains {found}. Choose another --output_dir, or remove it.")
         return Path(given)
     for folder in numbered_folders("predict"):
-        # asked again once no other program can write there
+        # checked again after claim(), when no other program can write there
         if not _what_is_in_the_way(folder, settings) and claim(folder) and not _what_is_in_the_way(folder, settings):
             return folder
 
@@ -81,11 +129,11 @@ def _what_is_in_the_way(folder: Path, settings: Line) -> str | None:
         return "other files"
     earlier = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     other = [name for name in settings if earlier.get(name) != settings[name]]
-    return f"an unfinished run with another {', '.join(other)}" if other else None
+    return f"an unfinished run with different settings: {', '.join(other)}" if other else None
 
 
 def append_part(folder: Path, batches: Iterable[dict[int, Line]]) -> None:
-    """Write what this process predicts, by position, as soon as a batch is there."""
+    """Write the predictions of this process, with their positions, after each batch."""
     with (folder / f"predictions.part{PartialState().process_index}.jsonl").open("a", encoding="utf-8") as file:
         for batch in batches:
             for position, line in batch.items():
@@ -94,7 +142,7 @@ def append_part(folder: Path, batches: Iterable[dict[int, Line]]) -> None:
 
 
 def read_parts(folder: Path) -> dict[int, Line]:
-    """What all processes have written, by position. A last line that a kill has cut is taken out of its file."""
+    """Position -> what all processes have written. A last line that a kill has cut is removed from its file."""
     lines = {}
     for path in folder.glob("predictions.part*.jsonl"):
         content = path.read_bytes()
@@ -107,67 +155,47 @@ def read_parts(folder: Path) -> dict[int, Line]:
     return lines
 
 
-def describe(row: Line, predicted: Line, task: str) -> Line:
-    """A line of predictions.jsonl: what the data says of a row, without its image, and what was predicted."""
-    known = {name: value for name, value in row.items() if value or name in ("image_id", "question")}
-    return {**known, "image": row["image"]["path"], **NOTHING[task], **predicted}
-
-
-def score(lines: list[Line], task: str) -> tuple[dict[str, float], list[Sample]]:
-    """Scores in percent of the lines with references, and all lines as the report shows them."""
-    text_name, references_name = {
-        "vqa": ("answer", "answers"),
-        "conditional_generation": ("caption", "captions"),
-        "image_text_retrieval": ("text", "captions"),
-    }[task]
-    accuracy = {
-        "vqa": vqa_accuracy,
-        "conditional_generation": caption_rouge_l,
-        "image_text_retrieval": lambda text, own: float(text in own),
-    }[task]
-    samples = []
-    for line in lines:
-        own, best = line.get(references_name, []), line.get("texts", [line])[:1] or [{text_name: "", "score": None}]
-        text = best[0][text_name]
-        sample = Sample(text, line.get("question", ""), own, score=best[0]["score"])
-        if own:
-            setattr(sample, "quality" if task == "conditional_generation" else "accuracy", accuracy(text, own))
-        sample.score_name = "score" if "texts" in line else "probability"
-        sample.readable = "unreadable_image" not in line
-        if task == "vqa" and own:
-            sample.kind = line.get("answer_type") or answer_type(own)
-        samples.append(sample)
-    known = [sample for sample in samples if sample.references]
+def grade(lines: Sequence[Line], task: str) -> tuple[list[Line], dict[str, float]]:
+    """The lines, with an accuracy or rouge_l if they have references; and the scores of those lines, in percent."""
+    references_name = "answers" if task == "vqa" else "captions"
+    known = [line for line in lines if references_name in line]
     if not known:
-        return {}, samples
+        return list(lines), {}
     pairs = {
-        "predictions": [sample.prediction for sample in known],
-        "references": [sample.references for sample in known],
+        "predictions": [line["prediction"] for line in known],
+        "references": [line[references_name] for line in known],
     }
     if task == "vqa":
-        scores = VqaAccuracy().compute(**pairs, answer_types=[sample.kind for sample in known])
+        types = [line.get("answer_type") or answer_type(line["answers"]) for line in known]
+        scores = VqaAccuracy().compute(**pairs, answer_types=types)
+        grades = [
+            {"accuracy": vqa_accuracy(*pair), "answer_type": kind}
+            for *pair, kind in zip(*pairs.values(), types, strict=True)
+        ]
     elif task == "conditional_generation":
         scores = {**CaptionScores().compute(**pairs), "exact_match": caption_exact_match(**pairs)}
+        grades = [{"rouge_l": caption_rouge_l(*pair)} for pair in zip(*pairs.values(), strict=True)]
     else:
-        ranked = [
-            [entry["text"] in line["captions"] for entry in line["texts"]] for line in lines if "captions" in line
-        ]
+        ranked = [[entry["text"] in line["captions"] for entry in line.get("texts", ())] for line in known]
         shown = max(map(len, ranked))
         scores = {f"text_recall@{k}": 100 * fmean(any(right[:k]) for right in ranked) for k in (1, 5, 10) if k <= shown}
-    return {**scores, "scored_rows": len(known)}, samples
+        grades = [{"accuracy": float(any(right[:1]))} for right in ranked]
+    of_known = iter(grades)
+    graded = [line | next(of_known) if references_name in line else line for line in lines]
+    return graded, {**scores, "scored_rows": len(known)}
 
 
 def finish(folder: Path, lines: list[Line]) -> None:
-    """Write predictions.jsonl, and remove what only an unfinished run needs."""
+    """Write predictions.jsonl, and remove the files that only an unfinished run needs."""
     write_lines(folder / FILE, lines)
     for path in (*folder.glob("predictions.part*.jsonl"), folder / SETTINGS_FILE):
         path.unlink()
 
 
 def official_ids(form: str, task: str, rows: Dataset) -> list[int]:
-    """The numbers by which an evaluation server knows the rows.
+    """The ids of the rows on the evaluation server.
 
-    Raises: ValueError for another task's format, and where the rows have no such numbers or some twice.
+    Raises: ValueError if the format is for another task, or if the rows have no such ids or share some.
     """
     wanted, column, pattern, _ = FORMATS[form]
     if task != wanted:
@@ -175,14 +203,16 @@ def official_ids(form: str, task: str, rows: Dataset) -> list[int]:
     texts = rows[column][:]
     found = [re.fullmatch(pattern, text) for text in texts]
     if None in found:
-        raise ValueError(f"--format needs ids that are numbers, found {texts[found.index(None)]!r}. Leave it out.")
+        raise ValueError(
+            f"--format needs a number in each {column}, found {texts[found.index(None)]!r}. Leave --format out."
+        )
     ids = [int(match[1]) for match in found]
     if len(set(ids)) < len(ids):
-        raise ValueError("--format needs an id of its own for each row; here some are the same. Leave it out.")
+        raise ValueError(f"--format needs a unique {column} for each row, and some rows share one. Leave --format out.")
     return ids
 
 
 def official_results(form: str, ids: list[int], lines: list[Line]) -> list[Line]:
-    """What evaluation servers take: VQA's results JSON, or COCO's of captions."""
+    """What evaluation servers accept: the results JSON of VQA, or that of COCO captions."""
     _, id_name, _, text_name = FORMATS[form]
-    return [{id_name: number, text_name: line[text_name]} for number, line in zip(ids, lines, strict=True)]
+    return [{id_name: number, text_name: line["prediction"]} for number, line in zip(ids, lines, strict=True)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -96,27 +95,3 @@ def choose_rows(rows: Dataset, number: int) -> list[int]:
         order[chosen] = np.iinfo(order.dtype).max
         chosen.append(int(order.argmin()))
     return sorted(chosen)
-
-
-def samples_of(rows: Dataset, results: list[dict[str, Any] | None]) -> list[Sample]:
-    samples = []
-    is_graded = any("rouge_l" in result for result in results if result)  # captions: none is right or wrong
-    for row, result in zip(rows.remove_columns("image"), results, strict=True):
-        known = {"question": row.get("question", ""), "references": row["answers" if "answers" in row else "captions"]}
-        if result is None:
-            own = {"quality" if is_graded else "accuracy": 0.0}
-            samples.append(Sample("", readable=False, kind=row.get("answer_type", ""), **own, **known))
-            continue
-        score_name = "score" if "score" in result else "probability"
-        samples.append(
-            Sample(
-                result["prediction"],
-                accuracy=result.get("accuracy"),
-                quality=result.get("rouge_l"),
-                score=result[score_name],
-                score_name=score_name,
-                kind=result.get("answer_type", ""),
-                **known,
-            )
-        )
-    return samples

@@ -24,8 +24,9 @@ from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.data.images import open_image
 from blip_ft.results.curves import draw_curves
 from blip_ft.results.files import decided_by_main
+from blip_ft.results.predictions import build_lines, samples_of
 from blip_ft.results.report import THUMBNAIL_PIXELS
-from blip_ft.results.samples import choose_rows, samples_of
+from blip_ft.results.samples import choose_rows
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class TrackerCallback(TrainerCallback):
             return
         chosen = choose_rows(self.trainer.evaluated_rows, self.num_rows)
         rows = self.trainer.evaluated_rows.select(chosen)
-        samples = samples_of(rows, [self.trainer.results[position] for position in chosen])
+        samples = samples_of(build_lines(rows, [self.trainer.results[position] for position in chosen]))
         shown = [position for position, sample in enumerate(samples) if sample.readable]
         images = [open_image(rows[position]["image"], THUMBNAIL_PIXELS) for position in shown]
         columns = ["question", "references", "prediction", "score"]

@@ -19,10 +19,15 @@ from blip_ft.data.streaming import StreamedRows
 from blip_ft.data.tables import to_json, write_lines
 from blip_ft.modeling.adapters import count_parameters
 from blip_ft.results.model_card import build_model_card
+from blip_ft.results.predictions import Line, build_lines, samples_of
 from blip_ft.results.push import GITIGNORE, NOT_PUSHED, describe_hub_error, limit_waiting, upload_command
 from blip_ft.results.report import THUMBNAIL_PIXELS, write_report
-from blip_ft.results.samples import samples_of
-from blip_ft.training.checkpoints import explain_full_disk, explain_lost_process, how_to_resume, what_is_missing
+from blip_ft.training.checkpoints import (
+    explain_full_disk,
+    explain_lost_process,
+    how_to_resume,
+    what_is_missing,
+)
 from blip_ft.training.dry_run import dry_run
 from blip_ft.training.feature_cache import store_images
 from blip_ft.training.notes import (
@@ -184,8 +189,9 @@ class _Finish:
     def _write(self, results: dict[str, Any], parts: Parts, best_step: int | None) -> dict[str, Any]:
         trainer, data_args = self.trainer, self.setup.data_args
         file = Path(trainer.args.output_dir) / "all_results.json"
-        for part, (rows, predicted) in parts.items():
-            _write_predictions(file.with_name(PREDICTION_FILES[part]), rows, predicted)
+        lines = {part: build_lines(rows, predicted) for part, (rows, predicted) in parts.items()}
+        for part, of_part in lines.items():
+            write_lines(file.with_name(PREDICTION_FILES[part]), of_part)
         scores, baselines = scores_of(results), self._score_baseline(parts)
         results = results | {name_baseline(name): value for name, value in baselines.items()}
         result_notes = self.result_notes | ({"baseline": self.baseline.words} if baselines else {})
@@ -200,7 +206,7 @@ class _Finish:
                 notes.append(f"Evaluated on {where}. {overlaps[part]}")
         if baselines:
             notes.append(f"Baseline: {self.baseline.words}.")
-        self._write_report(file.with_name("report.html"), *parts["eval"], scores, baselines, notes)
+        self._write_report(file.with_name("report.html"), parts["eval"][0], lines["eval"], scores, baselines, notes)
         results = {name: value for name, value in results.items() if name != "epoch"} | result_notes
         file.write_text(to_json(results, indent=2) + "\n", encoding="utf-8")
         if trainer.args.do_train:
@@ -223,7 +229,7 @@ class _Finish:
         self,
         path: Path,
         rows: Dataset,
-        predicted: list[dict[str, Any] | None],
+        lines: list[Line],
         scores: dict[str, float],
         baselines: dict[str, float],
         notes: list[str],
@@ -233,7 +239,7 @@ class _Finish:
             path,
             f"{path.parent.resolve().name}: {self.setup.data_args.label}",
             scores=scores,
-            samples=samples_of(rows, predicted),
+            samples=samples_of(lines),
             open_image=lambda position: open_image(rows[position]["image"], THUMBNAIL_PIXELS),
             log_history=trainer.state.log_history if trainer.args.do_train else (),
             baselines=baselines,
@@ -283,12 +289,6 @@ def _train(trainer: BlipTrainer, checkpoint: str | None) -> dict[str, float]:
         trainer.blip.config.save_pretrained(trainer.args.output_dir)
     trainer.save_state()
     return trained.metrics
-
-
-def _write_predictions(path: Path, rows: Dataset, results: list[dict[str, Any] | None]) -> None:
-    unreadable = {"prediction": "", "unreadable_image": True}
-    pairs = zip(rows.remove_columns("image"), results, strict=True)
-    write_lines(path, ({**row, **(result or unreadable)} for row, result in pairs))
 
 
 def _push(trainer: BlipTrainer) -> None:

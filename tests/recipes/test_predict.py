@@ -53,12 +53,32 @@ def test_questions_of_a_data_set_are_answered_in_its_order_and_scored(predict, i
     answers = generate_answer_blip(
         loaded["model"], loaded["processor"], images, [row["question"] for row in rows], max_length=10
     )
-    assert [line["answer"] for line in lines] == answers
-    assert all(0 < line["score"] < 1 for line in lines)
+    assert [line["prediction"] for line in lines] == answers
+    assert all(0 < line["probability"] < 1 for line in lines)
     scores = json.loads((folder / "scores.json").read_text())
-    right = [line["answer"] == row["answer"] for line, row in zip(lines, rows, strict=True)]
+    right = [line["prediction"] == row["answer"] for line, row in zip(lines, rows, strict=True)]
     assert scores["exact_match"] == 100 * sum(right) / 8 and scores["scored_rows"] == 8
+    assert [line["accuracy"] for line in lines] == right
     assert {path.name for path in folder.iterdir()} == {"predictions.jsonl", "scores.json", "report.html"}
+
+
+def test_training_run_and_predict_write_the_same_lines(predict, recipe, image_folder, checkpoints):
+    data = ["--dataset_name", str(image_folder), "--eval_split", "test"]
+    steps = ["--max_steps", "1", "--per_device_train_batch_size", "4"]
+    for task, own in (("vqa", {"loss"}), ("captioning", set()), ("retrieval", set())):
+        more = ["--queue_size", "24", "--k_test", "8", "--max_caption_tokens", "35"] if task == "retrieval" else []
+        trained = recipe("--model_name_or_path", str(checkpoints[task]), *data, *more, *steps, task=task)
+        wanted = lines_of(trained / "predictions.jsonl")
+        folder = predict(str(trained), *data, folder=trained.with_name(f"{task}-predicted"))
+        lines = lines_of(folder / "predictions.jsonl")
+        assert len(lines) == len(wanted) > 1
+        for line, other in zip(lines, wanted, strict=True):
+            line.pop("texts", None)
+            assert line.keys() == other.keys() - own
+            assert {name: value for name, value in line.items() if not isinstance(value, float)} == {
+                name: other[name] for name, value in line.items() if not isinstance(value, float)
+            }
+        shutil.rmtree(trained)
 
 
 def test_one_image_and_a_question_by_hand(predict, image_folder):
@@ -85,8 +105,8 @@ def test_first_predictions_are_on_the_screen(predict, image_folder, tmp_path, ta
     assert len(shown) == 11 and shown[10] == "  and 2 more" and "\x1b" not in said
     assert shown[1].startswith(f"  {folder / '01.png'} |") and shown[1].endswith("| the image cannot be read")
     for text, line in zip(shown[2:10], lines[2:10], strict=True):
-        best = line["texts"][0]["text"] if task == "retrieval" else line["answer" if task == "vqa" else "caption"]
-        assert text.startswith(f"  {line['image']} |") and f"| {best or '(nothing)'} (" in text
+        assert task != "retrieval" or line["texts"][0] == {"text": line["prediction"], "score": line["score"]}
+        assert text.startswith(f"  {line['image']} |") and f"| {line['prediction'] or '(nothing)'} (" in text
 
 
 def test_one_question_of_every_image_of_a_data_set(predict, image_folder):
@@ -105,14 +125,15 @@ def test_captions_of_a_folder_for_the_evaluation_server(predict, image_folder, t
     (tmp_path / "val" / "notes.txt").write_text("no image")
     folder = predict("captioning", "--images", str(tmp_path / "val"), "--format", "coco")
     lines = lines_of(folder / "predictions.jsonl")
-    wanted = [{"image_id": number, "caption": line["caption"]} for number, line in zip((1, 2), lines, strict=True)]
+    wanted = [{"image_id": number, "caption": line["prediction"]} for number, line in zip((1, 2), lines, strict=True)]
     assert json.loads((folder / "results.json").read_text()) == wanted
-    assert all(line["caption"] and 0 < line["score"] < 1 for line in lines)
+    assert all(line["prediction"] and 0 < line["probability"] < 1 for line in lines)
 
 
 def test_captions_are_scored_against_all_references_of_an_image(predict, image_folder):
     folder = predict("captioning", "--dataset_name", str(image_folder), "--eval_split", "test")
-    assert [len(line["captions"]) for line in lines_of(folder / "predictions.jsonl")] == [2] * 4
+    lines = lines_of(folder / "predictions.jsonl")
+    assert [len(line["captions"]) for line in lines] == [2] * 4 and all(0 <= line["rouge_l"] <= 1 for line in lines)
     assert {"cider", "bleu4", "rouge_l", "exact_match"} <= set(json.loads((folder / "scores.json").read_text()))
 
 
@@ -129,7 +150,7 @@ def test_texts_of_a_file_and_of_the_data_are_ranked_for_each_image(predict, imag
     lines = lines_of(folder / "predictions.jsonl")
     found = [line["texts"][0]["text"] in line["captions"] for line in lines]
     assert json.loads((folder / "scores.json").read_text())["text_recall@1"] == 25 * sum(found)
-    assert all(len(line["texts"]) == 8 for line in lines)
+    assert all(len(line["texts"]) == 8 for line in lines) and [line["accuracy"] for line in lines] == found
 
 
 def test_official_questions_without_annotations_become_official_results(predict, image_folder, tmp_path):
@@ -142,7 +163,7 @@ def test_official_questions_without_annotations_become_official_results(predict,
     (tmp_path / "questions.json").write_text(json.dumps({"data_subtype": "test2015", "questions": questions}))
     flags = ["--questions_file", str(tmp_path / "questions.json"), "--image_folder", str(tmp_path), "--format", "vqa"]
     folder = predict("vqa", *flags)
-    answers = [line["answer"] for line in lines_of(folder / "predictions.jsonl")]
+    answers = [line["prediction"] for line in lines_of(folder / "predictions.jsonl")]
     assert json.loads((folder / "results.json").read_text()) == [
         {"question_id": number, "answer": answer} for number, answer in zip((70, 91, 72), answers, strict=True)
     ]
@@ -175,7 +196,7 @@ def test_stopped_run_goes_on_after_its_last_whole_line(predict, image_folder, tm
     folder = predict("vqa", *flags, "--per_device_eval_batch_size", "8")
     assert len(asked) == 5
     lines = lines_of(folder / "predictions.jsonl")
-    scores = [[line.pop("score") for line in part] for part in (lines, whole)]
+    scores = [[line.pop("probability") for line in part] for part in (lines, whole)]
     assert lines == whole and scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
@@ -186,11 +207,11 @@ def test_run_with_other_settings_does_not_go_on(predict, image_folder, monkeypat
         predict("vqa", *flags)
     with pytest.raises(SystemExit):
         predict("vqa", *flags, "--generation_num_beams", "1", "--image_folder", str(image_folder))
-    assert "holds an unfinished run with another image_folder, generation_num_beams" in caplog.text
+    assert "contains an unfinished run with different settings: image_folder, generation_num_beams" in caplog.text
     predict("vqa", *flags)
     with pytest.raises(SystemExit):
         predict("vqa", *flags)
-    assert "holds other files. Choose another" in caplog.text
+    assert "contains other files. Choose another" in caplog.text
 
 
 def test_folder_in_which_another_predict_is_writing_is_refused_or_passed_over(
@@ -221,7 +242,7 @@ def test_unreadable_image_is_listed_and_the_rest_is_answered(predict, image_fold
     assert json.loads((out / "results.json").read_text())[2] == {"question_id": 2, "answer": ""}
     lines = lines_of(out / "predictions.jsonl")
     assert [line.get("unreadable_image", False) for line in lines] == [False, False, True, False]
-    assert lines[2]["answer"] == "" and lines[2]["score"] is None and lines[1]["answer"]
+    assert lines[2]["prediction"] == "" and "probability" not in lines[2] and lines[1]["prediction"]
     away, bad = lines_of(out / "bad_rows.jsonl")
     assert "is outside" in away["reason"] and away["row"] == 0
     # no number of a row: that among the lines is another one than that in the data
@@ -238,7 +259,7 @@ def test_two_processes_write_what_one_writes(predict, image_folder, checkpoint, 
     for code, errors in run_ranks(*words, folder=tmp_path):
         assert code == 0, errors[-3000:]
     two = lines_of(tmp_path / "two" / "predictions.jsonl")
-    scores = [[line.pop("score") for line in part] for part in (one, two)]
+    scores = [[line.pop("probability") for line in part] for part in (one, two)]
     assert one == two and scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
@@ -252,7 +273,7 @@ def test_adapter_does_what_it_was_trained_for(predict, image_folder, checkpoints
     adapted.peft_config["default"].base_model_name_or_path = str(other)
     save_model(adapted, tmp_path / "adapter")
     folder = predict(str(tmp_path / "adapter"), "--images", str(image_folder / "0.png"), "--question", "is it ?")
-    assert "answer" in lines_of(folder / "predictions.jsonl")[0]
+    assert "probability" in lines_of(folder / "predictions.jsonl")[0]
 
 
 MISTAKES = {
@@ -264,7 +285,7 @@ MISTAKES = {
     "other format": (["--dataset_name", "{images}", "--format", "coco"], "is for conditional_generation"),
     "no number": (
         ["--images", "{images}", "--question", "what ?", "--format", "vqa"],
-        "needs ids that are numbers, found '",
+        "needs a number in each question_id, found '",
     ),
 }
 
@@ -286,7 +307,7 @@ def test_rows_of_all_splits_are_taken_with_a_word(image_folder, caplog):
 
 
 def test_lines_are_read_back_whatever_their_texts_hold(tmp_path):
-    lines = {5: {"answer": "a\u2028b\x85c\r\nd"}, 2: {"answer": "🙂"}}
+    lines = {5: {"prediction": "a\u2028b\x85c\r\nd"}, 2: {"prediction": "🙂"}}
     append_part(tmp_path, [{5: lines[5]}, {2: lines[2]}])
     assert read_parts(tmp_path) == lines
 
