@@ -1,13 +1,13 @@
-"""A page to try a checkpoint by hand: drop an image, ask questions, have a caption written, or rank texts.
+"""A web page to try a checkpoint: ask questions about an image, write a caption for it, or rank texts.
 
     python recipes/app.py
-        opens outputs/vqa, which recipes/vqa.py leaves behind, on http://127.0.0.1:7860
+        loads outputs/vqa, the result of recipes/vqa.py, and serves http://127.0.0.1:7860
     python recipes/app.py --model_name_or_path FOLDER_OR_HUB_ID
-        any checkpoint or adapter; the page follows its task
+        loads any checkpoint or adapter; its task determines the page
     MODEL_ID=you/your-model python app.py
-        the same file as the app.py of a Space
+        the same file can be the app.py of a Space
 
-Needs gradio: pip install -r requirements-app.txt. The page loads nothing from other machines.
+Requires gradio: pip install -r requirements-app.txt. The page loads nothing from other servers.
 """
 
 import ipaddress
@@ -40,15 +40,14 @@ logger = logging.getLogger("blip_ft.app")
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-# ---- what to edit ----
-
+# what you may want to edit
 MAX_FILE_SIZE = "20mb"
 MAX_PIXELS = 50_000_000
-MAX_LINES = 64  # questions, or texts, at once
-MAX_CAPTION_TOKENS = 16  # after what it begins with
-SECONDS_KEPT = 3600  # images that were uploaded
+MAX_LINES = 64  # questions or texts per request
+MAX_CAPTION_TOKENS = 16  # without the prompt
+SECONDS_KEPT = 3600  # for uploaded images
 
-# the colours are the theme's, which follows the browser into the dark
+# colors come from the theme, which follows the dark mode of the browser
 CSS = """
 #result { overflow-x: auto; }
 #result table { width: 100%; border-width: 0; }
@@ -84,17 +83,17 @@ def main() -> None:
     try:
         import gradio as gr
     except ImportError as error:
-        raise ImportError(f"The page needs gradio: pip install -r requirements-app.txt ({error})") from error
+        raise ImportError(f"The page requires gradio: pip install -r requirements-app.txt ({error})") from error
     name = args.model_name_or_path or os.environ.get("MODEL_ID") or "outputs/vqa"
     if name == "outputs/vqa" and not Path(name).exists():
         raise ValueError(
-            f"There is no {name} to try. Give --model_name_or_path FOLDER_OR_HUB_ID, or train one first: "
+            f"There is no checkpoint in {name}. Give --model_name_or_path FOLDER_OR_HUB_ID, or train one first: "
             "accelerate launch --quiet recipes/vqa.py"
         )
     loaded = load_model(name, merge=True)
     blocks = build_page(name, loaded["model"], loaded["processor"])
     names = own_names(args.host)
-    # only the Hub's proxy reaches a Space, and by names of its own
+    # a Space can only be reached through the Hub's proxy, which uses other names
     middleware = [] if gr.utils.get_space() else [(OwnNamesOnly, (), {"names": names})]
     blocks.launch(
         server_name=args.host,
@@ -114,14 +113,11 @@ def main() -> None:
     blocks.block_thread()
 
 
-# ---- who may ask ----
-
-
 class OwnNamesOnly:
-    """ASGI middleware: requests for any other name than the page's own are refused.
+    """ASGI middleware that refuses requests whose Host is not a name of this page or an IP address.
 
-    A page elsewhere can let its own name lead to this machine (DNS rebinding), and a visitor's browser would then give
-    it what stands here. An address is nobody's name.
+    Another website can let its own name resolve to this machine (DNS rebinding). The browser of a visitor would then
+    let that website read this page.
     """
 
     def __init__(self, app: Any, names: set[str]) -> None:
@@ -134,20 +130,20 @@ class OwnNamesOnly:
         if scope["type"] in ("http", "websocket"):
             asked = host_of("//" + dict(scope["headers"]).get(b"host", b"").decode("latin-1"))
             if asked not in self.names and not is_address(asked):
-                text = f"This page does not answer to the name {asked!r}. Open it by its address, or start it with "
-                answer = PlainTextResponse(f"{text}GRADIO_ROOT_PATH=https://THE.NAME in the environment.", 421)
+                text = f"This page does not accept the host name {asked!r}. Open it by its IP address, or set "
+                answer = PlainTextResponse(f"{text}GRADIO_ROOT_PATH=https://THE.NAME and start it again.", 421)
         await answer(scope, receive, send)
 
 
 def own_names(host: str | None) -> set[str]:
-    """What this machine is called; the name of a proxy before it, if any, is that of GRADIO_ROOT_PATH."""
+    """The names of this machine, and that of a proxy in front of it, which GRADIO_ROOT_PATH gives."""
     machine = socket.gethostname()
     given = (host, os.environ.get("GRADIO_SERVER_NAME"), host_of(os.environ.get("GRADIO_ROOT_PATH", "")))
     return {name.lower() for name in ("localhost", machine, f"{machine}.local", *given) if name}
 
 
 def host_of(url: str) -> str:
-    """In lower case, without port; "" if there is none."""
+    """The host of a URL in lower case, without port; "" if the URL has none."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:
@@ -161,8 +157,7 @@ def is_address(host: str) -> bool:
         return False
 
 
-# ---- the three tasks: from an image, (1, 3, height, width), and the text field to rows of strings and a score ----
-
+# rows of a result table: strings, and a score
 Rows = list[tuple[list[str], float]]
 
 
@@ -179,7 +174,7 @@ def write_caption(model: Any, processor: BlipProcessor, pixels: torch.Tensor, te
     prompt = " ".join(text.split())
     length = len(encode_prompt(prompt, processor.tokenizer)) + MAX_CAPTION_TOKENS
     if length > model.config.text_config.max_position_embeddings:
-        raise ValueError("This is too long to begin with. A few words are enough.")
+        raise ValueError("The beginning of the caption is too long. Use a few words.")
     captions = inference.caption(model, processor.tokenizer, pixels, prompt, max_length=length)
     return [([f"{prompt} {text}".strip()], score) for text, score in zip(*captions, strict=True)]
 
@@ -193,18 +188,19 @@ def rank(model: Any, processor: BlipProcessor, pixels: torch.Tensor, text: str) 
 
 
 def lines_of(text: str) -> list[str]:
-    """Each line once."""
+    """The distinct lines."""
     lines = list(dict.fromkeys(filter(None, map(str.strip, text.splitlines()))))
     if not 0 < len(lines) <= MAX_LINES:
-        raise ValueError(f"Write 1 to {MAX_LINES} lines of text below the image; there are {len(lines)}.")
+        raise ValueError(f"Write 1 to {MAX_LINES} lines of text below the image; found {len(lines)}.")
     return lines
 
 
 class Page(NamedTuple):
+    # model, processor, pixels (1, 3, height, width), text
     run: Callable[[Any, BlipProcessor, torch.Tensor, str], Rows]
     heading: str
     label: str  # of the text field
-    text: str  # what stands in it at first
+    text: str  # default of the text field
     button: str
     columns: tuple[str, ...]
     note: str = ""
@@ -213,25 +209,23 @@ class Page(NamedTuple):
 PROBABILITY = "probability"
 PAGES = {
     "vqa": Page(
-        *(answer, "Ask about an image", "Questions, one a line", "what is in the image?", "Ask"),
+        *(answer, "Ask about an image", "Questions, one per line", "what is in the image?", "Ask"),
         columns=("question", "answer", PROBABILITY),
     ),
     "conditional_generation": Page(
-        *(write_caption, "Have an image described", "What the caption begins with", "a picture of", "Describe"),
+        *(write_caption, "Describe an image", "Beginning of the caption", "a picture of", "Describe"),
         columns=("caption", PROBABILITY),
     ),
     "image_text_retrieval": Page(
-        *(rank, "Which text fits the image?", "Texts, one a line", "", "Rank"),
+        *(rank, "Which text fits the image?", "Texts, one per line", "", "Rank"),
         columns=("text", "score"),
-        note="A score is cosine + matching logit: it compares texts of one image.",
+        note="Score: cosine + matching logit. Compare scores only for the same image.",
     ),
 }
 
-# ---- the page ----
-
 
 def build_page(name: str, model: Any, processor: BlipProcessor) -> Any:
-    """gradio's Blocks, for the task of the model."""
+    """The gradio Blocks for the task of the model."""
     import gradio as gr
 
     page = PAGES[TASK_OF_CLASS[type(model).__name__]]
@@ -240,7 +234,7 @@ def build_page(name: str, model: Any, processor: BlipProcessor) -> Any:
         with gr.Row():
             with gr.Column():
                 image = gr.Image(label="Image", height=320, buttons=[])
-                # gr.Image opens the file itself, and tells nobody what is wrong with it
+                # gr.Image would open the file itself, and not report what is wrong with it
                 image.preprocess = lambda payload: payload and payload.path
                 text = gr.Textbox(page.text, label=page.label, lines=3, max_length=10_000)
                 button = gr.Button(page.button, variant="primary")
@@ -252,7 +246,7 @@ def build_page(name: str, model: Any, processor: BlipProcessor) -> Any:
 
 
 def try_image(page: Page, model: Any, processor: BlipProcessor, path: str | None, text: str) -> str:
-    """HTML of the result, in which nothing that users or models write is markup, or of what to do instead."""
+    """HTML of the result or of an error message. Texts of users and models are escaped."""
     start = time.perf_counter()
     try:
         image = read_image(path, longest_side(processor.image_processor))
@@ -273,9 +267,9 @@ def try_image(page: Page, model: Any, processor: BlipProcessor, path: str | None
 
 
 def read_image(path: str | None, size: int) -> Image.Image:
-    """Upright, in RGB. Raises: ValueError that says what is wrong with it."""
+    """The image, upright and in RGB. Raises: ValueError with a message for the user."""
     if path is None:
-        raise ValueError("Drop an image first.")
+        raise ValueError("Add an image first.")
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as header:
             too_large = header.width * header.height > MAX_PIXELS
@@ -283,10 +277,10 @@ def read_image(path: str | None, size: int) -> Image.Image:
             return open_image(path, size)
     except Image.DecompressionBombError:
         pass
-    # decoders raise what they like on broken input
+    # decoders raise many kinds of errors on broken input
     except Exception as error:
         logger.warning("%s cannot be read: %s", path, error)
-        raise ValueError(f"This file is damaged, or none of {', '.join(IMAGE_FORMATS)}. Try another image.") from error
+        raise ValueError(f"This file is damaged, or not one of {', '.join(IMAGE_FORMATS)}. Try another.") from error
     raise ValueError(f"This image has more than {MAX_PIXELS // 10**6} million pixels. Make it smaller.")
 
 

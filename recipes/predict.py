@@ -1,15 +1,15 @@
-"""Let a checkpoint answer questions about images, write their captions, or rank texts for them.
+"""Answer questions about images, write captions, or rank texts for images, with a trained checkpoint.
 
     python recipes/predict.py --model_name_or_path outputs/vqa --images cat.jpg --question "what is it?"
-        one image, several, or folders of them; without --question a captioning checkpoint writes captions
+        takes images and folders of images; a captioning checkpoint needs no --question
     accelerate launch --quiet recipes/predict.py --model_name_or_path outputs/vqa --dataset_name FOLDER_OR_FILE
-        rows as in training, with references or without
+        reads the same data as training, with references or without
     accelerate launch --quiet recipes/predict.py --model_name_or_path outputs/vqa --format vqa \\
         --questions_file v2_OpenEnded_mscoco_test2015_questions.json --image_folder coco
-        writes results.json as the evaluation server takes it
+        also writes results.json in the format of the evaluation server
 
-The task is the checkpoint's. predictions.jsonl and report.html are written, scores.json where there are references, and
-bad_rows.jsonl where an image cannot be read. A run that was stopped goes on when it is started again.
+The checkpoint determines the task. Writes predictions.jsonl and report.html, scores.json if the data has references,
+and bad_rows.jsonl if an image cannot be read. To resume a run that was stopped, start the same command again.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ logger = logging.getLogger("blip_ft.predict")
 SHOWN = 10  # predictions on the screen
 
 Line = dict[str, Any]
-# a batch to what is to be written of each of its rows
+# from a batch to the line of each of its rows, as in results/predictions.py
 Predict = Callable[[dict[str, torch.Tensor]], list[Line]]
 
 
@@ -149,7 +149,7 @@ class Prediction(Settings):
         return {"model_revision": "without a checkpoint of the Hub"} if is_local else {}
 
 
-# setting -> tasks that read it; all tasks read the other settings
+# setting -> the tasks that read it; all tasks read the other settings
 OF_TASKS = {
     **dict.fromkeys(("question", "question_column", "answer_column", "max_question_tokens"), ("vqa",)),
     "caption_column": ("conditional_generation", "image_text_retrieval"),
@@ -180,7 +180,7 @@ def main() -> None:
 
     folder, done = predictions.settle_folder(args.output_dir, settings_of(args, data_args, rows, texts))
     if done:
-        logger.info("Going on in %s: %d rows are done.", folder, len(done))
+        logger.info("Resuming in %s: %d rows are done.", folder, len(done))
     share = share_of_process(number_images(rows), state.process_index, state.num_processes, done)
     with torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16), torch.no_grad():
         predict = make_predict(model, processor, args, task, texts)
@@ -193,23 +193,20 @@ def main() -> None:
         write_results(folder, args, data_args, rows, lines, bad_rows, task, ids)
 
 
-# ---- what to predict on ----
-
-
 def require_settings_of_task(args: Prediction, data_args: Data, task: str) -> None:
-    """Raise ValueError for a setting that no checkpoint of this task reads."""
+    """Raise ValueError for a setting that has no effect on this task."""
     given = changed_settings(args) | changed_settings(data_args)
     if unread := [name for name in given if task not in OF_TASKS.get(name, (task,))]:
         raise ValueError(
-            f"--{unread[0]} is for a checkpoint of the task {' or '.join(OF_TASKS[unread[0]])}; this one does {task}."
+            f"--{unread[0]} needs a checkpoint for {' or '.join(OF_TASKS[unread[0]])}; this one is for {task}."
         )
 
 
 def read_rows(args: Data, task: str) -> tuple[Dataset, list[Line]]:
-    """Rows, with references where the data has them, and those that cannot be used."""
+    """Rows, with references if the data has them, and descriptions of the rows that cannot be used."""
     asks = task == "vqa"
     if args.images and asks and not args.question:
-        raise ValueError('Images alone ask nothing. Give --question "what is it?", or --dataset_name with questions.')
+        raise ValueError('There is no question. Give --question "what is it?", or --dataset_name with questions.')
     if args.images:
         rows, bad_rows = list_images(args.images), []
     else:
@@ -221,21 +218,21 @@ def read_rows(args: Data, task: str) -> tuple[Dataset, list[Line]]:
 
 
 def texts_to_rank(given: list[str] | None, rows: Dataset) -> list[str]:
-    """Each text once: those given, else the captions of the rows."""
+    """The distinct texts: the given ones, or by default the captions of the rows."""
     if given is None:
         given = [text for own in rows["captions"][:] for text in own] if "captions" in rows.column_names else []
     texts = list(dict.fromkeys(filter(None, map(str.strip, given))))
     if not texts:
-        raise ValueError("There is no text to rank. Give --texts FILE with one a line, or data with captions.")
+        raise ValueError("There is no text to rank. Give --texts FILE with one text per line, or data with captions.")
     return texts
 
 
-# ---- the three tasks ----
-
-
 def make_predict(model: Any, processor: BlipProcessor, args: Prediction, task: str, texts: list[str]) -> Predict:
-    """The score of an answer or caption is its probability as written (inference.sequence_probabilities). That of a
-    text is cosine + matching logit: it has no bounds, and compares texts of one image."""
+    """The function that predicts for a batch.
+
+    The probability of an answer or caption is that of its tokens (inference.sequence_probabilities). The score of a
+    text is cosine + matching logit; it has no bounds, and can only be compared between texts for one image.
+    """
     tokenizer = processor.tokenizer
     cleaned = [clean_caption(text) for text in texts] if args.clean_captions else texts
     tokens = encode_texts(cleaned, tokenizer, args.max_caption_tokens) if texts else {}
@@ -262,7 +259,7 @@ def make_predict(model: Any, processor: BlipProcessor, args: Prediction, task: s
 
 
 def collate(rows: list[Line], processor: BlipProcessor, max_question_tokens: int) -> dict[str, torch.Tensor]:
-    """Each image once, and the questions where there are any."""
+    """A batch with each image once, and with questions if the rows have them."""
     batch = encode_row_images(rows, processor.image_processor)
     if "question" in rows[0]:
         batch |= encode_texts([row["question"] for row in rows], processor.tokenizer, max_question_tokens)
@@ -272,7 +269,7 @@ def collate(rows: list[Line], processor: BlipProcessor, max_question_tokens: int
 def predict_rows(
     rows: Dataset, share: list[int], predict: Predict, processor: BlipProcessor, args: Prediction
 ) -> Iterator[dict[int, Line]]:
-    """Batch by batch, what to write of each row, by its position."""
+    """Yield, for each batch, the lines of its rows by position."""
     state = PartialState()
     loader = DataLoader(
         Subset(rows, share),
@@ -280,7 +277,7 @@ def predict_rows(
         collate_fn=partial(collate, processor=processor, max_question_tokens=args.max_question_tokens),
         num_workers=args.dataloader_num_workers,
     )
-    # of the rows of an image, which stand together
+    # whether a row is the first one of its image; rows of one image are adjacent
     is_first = np.diff(number_images(rows)[share], prepend=-1) != 0
     hidden = None if state.is_local_main_process else True  # None: shown in a terminal only
     with tqdm(total=int(is_first.sum()), unit=" images", disable=hidden) as progress:
@@ -294,11 +291,8 @@ def predict_rows(
             is_first = is_first[len(here) :]
 
 
-# ---- files ----
-
-
 def settings_of(args: Prediction, data_args: Data, rows: Dataset, texts: list[str]) -> Line:
-    """What two runs must have in common for the one to go on with the predictions of the other."""
+    """Settings that must be equal for a run to resume another one."""
     free = ("output_dir", "format", "per_device_eval_batch_size", "dataloader_num_workers", "use_cpu")
     read = [texts, *(rows[name][:] for name in ("image_id", "question") if name in rows.column_names)]
     weights = Path(args.model_name_or_path).glob("*.safetensors")
@@ -319,13 +313,13 @@ def write_results(
     task: str,
     ids: list[int],
 ) -> None:
-    """report.html, scores.json, bad_rows.jsonl, results.json, and at the end predictions.jsonl.
+    """Write report.html, scores.json, bad_rows.jsonl, results.json, and at the end predictions.jsonl.
 
-    Raises: ValueError, when all of that is written, if no image could be read.
+    Raises: ValueError, after writing all of them, if no image could be read.
     """
     for position, line in enumerate(lines):
         if "unreadable_image" in line:
-            reason = why_unreadable(rows[position]["image"]) or "image could not be read at first, and now can"
+            reason = why_unreadable(rows[position]["image"]) or "the image could not be read at first, but now it can"
             bad_rows.append({"split": "eval", "image_id": line["image_id"], "reason": reason})
     lines, scores = predictions.grade(lines, task)
     name = data_args.dataset_name or data_args.questions_file or ", ".join(data_args.images)
@@ -348,10 +342,10 @@ def write_results(
     predictions.finish(folder, lines)
     more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     logger.info("Predicted:\n%s%s", "\n".join(map(in_words, lines[:SHOWN])), more)
-    logger.info("%d predictions: %s, to look at: %s", len(lines), folder / predictions.FILE, folder / "report.html")
+    logger.info("%d predictions: %s, report: %s", len(lines), folder / predictions.FILE, folder / "report.html")
     if all("unreadable_image" in line for line in lines):
         raise ValueError(
-            f"None of the {len(lines)} images can be read; the first: {bad_rows[-len(lines)]['reason']}\n"
+            f"None of the {len(lines)} images can be read. The first one: {bad_rows[-len(lines)]['reason']}\n"
             "Check image_column, image_folder and the files."
         )
 

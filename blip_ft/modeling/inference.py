@@ -42,7 +42,7 @@ def answer(
     """Generate an answer to each question, and its probability; see sequence_probabilities.
 
     Args:
-        question_states, attention_mask: of encode_questions.
+        question_states, attention_mask: from encode_questions.
         max_length: number of tokens of an answer, [DEC] and [SEP] included.
     """
     ids = model.generate_answers(
@@ -59,14 +59,13 @@ def sequence_probabilities(
     states: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
 ) -> list[float]:
-    """0 to 1, the product of the probabilities of each row's tokens from column `start` up to and with the first [SEP].
+    """0 to 1, the product of the token probabilities of each row, from column `start` to the first [SEP] inclusive.
 
-    The finished row is read by the model once more, so that the number is the same for one beam and for many, and has
-    neither smoothing nor what generation forbids (min_length, repetition) in it. A row cut before its [SEP] counts
-    what it has.
+    The model reads the finished row once more. So the number does not depend on the number of beams, label smoothing
+    or the constraints of generation (min_length, repetition). If a row was cut before its [SEP], all its tokens count.
 
     Args:
-        ids: (rows, length), [DEC] first, as generate gave them.
+        ids: (rows, length), [DEC] first, as generate returns them.
         states, attention_mask: (rows, encoder_length, ...), what the decoder reads.
     """
     hidden = model.text_decoder.bert(
@@ -91,7 +90,7 @@ def rank(
     k: int = 128,
     max_tokens: int = 30,
 ) -> list[str]:
-    """The likeliest of the candidates for each question, as the original's rank_answer chooses it."""
+    """The most probable candidate for each question, chosen as rank_answer of the original does."""
     ids = encode_labels(candidates, tokenizer, max_tokens).to(question_states.device)
     _, order = model.rank_answers(question_states, attention_mask, ids, k)
     return [candidates[best] for best in order[:, 0].tolist()]
@@ -107,11 +106,11 @@ def caption(
     min_length: int = 5,
     repetition_penalty: float = 1.0,
 ) -> tuple[list[str], list[float]]:
-    """A caption for each image, without the prompt that it begins with, and its probability after that prompt.
+    """Generate a caption for each image. Captions and their probabilities do not include the prompt.
 
     Args:
         pixel_values: (num_images, 3, height, width).
-        max_length, min_length: tokens, prompt and [SEP] among them.
+        max_length, min_length: number of tokens, prompt and [SEP] included.
     """
     start = torch.tensor([encode_prompt(prompt, tokenizer)] * len(pixel_values), device=pixel_values.device)
     image_states = model.encode_images(pixel_values).last_hidden_state
@@ -137,18 +136,18 @@ def rank_pairs(
     attention_mask: torch.Tensor,
     k: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How well each image and text go together: by cosine, and the best once more by the matching head.
+    """Score each pair of image and text: by cosine, and the best pairs again by the matching head.
 
-    An image is encoded twice, once for each ranking, and none of its patches is kept in between. One that cannot be
-    read is -inf to all texts, and so are its texts to all images.
+    Each image is encoded twice, once for each ranking, because keeping its patches would take too much memory. If an
+    image cannot be read, its scores with all texts and the scores of its texts with all images are -inf.
 
     Args:
-        collect: runs a function of model, batch (pixel_values) and positions over all images; see trainer.Collect.
-        owner: (num_texts,), the image of each text, in ascending order.
+        collect: calls a function of model, batch (pixel_values) and positions for all images; see trainer.Collect.
+        owner: (num_texts,), the position of the image of each text, in ascending order.
         input_ids, attention_mask: (num_texts, length).
-        k: texts of each image, and images of each text, that the matching head ranks again.
-    Returns: three of (num_images, num_texts): cosines; cosine + matching logit, of each image's k best texts and of
-        each text's k best images, -inf elsewhere.
+        k: number of texts per image, and of images per text, that the matching head ranks again.
+    Returns: three arrays (num_images, num_texts): cosines; cosine + matching logit for the k best texts of each image;
+        the same for the k best images of each text. The last two are -inf elsewhere.
     Source: BLIP train_retrieval.py evaluation.
     """
 
@@ -165,7 +164,7 @@ def rank_pairs(
 
     features = collect(embed, "Encoding")
     if not any(features):
-        raise ValueError("No image to evaluate on can be read. Check that the files are there.")
+        raise ValueError("None of the images to evaluate on can be read. Check that the files exist.")
     width = next(result for result in features if result)["image"].shape
     nothing = np.full(width, np.nan, np.float32)
     texts = np.concatenate(
@@ -193,7 +192,7 @@ def rank_pairs(
 def embed_texts(
     model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, texts_at_once: int = 256
 ) -> torch.Tensor:
-    """(num_texts, width) of length 1 on the model's device; the product with an image's features is their cosine."""
+    """(num_texts, width), normalized, on the model's device; the dot product with image features is the cosine."""
     parts = [
         model.project_texts(
             model.text_encoder(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
@@ -211,11 +210,11 @@ def rank_texts(
     attention_mask: torch.Tensor,
     k: int,
 ) -> list[list[tuple[int, float]]]:
-    """For each image the k texts of the largest cosine, as (position, cosine + matching logit), the best first.
+    """For each image, the k texts with the largest cosine as (position, cosine + matching logit), best first.
 
     Args:
         pixel_values: (num_images, 3, height, width).
-        text_features: (num_texts, width), of embed_texts. input_ids, attention_mask: (num_texts, length).
+        text_features: (num_texts, width), from embed_texts. input_ids, attention_mask: (num_texts, length).
     """
     image_states = model.encode_images(pixel_values).last_hidden_state
     cosines = (model.project_images(image_states) @ text_features.T).float().cpu().numpy()
@@ -235,7 +234,7 @@ def _match(
     attention_mask: torch.Tensor,
     texts_at_once: int = 256,
 ) -> np.ndarray:
-    """(num_texts,) logits of "these belong together", for one image's states (1, patches, width) and many texts."""
+    """(num_texts,) matching logits of one image, given its states (1, patches, width), and many texts."""
     parts = []
     for ids, mask in zip(input_ids.split(texts_at_once), attention_mask.split(texts_at_once), strict=True):
         states = model.encode_pairs(image_states, ids.to(model.device), mask.to(model.device))
@@ -244,7 +243,7 @@ def _match(
 
 
 def _top_k(similarity: np.ndarray, k: int, rows_at_once: int = 256) -> np.ndarray:
-    """(rows, columns), True at the k largest of each row."""
+    """(rows, columns), True at the k largest values of each row."""
     kept = np.zeros(similarity.shape, bool)
     for start in range(0, len(similarity), rows_at_once):
         chunk = -similarity[start : start + rows_at_once]
@@ -263,11 +262,11 @@ def answer_questions(
     images_at_once: int = 16,
     questions_at_once: int = 64,
 ) -> list[str]:
-    """An answer for each pair of image and question, in their order; each different image is encoded once.
+    """An answer to each pair of image and question, in their order; each distinct image is encoded once.
 
     Args:
-        images: paths, bytes or PIL images, one for each question; the same object, path or bytes is the same image.
-        images_at_once, questions_at_once: bound the memory; the answers do not depend on them.
+        images: paths, bytes or PIL images, one per question; equal paths or bytes, or the same object, are one image.
+        images_at_once, questions_at_once: limit the memory; the answers do not depend on them.
     """
     # PIL images cannot be hashed
     keys = [image if isinstance(image, (str, bytes, Path)) else id(image) for image in images]

@@ -1,1 +1,1 @@
-"""What a run leaves for people: predictions, report, curves, model card, and the push to the Hub."""
+"""What a run writes for people: predictions, report, curves, model card, and the push to the Hub."""

@@ -1,4 +1,4 @@
-"""The curves of training as an image."""
+"""Training curves as an image."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-CIDER_PANEL = "CIDEr-D x 100"  # goes up to 1000
+CIDER_PANEL = "CIDEr-D x 100"  # at most 1000
 
-MEASURED = ("metrics, %", CIDER_PANEL)  # panels of what an evaluation gives
+MEASURED = ("metrics, %", CIDER_PANEL)  # panels of evaluation scores
 
-IN_BATCH = "in_batch_accuracy"  # of training, drawn beside them
+IN_BATCH = "in_batch_accuracy"  # measured in training, drawn in the same panel
 
-# what an evaluation gives beside scores, each by its whole name: a score may end in the name of an answer type
+# full names of the numbers of an evaluation that are not scores; an answer type may have one of these as its name
 NOT_SCORES = frozenset(
     ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
     + ("unreadable_images",)
@@ -20,9 +20,9 @@ NOT_SCORES = frozenset(
 
 
 def draw_curves(log_history: Sequence[dict[str, Any]], columns: int = 2) -> bytes | None:
-    """PNG of loss, metrics, learning rate and gradient norm over steps; None where nothing is logged yet.
+    """PNG of loss, metrics, learning rate and gradient norm by step; None if nothing is logged yet.
 
-    log_history: as in trainer_state.json; what `before_training_` names is drawn with `eval_`, at its step.
+    log_history: as in trainer_state.json; `before_training_` numbers are drawn as part of the `eval_` curves.
     """
     lines: dict[str, dict[str, list[tuple[int, float]]]] = {
         name: {} for name in ("loss", "metrics, %", CIDER_PANEL, "learning rate", "gradient norm")
@@ -37,21 +37,21 @@ def draw_curves(log_history: Sequence[dict[str, Any]], columns: int = 2) -> byte
     lines = {panel: series for panel, series in lines.items() if series}
     if not lines:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second, which --help need not wait for
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second, which would slow down --help
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     last = max(step for series in lines.values() for points in series.values() for step, _ in points)
     columns = min(columns, len(lines))
     rows = -(-len(lines) // columns)
-    # not pyplot: it keeps global state, and may want a display
+    # pyplot would keep global state and may need a display
     figure = Figure(figsize=(5.5 * columns, 3.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     for number, (panel, series) in enumerate(lines.items(), 1):
         axes = figure.add_subplot(rows, columns, number)
         for name, points in sorted(series.items(), key=lambda item: item[0].startswith("eval_")):
             steps, values = zip(*sorted(points), strict=True)
-            # between two evaluations nothing is known
+            # dotted, because nothing is known between two evaluations
             is_measured = (panel in MEASURED and name != IN_BATCH) or name.startswith("eval_")
             axes.plot(
                 *(steps, values),
@@ -76,11 +76,12 @@ def draw_curves(log_history: Sequence[dict[str, Any]], columns: int = 2) -> byte
 
 
 def is_score(metric: str) -> bool:
-    """Whether a number of an evaluation, named without `eval_`, says how right the model is; not its loss or speed."""
-    return metric not in NOT_SCORES and not metric.startswith("mem_")  # mem_: of skip_memory_metrics
+    """Whether a number of an evaluation, named without `eval_`, is a score; loss and speed are not."""
+    return metric not in NOT_SCORES and not metric.startswith("mem_")  # mem_: with skip_memory_metrics false
 
 
 def panel_of(name: str) -> str | None:
+    """The panel that shows a logged number; None if it is not drawn."""
     metric = name.removeprefix("before_training_").removeprefix("eval_")
     if name in ("loss", "loss_itc", "loss_itm") or (metric != name and metric == "loss"):
         return "loss"
@@ -88,7 +89,7 @@ def panel_of(name: str) -> str | None:
         return MEASURED[0]
     if name in ("learning_rate", "grad_norm"):
         return {"learning_rate": "learning rate", "grad_norm": "gradient norm"}[name]
-    # retrieval has a dozen recalls: those by cosine alone and at 5 are left to all_results.json
+    # retrieval has a dozen recalls; the cosine-only ones and recall@5 are only in all_results.json
     is_left_out = metric.startswith("itc_") or metric in ("text_recall@5", "image_recall@5")
     if metric == name or is_left_out or not is_score(metric):
         return None

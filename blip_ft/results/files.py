@@ -1,4 +1,4 @@
-"""Where programs write, each alone and agreed between processes, and files that are whole or not there."""
+"""Output folders: which one is free, and a lock so that only one program writes there."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-LOCK = "_in_use.lock"  # the Trainer uploads nothing that begins with _
+LOCK = "_in_use.lock"  # the Trainer does not upload files whose names begin with _
 
 Result = TypeVar("Result")
 
-# the folders that this process holds, and whether it has made them
+# locks of the folders that this process writes to, and whether it created the folder
 _claimed: list[tuple[FileLock, bool]] = []
 
 
 def decided_by_main(decide: Callable[[], Result]) -> Result:
-    """What decide() gives in the main process, in all of them; a ValueError or OSError of it is raised in all."""
+    """Call decide() in the main process, and return its result or raise its ValueError or OSError in all processes."""
     choice: list[Any] = [None]
     if PartialState().is_main_process:
         try:
@@ -35,26 +35,26 @@ def decided_by_main(decide: Callable[[], Result]) -> Result:
 
 
 def numbered_folders(program: str) -> Iterator[Path]:
-    """outputs/<program>, outputs/<program>-2, -3, ... without end."""
+    """outputs/<program>, then outputs/<program>-2, -3, ... without end."""
     return (Path("outputs") / (program if number == 1 else f"{program}-{number}") for number in count(1))
 
 
 def is_free(folder: Path) -> bool:
-    """Whether nothing of an earlier run is in the way."""
+    """Whether the folder does not exist, or has no files of an earlier run."""
     return not folder.exists() or (folder.is_dir() and not names_in(folder))
 
 
 def names_in(folder: Path) -> set[str]:
-    """What a folder holds, apart from the lock of claim()."""
+    """Names of the files in a folder, apart from the lock of claim()."""
     return {path.name for path in folder.iterdir()} - {LOCK}
 
 
 def claim(folder: Path) -> bool:
-    """Make a folder if there is none, and let no other program write there.
+    """Create a folder if it does not exist, and lock it against other programs.
 
-    The folder is held until release_folders(), or until this process ends, however that ends.
+    The lock is kept until release_folders() or until this process ends, for whatever reason.
 
-    Returns: False if another program holds it. Raises: OSError if the folder cannot be made.
+    Returns: False if another program has locked it. Raises: OSError if the folder cannot be created.
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,16 +68,16 @@ def claim(folder: Path) -> bool:
 
 
 def require_claim(folder: Path) -> None:
-    """Raises: ValueError if another program holds the folder, and as claim()."""
+    """claim() the folder. Raises: ValueError if another program has locked it."""
     if not claim(folder):
         raise ValueError(
             f"output_dir {folder} is in use by another program that is still running. Choose another --output_dir, or "
-            "wait until that has ended."
+            "wait until that program has ended."
         )
 
 
 def release_folders() -> None:
-    """Let others write where this process has; a folder made in vain is removed."""
+    """Unlock the folders of this process, and remove those that it created and left empty."""
     while _claimed:
         lock, is_new = _claimed.pop()
         file = Path(lock.lock_file)

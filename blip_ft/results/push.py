@@ -1,4 +1,4 @@
-"""Push to the Hub, and say what to do if that fails."""
+"""Push to the Hub, and describe what to do if that fails."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from blip_ft.data.secrets import hide_secrets
 
-# exit code of a run whose result is saved and not pushed
+# exit code of a run that saved its result but could not push it
 NOT_PUSHED = 3
 
-# Without this huggingface_hub waits for ever for an answer.
+# without a limit, huggingface_hub waits forever for an answer
 SECONDS_TO_WAIT = 60
 
-# The Hub leaves out of every upload what a folder's .gitignore names: the user's rows, images, paths and pickles.
+# huggingface_hub does not upload files named in .gitignore: these contain the user's rows, images, paths or pickles
 GITIGNORE = (
     "predictions.jsonl\ntest_predictions.jsonl\nbad_rows.jsonl\nreport.html\nevents.out.tfevents.*\ntraining_args.bin\n"
 )
 
 
 def limit_waiting() -> None:
-    """Let a Hub that takes a request and does not answer be an error."""
+    """Raise an error if the Hub accepts a request and does not answer."""
     get_session().timeout = SECONDS_TO_WAIT
 
 
 def upload_command(folder: str, repository: str, private: bool | None, revision: str | None) -> str:
-    """The shell command that pushes what a run left in folder."""
+    """The shell command that pushes the result of a run in folder."""
     words = ["hf", "upload", repository, folder, "--exclude", "checkpoint-*"]
     words += ["--private"] if private else []
     words += ["--revision", revision] if revision else []
@@ -35,17 +35,17 @@ def upload_command(folder: str, repository: str, private: bool | None, revision:
 
 
 def describe_hub_error(error: BaseException) -> str:
-    """An error of the Hub on one line, with what to check, and never a token."""
+    """An error of the Hub on one line, with advice, and without any token."""
     causes = [error]
     while cause := causes[-1].__cause__:
         causes.append(cause)
     answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
     said = f"{type(error).__name__}: {error}" + (f" ({answer})" if answer and answer is not error else "")
     if answer is None and not isinstance(error, ValueError):
-        advice = f"Check the network, and HF_ENDPOINT (now {constants.ENDPOINT})."
+        advice = f"Check the network and HF_ENDPOINT (now {constants.ENDPOINT})."
     elif answer and answer.response.status_code in (401, 403):
-        advice = "Check that HF_TOKEN is set and may write to this repository."
+        advice = "Check that HF_TOKEN is set and has write access to this repository."
     else:
         advice = ""
-    # hidden before the cut, which could leave half a token
+    # hide secrets before cutting, which could leave half a token
     return hide_secrets(f"{hide_secrets(' '.join(said.split()))[:400].rstrip('.')}. {advice}".strip())

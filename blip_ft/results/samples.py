@@ -1,4 +1,4 @@
-"""Which predictions to show, and how they are described."""
+"""Which predictions to show."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 from blip_ft.data.tables import number_images
 from blip_ft.metrics.vqa import answer_type
 
-MAX_WRONG, MAX_RIGHT = 120, 80  # samples of a page
+MAX_WRONG, MAX_RIGHT = 120, 80  # samples on a page
 
 BANDS = tuple(f"ROUGE-L {least} to {least + 25}" for least in (0, 25, 50, 75))
 
@@ -20,11 +20,11 @@ BANDS = tuple(f"ROUGE-L {least} to {least + 25}" for least in (0, 25, 50, 75))
 class Sample:
     """One prediction.
 
-    question: "" for captions and retrieval. references: empty where none are known.
-    accuracy: 0 to 1, None without references; from one half on it counts as right.
-    quality: 0 to 1, ROUGE-L, instead of accuracy for captions: they are near to their references, not right or wrong.
-    score, score_name: how sure the model was, larger is surer, None where it is not known.
-    kind: what the page can be filtered by, e.g. the type of the answer.
+    question: "" for captions and retrieval. references: empty if unknown.
+    accuracy: 0 to 1, None without references; 0.5 or more counts as right.
+    quality: ROUGE-L, 0 to 1, for captions. It takes the place of accuracy, because a caption is not right or wrong.
+    score, score_name: how certain the model was, larger is more certain; None if unknown.
+    kind: a property to filter the page by, e.g. the type of the answer.
     """
 
     prediction: str
@@ -39,7 +39,7 @@ class Sample:
 
     @property
     def band(self) -> str:
-        """A quarter of the range of quality."""
+        """The quarter of the range of quality, as the page names it."""
         if self.quality is None:
             return ""
         return BANDS[min(int(self.quality * len(BANDS)), len(BANDS) - 1)]
@@ -52,12 +52,12 @@ class Sample:
 
 
 def choose_samples(samples: Sequence[Sample]) -> list[int]:
-    """Positions of those to show: wrong ones from the surest on, then right or unknown ones, the least sure first.
+    """Positions of the samples to show: first the wrong ones, most certain first, then the others, least certain first.
 
-    Captions: by quality, the lowest first, spread over all.
+    Captions are ordered by quality, lowest first, and taken evenly from all of them.
     """
 
-    def sureness(position: int) -> float:
+    def certainty(position: int) -> float:
         score = samples[position].score
         return float("-inf") if score is None else score
 
@@ -65,12 +65,12 @@ def choose_samples(samples: Sequence[Sample]) -> list[int]:
     if any(sample.quality is not None for sample in samples):
         ranked = sorted(positions, key=lambda position: samples[position].quality or 0)
         return _spread(ranked, MAX_WRONG + MAX_RIGHT)
-    wrong = sorted((p for p in positions if samples[p].verdict == "wrong"), key=sureness, reverse=True)
-    others = sorted((p for p in positions if samples[p].verdict != "wrong"), key=sureness)
-    # one list gets the room that the other leaves
+    wrong = sorted((p for p in positions if samples[p].verdict == "wrong"), key=certainty, reverse=True)
+    others = sorted((p for p in positions if samples[p].verdict != "wrong"), key=certainty)
+    # if one list is short, the other gets its room
     num_wrong = min(len(wrong), max(MAX_WRONG, MAX_WRONG + MAX_RIGHT - len(others)))
     num_others = min(len(others), MAX_WRONG + MAX_RIGHT - num_wrong)
-    # spread over all of them: the least sure alone would look worse than the model is
+    # taken evenly: the least certain ones alone would make the model look worse than it is
     return wrong[:num_wrong] + _spread(others, num_others)
 
 
@@ -80,7 +80,7 @@ def _spread(positions: list[int], most: int) -> list[int]:
 
 
 def choose_rows(rows: Dataset, number: int) -> list[int]:
-    """Positions of rows to show, in order: of different images, and of each answer type, as far as there are."""
+    """Positions of rows to show, in order: from different images and, if possible, of each answer type."""
     images = number_images(rows)
     if "answer_type" in rows.column_names:
         kinds = rows["answer_type"][:]
@@ -89,7 +89,7 @@ def choose_rows(rows: Dataset, number: int) -> list[int]:
     kinds = np.unique(kinds, return_inverse=True)[1]
     chosen: list[int] = []
     for _ in range(min(number, len(rows))):
-        # the least shown image first, then the least shown type, then the first row
+        # prefer the image shown least, then the type shown least, then the first row
         shown = [np.bincount(part[chosen], minlength=len(rows))[part] for part in (images, kinds)]
         order = len(rows) * shown[0] + shown[1]
         order[chosen] = np.iinfo(order.dtype).max

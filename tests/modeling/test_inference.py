@@ -66,7 +66,7 @@ def test_unreadable_image_is_found_by_nothing_and_finds_nothing(ranked):
     for matrix in scores:
         assert np.isneginf(matrix[2]).all() and np.isneginf(matrix[:, 3:6]).all()
         assert np.isfinite(np.delete(matrix, 2, axis=0)[:, [0, 1, 2, 6]]).all()
-    with pytest.raises(ValueError, match="No image to evaluate on can be read"):
+    with pytest.raises(ValueError, match="None of the images to evaluate on can be read"):
         rank_pairs(lambda *args: collect(*args, unreadable=range(4)), OWNER, ids, mask, k=1)
 
 

@@ -1,4 +1,4 @@
-"""The page to try a checkpoint: its functions as they are, its server, and its use in a browser."""
+"""The page to try a checkpoint: its functions, its server, and its use in a browser."""
 
 import base64
 import json
@@ -35,7 +35,7 @@ def app() -> dict:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """A good image and some that are none."""
+    """A good image and some bad ones."""
     folder = tmp_path_factory.mktemp("images")
     Image.effect_noise((60, 40), 90).convert("RGB").save(folder / "good.png")
     content = (folder / "good.png").read_bytes()
@@ -86,7 +86,7 @@ def test_caption_goes_on_where_it_is_told_to_begin(try_image):
         (text,), (score,) = inference.caption(model, processor.tokenizer, pixels, prompt, max_length=length)
         html = run(f" {prompt}\n")
         assert f"<td>{f'{prompt} {text}'.strip()}</td><td>{score:.1%}" in html
-    assert "too long to begin with" in run("the dog " * 30)
+    assert "The beginning of the caption is too long" in run("the dog " * 30)
 
 
 def test_texts_are_ranked_as_by_scoring_each_pair(try_image):
@@ -110,7 +110,7 @@ def test_image_is_turned_upright(try_image):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (None, "Drop an image first"),
+        (None, "Add an image first"),
         ("truncated.png", "damaged"),
         ("text.png", "damaged"),
         ("empty.png", "damaged"),
@@ -141,7 +141,7 @@ def test_without_checkpoint_or_gradio_one_message_says_what_to_do(monkeypatch, t
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MODEL_ID", raising=False)
     monkeypatch.setattr(sys, "argv", [str(APP)])
-    for missing, message in (({}, "There is no outputs/vqa to try"), ({"gradio": None}, "requirements-app.txt")):
+    for missing, message in (({}, "There is no checkpoint in outputs/vqa"), ({"gradio": None}, "requirements-app.txt")):
         for module, value in missing.items():
             monkeypatch.setitem(sys.modules, module, value)
         with pytest.raises(SystemExit) as end:

@@ -1,4 +1,4 @@
-"""recipes/predict.py as users start it: what it writes, and that a run which was stopped goes on."""
+"""recipes/predict.py as users start it: what it writes, and that a stopped run resumes."""
 
 import json
 import runpy
@@ -326,7 +326,7 @@ def test_pickled_weights_are_taken_where_that_is_said(predict, image_folder, che
 def test_texts_are_asked_for_where_there_are_none(predict, image_folder, caplog):
     with pytest.raises(SystemExit):
         predict("retrieval", "--images", str(image_folder))
-    assert "Give --texts FILE with one a line" in caplog.text
+    assert "Give --texts FILE with one text per line" in caplog.text
 
 
 OUT_OF_RANGE = {
@@ -367,9 +367,9 @@ def test_settings_are_checked_as_in_the_recipes_before_the_model_loads(
 @pytest.mark.parametrize(
     ("task", "flags", "message"),
     [
-        ("captioning", ["--question", "is it ?"], "--question is for a checkpoint of the task vqa; this one does cond"),
-        ("retrieval", ["--generation_num_beams", "1"], "of the task vqa or conditional_generation"),
-        ("vqa", ["--question", "is it ?", "--prompt", "a"], "of the task conditional_generation"),
+        ("captioning", ["--question", "is it ?"], "--question needs a checkpoint for vqa; this one is for cond"),
+        ("retrieval", ["--generation_num_beams", "1"], "needs a checkpoint for vqa or conditional_generation"),
+        ("vqa", ["--question", "is it ?", "--prompt", "a"], "needs a checkpoint for conditional_generation"),
         ("captioning", ["--prompt", "a dog on the grass " * 5], "Set --generation_max_length to 28 or more"),
         ("captioning", ["--generation_min_length", "30"], "is larger than generation_max_length 20"),
     ],
@@ -386,7 +386,7 @@ def test_settings_that_the_checkpoint_does_not_read_are_refused(
 def test_columns_that_the_checkpoint_does_not_read_are_refused(predict, image_folder, caplog, task, column):
     with pytest.raises(SystemExit):
         predict(task, "--dataset_name", str(image_folder), "--eval_split", "test", f"--{column}", "answer")
-    assert f"--{column} is for a checkpoint of the task" in caplog.text
+    assert f"--{column} needs a checkpoint for" in caplog.text
 
 
 def test_run_in_which_no_image_can_be_read_ends_in_one_message(predict, image_folder, tmp_path, caplog):
