@@ -147,11 +147,8 @@ def _read_base(base_model: str, revision: str) -> tuple[str | list[str] | None, 
     try:
         path = Path(hf_hub_download(base_model, "README.md", revision=revision))
         license = ModelCard.load(path, ignore_metadata_errors=True).data.license
-    except (
-        OSError,
-        ValueError,
-        yaml.YAMLError,
-    ):  # the card is missing or malformed, or there is no connection
+    # the card is missing or malformed, or there is no connection
+    except (OSError, ValueError, yaml.YAMLError):
         return None, None
     return license, path.parent.name  # the cache names the folder of each commit after it
 
