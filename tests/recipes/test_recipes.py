@@ -152,12 +152,14 @@ def test_demo_learns_to_answer_nine_of_ten_questions_about_new_images(demo_run):
     assert results["answer_types"] == "of the data"
 
 
+@pytest.mark.slow
 def test_demo_learns_to_write_captions_of_new_images_exactly(demo_run):
     results = results_of(demo_run("captioning"))
     assert results["before_training_exact_match"] < 50
     assert results["eval_exact_match"] >= 95
 
 
+@pytest.mark.slow
 def test_demo_learns_to_find_new_images_and_their_texts(demo_run):
     results = results_of(demo_run("retrieval"))
     for name in ("text_recall", "image_recall"):
