@@ -253,7 +253,7 @@ def test_killed_process_ends_the_others_and_leaves_the_last_checkpoint_complete(
 def test_two_machines_without_a_shared_disk_train_and_resume_where_each_has_the_checkpoint(
     data_of, reference, tmp_path
 ):
-    """Two launchers, each with a folder of its own, stand for two machines; what they set starts the runs after."""
+    """Two launchers, each with a folder of its own, stand for two machines; later runs start without launchers."""
     machines = [tmp_path / f"machine{number}" for number in range(2)]
     flags = [*STEPS, "--per_device_train_batch_size", "2", "--output_dir", "run", "--use_cpu"]
     words = [str(RECIPES / "vqa.py"), *data_of("vqa"), *flags, "--dataloader_num_workers", "0"]
@@ -263,7 +263,7 @@ def test_two_machines_without_a_shared_disk_train_and_resume_where_each_has_the_
     for number, machine in enumerate(machines):
         machine.mkdir()
         where = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(number)]
-        where += ["--master_addr", "127.0.0.1", "--master_port", port, str(ROOT / "tests" / "cpu_as_gpu.py")]
+        where += ["--master_addr", "127.0.0.1", "--master_port", port]
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", "torch.distributed.run", *where, *words, "--save_on_each_node"],
@@ -271,7 +271,7 @@ def test_two_machines_without_a_shared_disk_train_and_resume_where_each_has_the_
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
-                env={**variables, "LAUNCHED_WITH": str(machine / "launched.json")},
+                env=variables,
             )
         )
     for process in processes:
@@ -279,15 +279,13 @@ def test_two_machines_without_a_shared_disk_train_and_resume_where_each_has_the_
         assert process.returncode == 0, errors[-3000:]
 
     def run_again(*flags: str) -> list[tuple[int, str]]:
-        port = {"MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        one_each = variables | {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        one_each |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         programs = [
             Program(
-                *(*words, *flags),
-                cwd=machine,
-                errors=machine / "said",
-                variables=json.loads((machine / "launched.json").read_text()) | port,
+                *(*words, *flags), cwd=machine, errors=machine / "said", variables={**one_each, "RANK": str(number)}
             )
-            for machine in machines
+            for number, machine in enumerate(machines)
         ]
         return [program.wait() for program in programs]
 
