@@ -32,8 +32,6 @@ from blip_ft.training.run import run
 from blip_ft.training.setup import load_for_training, prepare_run
 from blip_ft.training.trainer import BlipTrainer
 
-# ---- what to edit ----
-
 
 @dataclass
 class Model(ModelArguments):
