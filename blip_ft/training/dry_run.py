@@ -51,7 +51,7 @@ def dry_run(
             package_logger.setLevel(level)
     if args.eval_strategy == "no" or isinstance(trainer.train_dataset, StreamedRows):
         return
-    measured = [name.removeprefix("eval_") for name in results]
+    measured = [name.removeprefix("eval_") for name in results if name.startswith("eval_")]
     if baseline and trainer.best_metric not in ("", *measured):
         measured += baseline.score(rows)  # a few rows may not have all answer types
     trainer.require_best_metric(dict.fromkeys(measured))

@@ -434,7 +434,7 @@ def test_best_metric_that_is_not_measured_ends_in_a_message(recipe, data, caplog
     assert (folder / "checkpoint-1").is_dir()
     with pytest.raises(SystemExit):
         recipe(*data, *best, "--metric_for_best_model", "vqa_accuracy_nine", output_dir=folder.with_name("other"))
-    assert "none of what is measured here: vqa_accuracy, exact_match" in caplog.messages[-1]
+    assert "is not measured here. Choose one of vqa_accuracy, exact_match" in caplog.messages[-1]
 
 
 def test_weights_of_other_shapes_than_the_config_are_refused(recipe, data, checkpoint, tmp_path, caplog):
