@@ -111,7 +111,7 @@ def beside_baseline(scores: dict[str, float], baselines: dict[str, float], words
         for name, (score, baseline) in pairs.items()
     ]
     if not any(score > baseline for score, baseline in pairs.values()):
-        lines.append("No score is above its baseline: so far the model does not use the image.")
+        lines.append("No score is above its baseline: the model has not learned anything yet that needs the image.")
     return "\n".join([f"Compared with the baseline ({words}):", *lines])
 
 
@@ -122,7 +122,7 @@ def describe_training(trainer: BlipTrainer, results: dict[str, Any], checkpoint:
     trained_on = "a stream"
     if not isinstance(rows, StreamedRows):
         trained_on = f"{len(rows):,} of {number_images(rows).max() + 1:,} images"
-    device = f"CPU ({platform.machine()}), {torch.get_num_threads()} torch threads"
+    device = f"CPU ({platform.machine()}), torch threads: {torch.get_num_threads()}"
     if args.device.type != "cpu":
         device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     return {
