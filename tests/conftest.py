@@ -45,6 +45,7 @@ MADE_ONCE = ("demo_run", "url")
 LONGEST = ("demo_run", "reference", "flags_of")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: min((LONGEST.index(name) for name in LONGEST if name in item.fixturenames), default=9))
     for item in items:

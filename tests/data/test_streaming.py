@@ -228,7 +228,7 @@ def test_stream_cannot_be_resumed_with_other_settings(recipe, flags, tmp_path, c
         with pytest.raises(SystemExit):
             resume = ["--max_steps", "2", "--resume_from_checkpoint", "last"]
             recipe(*flags("vqa"), f"--{name}", "2", *resume, output_dir=folder)
-        assert f"  {name}: " in caplog.messages[-1] and " -> 2\nThe result would be" in caplog.messages[-1]
+        assert f"  {name}: " in caplog.messages[-1] and " -> 2\nThe result would not be" in caplog.messages[-1]
 
 
 def test_stream_needs_rows_to_evaluate_on():

@@ -129,7 +129,7 @@ def test_questions_are_encoded_as_by_the_model_from_images_or_their_states(golde
     tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_index": index}
     with torch.no_grad():
         image_states = model.encode_images(pixels).last_hidden_state
-        wanted = model.encode_questions(image_states, ids, tokens["attention_mask"], index)
+        wanted = model.encode_pairs(image_states, ids, tokens["attention_mask"], index)
         for images in ({"pixel_values": pixels}, {"image_states": image_states}):
             states, mask = encode_questions(model, {**images, **tokens})
             assert torch.equal(states, wanted) and mask is tokens["attention_mask"]
