@@ -42,6 +42,7 @@ def test_eight_rows_are_memorized_and_every_file_is_written(recipe, data_of, tas
     epochs, wanted = MEMORIZED[task]
     flags = ["--num_train_epochs", str(epochs), "--logging_steps", "1", "--sample_steps", "20"]
     flags += ["--load_best_model_at_end", "false"]  # the last epoch is also the best, and needs no evaluation before it
+    flags += ["--save_strategy", "steps", "--save_steps", str(epochs)]  # each epoch is one step
     folder = recipe(*data_of(task), *flags, task=task)
     assert results_of(folder).items() >= wanted.items()
     losses = [entry["loss"] for entry in history_of(folder)]
