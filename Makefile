@@ -30,10 +30,10 @@ benchmark: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -c "import torch" 2>/dev/null || $(PYTHON) -m pip install --quiet torch==$(TORCH)
-	$(PYTHON) -m pip install --quiet -e .
+	$(PYTHON) -c "import torch" 2>/dev/null || $(PYTHON) -m pip install -qq torch==$(TORCH)
+	$(PYTHON) -m pip install -qq -e .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-app.txt requirements-dev.txt
-	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	$(PYTHON) -m pip install -qq -r requirements-dev.txt
 	touch $@
