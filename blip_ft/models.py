@@ -22,7 +22,6 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from blip_ft.data import demo
 from blip_ft.data.images import open_image
 from blip_ft.modeling import inference
 from blip_ft.modeling.adapters import count_parameters, freeze_model, save_for_stock, unfreeze_model, without_adapter
@@ -48,7 +47,7 @@ from blip_ft.modeling.placement import (
     quantization_config,
     to_dtype,
 )
-from blip_ft.modeling.small_blip import build_new_model, build_small_blip
+from blip_ft.modeling.small_blip import build_demo_config, build_demo_processor, build_new_model, build_small_blip
 from blip_ft.modeling.weight_checks import (
     require_finite_weights,
     require_fitting_adapter,
@@ -183,13 +182,13 @@ class ModelLoader:
                 if not self.allow_pickle:
                     refuse_pickle(self.model_name, (ADAPTER_SAFE_WEIGHTS_NAME,), ADAPTER_WEIGHTS_NAME, self.kwargs)
         with explain_loading(name, f"The base checkpoint of the adapter {self.model_name}: " if base else ""):
-            config = demo.build_demo_config() if name == "demo" else read_config(name, kwargs)
+            config = build_demo_config() if name == "demo" else read_config(name, kwargs)
             self._update(config)
             if self.task is None:
                 self.task = task_of_config(config)
             model = build_on_meta(self.task, copy.deepcopy(config), name)
             if load_processor:
-                self.processor = demo.build_demo_processor() if name == "demo" else read_processor(name, kwargs)
+                self.processor = build_demo_processor() if name == "demo" else read_processor(name, kwargs)
                 fit_processor(self.processor, config, name)
         if self.image_size:
             model.resize_position_embeddings(self.image_size)

@@ -8,9 +8,6 @@ import random
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PillowImage
 from PIL import ImageDraw
-from transformers import BlipConfig, BlipProcessor
-
-from blip_ft.data.small_model import build_small_config, build_small_processor
 
 IMAGE_SIZE = 64  # pixels per side
 
@@ -66,21 +63,6 @@ def load_demo(num_train: int = 3000, num_eval: int = 300, seed: int = 0) -> Data
     return DatasetDict(
         {name: Dataset.from_list([row for rows in part for row in rows], features) for name, part in splits.items()}
     )
-
-
-def build_demo_processor() -> BlipProcessor:
-    """A processor for images of 64 x 64 pixels.
-
-    The tokenizer knows the demo's words and spells any other English text with single characters.
-    """
-    words = {word for sentence in (*QUESTIONS, "a picture of and") for word in sentence.split() if word.isalpha()}
-    words |= {*COLORS, *SHAPES, *NUMBERS, *(word for place in PLACES for word in place.split()), "yes", "no"}
-    return build_small_processor(words, IMAGE_SIZE)
-
-
-def build_demo_config() -> BlipConfig:
-    """A BLIP with 2.1 M parameters and four patches, one per cell of the demo's images."""
-    return build_small_config(build_demo_processor(), patch_size=IMAGE_SIZE // 2)
 
 
 def _draw_scene(generator: random.Random) -> Scene:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip_ft.data.demo import IMAGE_SIZE, build_demo_config, build_demo_processor, load_demo
+from blip_ft.data.demo import IMAGE_SIZE, load_demo
+from blip_ft.modeling.small_blip import build_demo_config, build_demo_processor
 
 
 @pytest.fixture(scope="module")

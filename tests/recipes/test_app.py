@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import RECIPES
 from PIL import Image
+from programs import free_port
 
 from blip_ft.data.images import open_image, resize_to_uint8
 from blip_ft.data.texts import encode_texts
@@ -147,12 +148,6 @@ def test_without_checkpoint_or_gradio_one_message_says_what_to_do(monkeypatch, t
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(APP), run_name="__main__")
         assert end.value.code == 1 and message in caplog.text
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import torch
 from transformers.models.blip import modeling_blip
 from transformers.utils import can_return_tuple
 
+from blip_ft.data.texts import IGNORED
 from blip_ft.modeling.blip.attention import additive_mask
-from blip_ft.modeling.blip.base import IGNORED, BlipBase, smoothed_token_losses
+from blip_ft.modeling.blip.base import BlipBase, smoothed_token_losses
 
 
 class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering):
