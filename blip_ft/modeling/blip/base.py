@@ -1,24 +1,21 @@
-"""Code shared by the three BLIP models: encoding images, encoding texts with images, and the token loss."""
+"""Code shared by the three BLIP models: encoding texts with images, and the token loss."""
 
 from __future__ import annotations
 
 import torch
-from torch.nn import Parameter
 from torch.nn import functional as F
 from transformers import BlipConfig
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.blip import modeling_blip
 
 from blip_ft.data.texts import IGNORED
 from blip_ft.modeling.blip.attention import fuse_attention
 from blip_ft.modeling.blip.contrastive import Contrastive
+from blip_ft.modeling.vision import ImageEncoder
 
 
-class BlipBase:
+class BlipBase(ImageEncoder):
     """Mixin of the three BLIP classes. It comes before the class of transformers in their bases."""
 
-    # forward divides its loss by num_items_in_batch, so the Trainer must not divide by the accumulation steps
-    accepts_loss_kwargs = True
     # momentum weights, queue and temperature; retrieval sets it if the loss is needed
     contrastive: Contrastive | None = None
     # name of the config entry, "cls" or "enc", that decides which token the text encoder starts a text with
@@ -27,35 +24,8 @@ class BlipBase:
     _no_split_modules = ["BlipEncoderLayer", "BlipTextLayer", "OutOfPlaceTextEmbeddings"]
 
     def __init__(self, config: BlipConfig) -> None:
-        vision = config.vision_config
-        # lists in the config, not buffers: transformers' class would report an extra buffer as an unexpected key
-        vision.image_mean = list(getattr(vision, "image_mean", OPENAI_CLIP_MEAN))
-        vision.image_std = list(getattr(vision, "image_std", OPENAI_CLIP_STD))
         super().__init__(config)
         fuse_attention(self)
-
-    def encode_images(
-        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs
-    ) -> modeling_blip.BaseModelOutputWithPooling:
-        """Run the vision model on pixel_values (num_images, 3, height, width).
-
-        uint8 pixels are normalized here with the processor's mean and standard deviation; floats must be normalized.
-
-        Returns: last_hidden_state (num_images, patches + 1, width), and what else the vision model returns.
-        """
-        vision = self.config.vision_config
-        if pixel_values.shape[-2:] != (vision.image_size, vision.image_size) and not interpolate_pos_encoding:
-            # transformers 5.23 silently uses the first rows of the position table for a smaller image
-            raise ValueError(
-                f"The model needs images of {vision.image_size} x {vision.image_size} pixels, found "
-                f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}. Resize the images, load the model with "
-                "image_size=..., or pass interpolate_pos_encoding=True."
-            )
-        if pixel_values.dtype == torch.uint8:
-            mean = torch.tensor(vision.image_mean, device=pixel_values.device).view(3, 1, 1)
-            std = torch.tensor(vision.image_std, device=pixel_values.device).view(3, 1, 1)
-            pixel_values = (pixel_values / 255 - mean) / std
-        return self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
 
     def _encode_or_reuse(
         self,
@@ -70,25 +40,6 @@ class BlipBase:
         if image_states is None:
             return self.encode_images(pixel_values, interpolate_pos_encoding, **kwargs)
         return modeling_blip.BaseModelOutputWithPooling(last_hidden_state=image_states.to(self.dtype))
-
-    def resize_position_embeddings(self, image_size: int) -> None:
-        """Change the image size: interpolate the position table once and store the result."""
-        embeddings = self.vision_model.embeddings
-        patch = embeddings.patch_size
-        if image_size < patch or image_size % patch:
-            raise ValueError(f"image_size must be a multiple of the patch size {patch}, found {image_size}.")
-        num_patches = (image_size // patch) ** 2
-        with torch.no_grad():
-            # of the first argument only the shape is used
-            wanted = embeddings.position_embedding.new_empty(1, num_patches + 1, embeddings.embed_dim)
-            table = embeddings.interpolate_pos_encoding(wanted, image_size, image_size)
-        embeddings.position_embedding = Parameter(table.clone())
-        embeddings.image_size, embeddings.num_patches, embeddings.num_positions = (
-            image_size,
-            num_patches,
-            num_patches + 1,
-        )
-        self.config.vision_config.image_size = image_size
 
     def encode_pairs(
         self,
