@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import BlipProcessor
+from transformers import ProcessorMixin
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments
+from blip_ft.arguments.families import family_of, fill_defaults
 from blip_ft.cli import parse
 from blip_ft.data.collators import VqaCollator
 from blip_ft.data.images import encode_row_images
 from blip_ft.data.loading import load_captions, load_vqa
 from blip_ft.data.sampling import GroupedSampler
 from blip_ft.data.tables import Row, number_images
-from blip_ft.data.texts import encode_labels, encode_texts
-from blip_ft.models import load_processor
+from blip_ft.data.text_formats import texts_of
+from blip_ft.models import ModelLoader
 
 __all__ = ["DataPipeline", "load_captions", "load_vqa"]
 
@@ -51,7 +52,7 @@ class DataPipeline:
             argv=["--use_cpu"],
             config=config,
         )
-        self.processor: BlipProcessor | None = None
+        self.processor: ProcessorMixin | None = None
 
     def setup(self) -> None:
         """Read the rows, and load the processor of model_name_or_path (default: the checkpoint of recipes/vqa.py)."""
@@ -59,12 +60,18 @@ class DataPipeline:
         if self.data_args.streaming:
             raise ValueError("DataPipeline does not support streaming; only the recipes do. Remove it from the YAML.")
         self.train_rows, self.eval_rows = load_vqa(self.data_args, seed=self.training_args.seed)
-        self.processor = load_processor(
+        loader = ModelLoader(
             name,
-            self.model_args.image_size,
+            task="vqa",
+            device="cpu",
+            image_size=self.model_args.image_size,
             revision=self.model_args.model_revision,
             allow_pickle=self.model_args.allow_pickle,
         )
+        _, config, _ = loader._prepare()
+        self.processor, family = loader.get_processor(), family_of(config)
+        fill_defaults(family, "vqa", self.task_args)
+        self.texts = texts_of(self.processor, family, "vqa", self.task_args.question_prompt)
         args = self.training_args
         self._shuffle = torch.Generator().manual_seed(args.seed)
         self._sampler = None
@@ -89,7 +96,7 @@ class DataPipeline:
 
     def _loader(self, rows: Dataset, batch_size: int, **kwargs: Any) -> DataLoader:
         limits = (self.task_args.max_question_tokens, self.task_args.max_answer_tokens)
-        grouped = VqaCollator(self.processor, *limits)
+        grouped = VqaCollator(self.processor, *limits, texts=self.texts)
         return DataLoader(
             rows,
             batch_size,
@@ -100,7 +107,7 @@ class DataPipeline:
 
     def _collate_pairs(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         answers = [max(row["answers"], key=row["answers"].count) for row in rows]  # on a tie, max returns the first
-        task, tokenizer, image_processor = self.task_args, self.processor.tokenizer, self.processor.image_processor
+        task, image_processor = self.task_args, self.processor.image_processor
         images = encode_row_images(rows, image_processor)
         pixels = images["pixel_values"][images["image_index"]]
         mean, std = (
@@ -108,6 +115,6 @@ class DataPipeline:
         )
         return {
             "pixel_values": (pixels / 255 - mean) / std,
-            **encode_texts([row["question"] for row in rows], tokenizer, task.max_question_tokens),
-            "labels": encode_labels(answers, tokenizer, task.max_answer_tokens),
+            **self.texts.encode_questions([row["question"] for row in rows], task.max_question_tokens),
+            "labels": self.texts.encode_answers(answers, task.max_answer_tokens),
         }

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import BatchEncoding, BlipConfig, BlipProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    BatchEncoding,
+    BlipProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -22,14 +29,14 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from blip_ft.arguments.families import RECIPES, family_of
 from blip_ft.data.images import open_image
+from blip_ft.data.text_formats import encode_prompts
 from blip_ft.modeling import inference
 from blip_ft.modeling.adapters import count_parameters, freeze_model, save_for_stock, unfreeze_model, without_adapter
-from blip_ft.modeling.blip import TASK_OF_CLASS, TASKS
-from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
 from blip_ft.modeling.checkpoint_files import (
     ADAPTER_FILE,
-    START_TOKENS,
+    OWN_ENTRIES,
     base_of_adapter,
     build_on_meta,
     find_file,
@@ -47,6 +54,7 @@ from blip_ft.modeling.placement import (
     quantization_config,
     to_dtype,
 )
+from blip_ft.modeling.registry import MODEL_REGISTRY, TASKS_OF_CLASS, task_of_model
 from blip_ft.modeling.small_blip import build_demo_config, build_demo_processor, build_new_model, build_small_blip
 from blip_ft.modeling.weight_checks import (
     require_finite_weights,
@@ -82,8 +90,8 @@ class ModelLoader:
 
     Args:
         model_name: Hub id or folder of a checkpoint or a PEFT adapter, or `demo` for a small model with new weights.
-        model_type: "blip". None or "auto" reads it from the checkpoint.
-        task: a key of MODEL_REGISTRY["blip"]. None reads it from the checkpoint's architecture.
+        model_type: a key of MODEL_REGISTRY. None or "auto" reads it from the checkpoint.
+        task: a key of MODEL_REGISTRY[model_type]. None reads it from the checkpoint.
         device: None uses the accelerator (CUDA, MPS, ...) if there is one, else the CPU.
         load_in_8bit, load_in_4bit: quantize the weights with bitsandbytes.
         torch_dtype: dtype of the weights, or its name. `dtype` is the newer name of this argument. Default: float32.
@@ -98,7 +106,7 @@ class ModelLoader:
     Raises: ValueError, which says what to check if loading fails.
     """
 
-    MODEL_REGISTRY = {"blip": TASKS}
+    MODEL_REGISTRY = MODEL_REGISTRY
 
     def __init__(
         self,
@@ -122,13 +130,14 @@ class ModelLoader:
     ) -> None:
         if load_in_8bit and load_in_4bit:
             raise ValueError("load_in_8bit and load_in_4bit are mutually exclusive.")
-        if task is not None and task not in TASKS:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}, found {task!r}.")
+        if task is not None and task not in RECIPES:
+            raise ValueError(f"task must be one of {', '.join(RECIPES)}, found {task!r}.")
         if model_type not in (None, "auto", *self.MODEL_REGISTRY):
             raise ValueError(f"model_type must be one of auto, {', '.join(self.MODEL_REGISTRY)}; found {model_type!r}.")
         if str(model_name) == "demo" and (load_in_8bit or load_in_4bit):
             raise ValueError("The demo model is randomly initialized; quantization needs a pretrained checkpoint.")
         self.model_name, self.task = str(model_name), task
+        self.model_type = None if model_type == "auto" else model_type
         self.device = existing_device(device or best_device())
         self.bits = 8 if load_in_8bit else 4 if load_in_4bit else None
         self.dtype = to_dtype(dtype or torch_dtype) if dtype or torch_dtype else None
@@ -138,9 +147,9 @@ class ModelLoader:
         if trust_remote_code:
             logger.warning("trust_remote_code has no effect: code of a checkpoint is never run.")
         self.kwargs = {**kwargs, "trust_remote_code": False}
-        self.start_tokens: dict[str, str] = {}  # those saved with an adapter
+        self.own_entries: dict[str, str] = {}  # OWN_ENTRIES saved with an adapter
         self.model: PreTrainedModel | PeftModel | None = None
-        self.processor: BlipProcessor | None = None
+        self.processor: ProcessorMixin | None = None
 
     def load(self, load_processor: bool = True) -> dict[str, Any]:
         """Load the model in evaluation mode, and the processor if load_processor is True.
@@ -164,7 +173,7 @@ class ModelLoader:
         parts = {"tokenizer": self.get_tokenizer(), "image_processor": self.get_image_processor()}
         return {"model": self.model, "processor": self.processor, **parts}
 
-    def _prepare(self, load_processor: bool = True) -> tuple[PreTrainedModel, BlipConfig, tuple | None]:
+    def _prepare(self, load_processor: bool = True) -> tuple[PreTrainedModel, PreTrainedConfig, tuple | None]:
         """Read everything except the weights, and check it. The processor is stored in self.processor.
 
         Returns: the model on the meta device, the config to load it with, and the base of an adapter, see
@@ -183,12 +192,15 @@ class ModelLoader:
                     refuse_pickle(self.model_name, (ADAPTER_SAFE_WEIGHTS_NAME,), ADAPTER_WEIGHTS_NAME, self.kwargs)
         with explain_loading(name, f"The base checkpoint of the adapter {self.model_name}: " if base else ""):
             config = build_demo_config() if name == "demo" else read_config(name, kwargs)
+            if self.model_type not in (None, config.model_type):
+                raise ValueError(f"{name} has the model_type {config.model_type}, and {self.model_type} was asked for.")
             self._update(config)
             if self.task is None:
                 self.task = task_of_config(config)
+            config.task = self.task
             model = build_on_meta(self.task, copy.deepcopy(config), name)
             if load_processor:
-                self.processor = build_demo_processor() if name == "demo" else read_processor(name, kwargs)
+                self.processor = build_demo_processor() if name == "demo" else read_processor(name, config, kwargs)
                 fit_processor(self.processor, config, name)
         if self.image_size:
             model.resize_position_embeddings(self.image_size)
@@ -199,26 +211,30 @@ class ModelLoader:
                 require_fitting_adapter(copy.deepcopy(model), self.model_name, name, self.kwargs)
         return model, config, base
 
-    def _apply_adapter_config(self, config: BlipConfig) -> None:
-        """Apply image size and start tokens saved with the adapter, which the config of its base does not have."""
+    def _apply_adapter_config(self, config: PreTrainedConfig) -> None:
+        """Apply image size and entries saved with the adapter, which the config of its base does not have."""
         self.image_size = self.image_size or config.vision_config.image_size
-        self.start_tokens = {key: getattr(config, key) for key in START_TOKENS if hasattr(config, key)}
+        self.own_entries = {key: getattr(config, key) for key in OWN_ENTRIES if hasattr(config, key)}
 
-    def _update(self, config: BlipConfig) -> None:
+    def _update(self, config: PreTrainedConfig) -> None:
         """Write the values that the caller or the adapter set into the config."""
         text = config.text_config
+        if family_of(config).reads_prompts and (self.label_smoothing or self.dropout):
+            raise ValueError(
+                f"label_smoothing and dropout are for BLIP; {family_of(config).name} is trained without them."
+            )
         if self.label_smoothing is not None:
             # the decoder reads it from text_config when it is built; config.label_smoothing has no effect
             text.label_smoothing = float(self.label_smoothing)
         if self.dropout is not None:
             text.hidden_dropout_prob = text.attention_probs_dropout_prob = float(self.dropout)
-        for key, token in self.start_tokens.items():
-            setattr(config, key, token)
+        for key, value in self.own_entries.items():
+            setattr(config, key, value)
 
     def get_model(self) -> PreTrainedModel | PeftModel:
         return self._loaded(self.model)
 
-    def get_processor(self) -> BlipProcessor:
+    def get_processor(self) -> ProcessorMixin:
         return self._loaded(self.processor)
 
     def get_tokenizer(self) -> Any:
@@ -232,7 +248,7 @@ class ModelLoader:
             raise ValueError("Nothing is loaded yet: call load() first, with load_processor=True for the processor.")
         return part
 
-    def _load_model(self, name: str, kwargs: dict[str, Any], config: BlipConfig) -> PreTrainedModel:
+    def _load_model(self, name: str, kwargs: dict[str, Any], config: PreTrainedConfig) -> PreTrainedModel:
         # quantized weights keep the dtype that they were saved with
         dtype = self.dtype or ("auto" if getattr(config, "quantization_config", None) else torch.float32)
         if name == "demo":
@@ -247,7 +263,7 @@ class ModelLoader:
             if self.bits:
                 settings["quantization_config"] = quantization_config(self.bits, self.device)
             with blame_file(f"{CONFIG_NAME} or {GENERATION_CONFIG_NAME}", name):
-                model, info = TASKS[self.task].from_pretrained(name, **settings)
+                model, info = MODEL_REGISTRY[config.model_type][self.task].from_pretrained(name, **settings)
             require_matching_weights(model, info, name, self.task, self.allow_new_weights)
             if not getattr(config, "quantization_config", None):
                 require_floats(model, name, kwargs)
@@ -285,7 +301,7 @@ def load_model(
     return loader.load(load_processor)
 
 
-def load_processor(model_name: str, image_size: int | None = None, **kwargs: Any) -> BlipProcessor:
+def load_processor(model_name: str, image_size: int | None = None, **kwargs: Any) -> ProcessorMixin:
     """Load the processor that load_model returns, without the weights. Arguments and errors as in ModelLoader."""
     loader = ModelLoader(model_name, device="cpu", image_size=image_size, **kwargs)
     loader._prepare()
@@ -311,7 +327,7 @@ def save_model(
     model: PreTrainedModel | PeftModel,
     save_path: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    processor: BlipProcessor | None = None,
+    processor: ProcessorMixin | None = None,
 ) -> None:
     """Save weights (safetensors) or adapter, config, processor and tokenizer; stock transformers and PEFT load them."""
     for part in (model, processor, tokenizer):
@@ -325,20 +341,21 @@ def load_model_from_path(
     """Load the model of a folder, in evaluation mode.
 
     Args:
-        model_class: one of the three BLIP classes of blip_ft or of transformers. The result is always the class of
-            blip_ft: it is a subclass of the one in transformers 5.23, which does not mask the padding of questions.
+        model_class: a class of MODEL_REGISTRY, or the one in transformers of the same name. The result is always the
+            class of blip_ft, a subclass that repairs faults of transformers 5.23.
         device: None uses the accelerator (CUDA, MPS, ...) if there is one, else the CPU.
     Raises: ValueError for any other class, or if loading fails.
     """
-    if model_class.__name__ not in TASK_OF_CLASS:
-        raise ValueError(f"model_class must be one of {', '.join(TASK_OF_CLASS)}, found {model_class.__name__}.")
-    task = TASK_OF_CLASS[model_class.__name__]
+    if model_class.__name__ not in TASKS_OF_CLASS:
+        raise ValueError(f"model_class must be one of {', '.join(TASKS_OF_CLASS)}, found {model_class.__name__}.")
+    tasks = TASKS_OF_CLASS[model_class.__name__]
+    task = tasks[0] if len(tasks) == 1 else None  # BLIP-2 and InstructBLIP: the config knows
     return load_model(str(model_path), task=task, device=device, load_processor=False)["model"]
 
 
 def generate_answer_blip(
     model: PreTrainedModel | PeftModel,
-    processor: BlipProcessor,
+    processor: ProcessorMixin,
     image: Any,
     question: str | Sequence[str],
     max_length: int = 20,
@@ -349,13 +366,13 @@ def generate_answer_blip(
     Args:
         image: path, bytes, PIL image or array, or a list of these. One image is used for all questions of a list, and
             one question for all images of a list. An image that is in the list several times is encoded once.
-        max_length: maximum number of tokens of an answer, including [DEC] and [SEP].
+        max_length: maximum number of tokens of an answer; for BLIP including [DEC] and [SEP].
     Raises: ValueError if the lists have different lengths, or the model is not for visual question answering.
     """
     blip = without_adapter(model)
-    if not isinstance(blip, BlipForQuestionAnswering):
+    if not isinstance(blip, tuple(classes["vqa"] for classes in MODEL_REGISTRY.values())):
         raise ValueError(
-            "generate_answer_blip needs blip_ft's BlipForQuestionAnswering, found "
+            "generate_answer_blip needs a class of blip_ft for questions, e.g. its BlipForQuestionAnswering; found "
             f"{type(blip).__module__}.{type(blip).__name__}. "
             'Load it with load_model(..., task="vqa").'
         )
@@ -379,7 +396,7 @@ def generate_answer_blip(
 
 
 def prepare_inputs_for_blip(
-    processor: BlipProcessor, images: Any, texts: str | Sequence[str], device: str | torch.device | None = None
+    processor: ProcessorMixin, images: Any, texts: str | Sequence[str], device: str | torch.device | None = None
 ) -> BatchEncoding:
     """Prepare the inputs of forward and generate.
 
@@ -387,16 +404,21 @@ def prepare_inputs_for_blip(
         images: path, bytes, PIL image or array, or a list of these. Images are converted to RGB and rotated upright.
         texts: one text for each image.
         device: None leaves the tensors on the CPU.
-    Returns: pixel_values (rows, 3, height, width), input_ids and attention_mask (rows, length).
+    Returns: pixel_values (rows, 3, height, width), input_ids and attention_mask (rows, length). For InstructBLIP also
+        qformer_input_ids and qformer_attention_mask.
     Raises: ValueError if the numbers of images and texts differ.
     """
     images = images if isinstance(images, (list, tuple)) else [images]
     texts = [texts] if isinstance(texts, str) else list(texts)
     if len(images) != len(texts):
         raise ValueError(f"Found {len(images)} images and {len(texts)} texts: pass one text for each image.")
-    inputs = processor(
-        images=[open_image(image) for image in images], text=texts, padding=True, truncation=True, return_tensors="pt"
-    )
+    opened = [open_image(image) for image in images]
+    if isinstance(processor, BlipProcessor):
+        inputs = processor(images=opened, text=texts, padding=True, truncation=True, return_tensors="pt")
+    else:
+        pixels = processor.image_processor(images=opened, return_tensors="pt")
+        prompts = encode_prompts(processor, texts, processor.tokenizer.model_max_length)
+        inputs = BatchEncoding({**pixels, **prompts})
     return inputs if device is None else inputs.to(existing_device(device))
 
 
@@ -406,7 +428,7 @@ def get_model_info(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     counts = count_parameters(model)
     return {
         "model_class": type(blip).__name__,
-        "task": TASK_OF_CLASS.get(type(blip).__name__),
+        "task": task_of_model(blip),
         "total_parameters": counts["total"],
         "total_parameters_millions": counts["total_millions"],
         "trainable_parameters": counts["trainable"],

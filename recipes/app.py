@@ -25,15 +25,18 @@ from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
-from transformers import BlipProcessor
+from transformers import ProcessorMixin
 from transformers.hf_argparser import HfArg
 
 from blip_ft.arguments import Settings
+from blip_ft.arguments.families import family_of
 from blip_ft.cli import parse, start_recipe
 from blip_ft.data.images import IMAGE_FORMATS, longest_side, open_image, resize_to_uint8
-from blip_ft.data.texts import clean_caption, encode_prompt, encode_texts
+from blip_ft.data.text_formats import texts_of
+from blip_ft.data.texts import clean_caption, encode_texts
 from blip_ft.modeling import inference
-from blip_ft.modeling.blip import TASK_OF_CLASS
+from blip_ft.modeling.checkpoint_files import longest_text
+from blip_ft.modeling.registry import task_of_model
 from blip_ft.models import load_model
 
 logger = logging.getLogger("blip_ft.app")
@@ -44,7 +47,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 MAX_FILE_SIZE = "20mb"
 MAX_PIXELS = 50_000_000
 MAX_LINES = 64  # questions or texts per request
-MAX_CAPTION_TOKENS = 16  # without the prompt
+MAX_ANSWER_TOKENS = 20
+MAX_CAPTION_TOKENS = 16  # of BLIP, without the prompt
 SECONDS_KEPT = 3600  # for uploaded images
 
 # colors come from the theme, which follows the dark mode of the browser
@@ -161,25 +165,41 @@ def is_address(host: str) -> bool:
 Rows = list[tuple[list[str], float]]
 
 
-def answer(model: Any, processor: BlipProcessor, pixels: torch.Tensor, text: str) -> Rows:
+def answer(model: Any, processor: ProcessorMixin, pixels: torch.Tensor, text: str) -> Rows:
     questions = lines_of(text)
-    batch = encode_texts(questions, processor.tokenizer, model.config.text_config.max_position_embeddings)
+    family = family_of(model.config)
+    texts = texts_of(processor, family, "vqa", getattr(model.config, "prompt", None))
+    batch = texts.encode_questions(questions, longest_text(model.config))
     batch |= {"pixel_values": pixels, "image_index": torch.zeros(len(questions), dtype=torch.long)}
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    answers = inference.answer(model, processor.tokenizer, *inference.encode_questions(model, batch))
+    defaults, penalties = family.defaults["vqa"], family.penalties.get("vqa", {})
+    generation = texts.generation(MAX_ANSWER_TOKENS, defaults["generation_num_beams"], **penalties)
+    answers = inference.answer(model, texts, inference.encode_questions(model, batch), generation)
     return [([question, text], score) for question, text, score in zip(questions, *answers, strict=True)]
 
 
-def write_caption(model: Any, processor: BlipProcessor, pixels: torch.Tensor, text: str) -> Rows:
-    prompt = " ".join(text.split())
-    length = len(encode_prompt(prompt, processor.tokenizer)) + MAX_CAPTION_TOKENS
-    if length > model.config.text_config.max_position_embeddings:
+def write_caption(model: Any, processor: ProcessorMixin, pixels: torch.Tensor, text: str) -> Rows:
+    prompt, family = " ".join(text.split()), family_of(model.config)
+    texts, defaults = (
+        texts_of(processor, family, "conditional_generation", prompt),
+        family.defaults["conditional_generation"],
+    )
+    prompt_length = len(texts.encode_caption_prompts(1)["input_ids"][0])
+    length = defaults["generation_max_length"] if family.reads_prompts else prompt_length + MAX_CAPTION_TOKENS
+    if prompt_length + MAX_CAPTION_TOKENS > longest_text(model.config):
         raise ValueError("The beginning of the caption is too long. Use a few words.")
-    captions = inference.caption(model, processor.tokenizer, pixels, prompt, max_length=length)
-    return [([f"{prompt} {text}".strip()], score) for text, score in zip(*captions, strict=True)]
+    generation = texts.generation(
+        length,
+        defaults["generation_num_beams"],
+        min_length=defaults["generation_min_length"],
+        repetition_penalty=defaults["repetition_penalty"],
+    )
+    captions = inference.caption(model, texts, pixels, generation)
+    begin = "" if family.reads_prompts else prompt  # a caption of BLIP continues its prompt
+    return [([f"{begin} {text}".strip()], score) for text, score in zip(*captions, strict=True)]
 
 
-def rank(model: Any, processor: BlipProcessor, pixels: torch.Tensor, text: str) -> Rows:
+def rank(model: Any, processor: ProcessorMixin, pixels: torch.Tensor, text: str) -> Rows:
     texts = lines_of(text)
     longest = model.config.text_config.max_position_embeddings
     tokens = encode_texts([clean_caption(text) for text in texts], processor.tokenizer, longest)
@@ -197,7 +217,7 @@ def lines_of(text: str) -> list[str]:
 
 class Page(NamedTuple):
     # model, processor, pixels (1, 3, height, width), text
-    run: Callable[[Any, BlipProcessor, torch.Tensor, str], Rows]
+    run: Callable[[Any, ProcessorMixin, torch.Tensor, str], Rows]
     heading: str
     label: str  # of the text field
     text: str  # default of the text field
@@ -224,11 +244,15 @@ PAGES = {
 }
 
 
-def build_page(name: str, model: Any, processor: BlipProcessor) -> Any:
+def build_page(name: str, model: Any, processor: ProcessorMixin) -> Any:
     """The gradio Blocks for the task of the model."""
     import gradio as gr
 
-    page = PAGES[TASK_OF_CLASS[type(model).__name__]]
+    task = task_of_model(model)
+    page = PAGES[task]
+    if task == "conditional_generation":
+        prompt = getattr(model.config, "prompt", None) or family_of(model.config).prompts[task]
+        page = page._replace(text=prompt.strip())
     with gr.Blocks(title=page.heading, delete_cache=(SECONDS_KEPT, SECONDS_KEPT)) as blocks:
         gr.HTML(f"<h1>{page.heading}</h1><p>{escape(name)}</p>")
         with gr.Row():
@@ -245,7 +269,7 @@ def build_page(name: str, model: Any, processor: BlipProcessor) -> Any:
     return blocks
 
 
-def try_image(page: Page, model: Any, processor: BlipProcessor, path: str | None, text: str) -> str:
+def try_image(page: Page, model: Any, processor: ProcessorMixin, path: str | None, text: str) -> str:
     """HTML of the result or of an error message. Texts of users and models are escaped."""
     start = time.perf_counter()
     try:

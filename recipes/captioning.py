@@ -20,7 +20,6 @@ from blip_ft.arguments import BlipTrainingArguments, CaptioningArguments, DataAr
 from blip_ft.cli import parse, start_recipe
 from blip_ft.data.collators import CaptionCollator, ImageCollator
 from blip_ft.data.loading import load_splits
-from blip_ft.data.texts import require_room_for_captions
 from blip_ft.metrics.captions import CaptionScores, caption_exact_match, caption_rouge_l
 from blip_ft.metrics.vqa import most_frequent_answer
 from blip_ft.modeling import inference
@@ -45,14 +44,9 @@ class Data(DataArguments):
 @dataclass
 class Training(BlipTrainingArguments):
     metrics = ("cider", "bleu", "rouge_l", "exact_match")
-    # configs/caption_coco.yaml of the original: 8 GPUs x 32 images, 1e-5, 5 epochs; 3 beams, 5 to 20 tokens
-    learning_rate: float = 1e-5
-    num_train_epochs: float = 5
     load_best_model_at_end: bool = True  # train_caption.py: the best epoch, there by CIDEr + BLEU-4
     per_device_train_batch_size: int = HfArg(default=32, help="Training captions per device and batch.")
     per_device_eval_batch_size: int = HfArg(default=32, help="Evaluation images per device and batch.")
-    generation_max_length: int = HfArg(default=20, help="Maximum tokens of a caption, prompt included.")
-    generation_num_beams: int = HfArg(default=3, help="Beams of beam search. Original: 3.")
 
 
 def main() -> None:
@@ -61,22 +55,20 @@ def main() -> None:
         demo_config=Path(__file__).parent / "configs" / "captioning_demo.yaml",
     )
     setup = prepare_run("conditional_generation", *args)
-    limits = (caption_args.generation_min_length, training_args.generation_max_length, caption_args.max_caption_tokens)
-    require_room_for_captions(caption_args.prompt, setup.processor.tokenizer, *limits)
+    limits = (training_args.generation_max_length, caption_args.generation_min_length)
+    setup.texts.require_room_for_captions(caption_args.max_caption_tokens, *limits)
     train_rows, eval_rows, test_rows = load_splits("captions", data_args, setup.bad_rows_file, training_args.seed)
     model, processor, run_settings = load_for_training(setup, train_rows, eval_rows)
 
+    generation = setup.texts.generation(
+        training_args.generation_max_length,
+        training_args.generation_num_beams,
+        min_length=caption_args.generation_min_length,
+        repetition_penalty=caption_args.repetition_penalty,
+    )
+
     def predict(model, batch, positions):
-        texts, probabilities = inference.caption(
-            model,
-            processor.tokenizer,
-            batch["pixel_values"],
-            caption_args.prompt,
-            max_length=training_args.generation_max_length,
-            num_beams=training_args.generation_num_beams,
-            min_length=caption_args.generation_min_length,
-            repetition_penalty=caption_args.repetition_penalty,
-        )
+        texts, probabilities = inference.caption(model, setup.texts, batch["pixel_values"], generation)
         return [
             {"prediction": text, "probability": probability}
             for text, probability in zip(texts, probabilities, strict=True)
@@ -86,7 +78,7 @@ def main() -> None:
         model,
         training_args,
         data_collator=CaptionCollator(
-            processor, caption_args.prompt, caption_args.max_caption_tokens, caption_args.clean_captions
+            processor, caption_args.max_caption_tokens, caption_args.clean_captions, texts=setup.texts
         ),
         eval_collator=ImageCollator(processor),
         train_dataset=train_rows,
@@ -99,7 +91,7 @@ def main() -> None:
         run_settings=run_settings,
     )
     baseline = Baseline("the most frequent training caption, for every image", partial(score_guesses, train_rows))
-    run(trainer, setup, {"prompt": caption_args.prompt}, baseline, test_rows)
+    run(trainer, setup, {"prompt": setup.texts.prompt}, baseline, test_rows)
 
 
 def evaluate(rows, results):

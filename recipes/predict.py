@@ -28,10 +28,11 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import BlipProcessor
+from transformers import ProcessorMixin
 from transformers.hf_argparser import HfArg
 
 from blip_ft.arguments import DataArguments, Settings, changed_settings
+from blip_ft.arguments.families import family_of, fill_defaults
 from blip_ft.cli import parse, read_text, start_recipe
 from blip_ft.data.batches import match_rows
 from blip_ft.data.checks import why_unreadable
@@ -40,10 +41,11 @@ from blip_ft.data.loading import load_to_predict
 from blip_ft.data.sampling import share_of_process
 from blip_ft.data.sources import list_images
 from blip_ft.data.tables import number_images, to_json, write_lines
-from blip_ft.data.texts import clean_caption, encode_texts, require_room_for_captions
+from blip_ft.data.text_formats import Texts, texts_of
+from blip_ft.data.texts import clean_caption, encode_texts
 from blip_ft.modeling import inference
-from blip_ft.modeling.blip import TASK_OF_CLASS
 from blip_ft.modeling.checkpoint_files import require_positions
+from blip_ft.modeling.registry import task_of_model
 from blip_ft.models import load_model
 from blip_ft.results import predictions
 from blip_ft.results.report import THUMBNAIL_PIXELS, write_report
@@ -125,13 +127,27 @@ class Prediction(Settings):
     )
     bf16: bool = HfArg(default=False, help="Mixed precision in bfloat16.")
     use_cpu: bool = HfArg(default=False, help="Use the CPU even if there is a GPU.")
-    max_question_tokens: int = HfArg(default=35, help="Truncate longer questions.")
-    generation_max_length: int | None = HfArg(
-        default=None, help="Maximum tokens of an answer or caption, first and last included. Default: 10 and 20."
+    question_prompt: str | None = HfArg(
+        default=None, help="Text that the model reads, with {} for the question. Default: as in training."
     )
-    generation_min_length: int = HfArg(default=5, help="Minimum tokens of a caption, prompt included.")
-    generation_num_beams: int = HfArg(default=3, help="Beams of beam search.")
-    prompt: str = HfArg(default="a picture of ", help="Beginning of every caption; it is not part of the result.")
+    max_question_tokens: int | None = HfArg(
+        default=None, help="Truncate longer questions. Default: that of the model's recipe."
+    )
+    generation_max_length: int | None = HfArg(
+        default=None, help="Maximum tokens of an answer or caption. Default: that of the model's recipe."
+    )
+    generation_min_length: int | None = HfArg(
+        default=None, help="Minimum tokens of a caption. Default: that of the model's recipe."
+    )
+    generation_num_beams: int | None = HfArg(
+        default=None, help="Beams of beam search. Default: that of the model's recipe."
+    )
+    repetition_penalty: float | None = HfArg(
+        default=None, help="Above 1, make repeated words less likely. Default: that of the model's recipe."
+    )
+    prompt: str | None = HfArg(
+        default=None, help="Text before every caption; it is not part of the result. Default: as in training."
+    )
     max_caption_tokens: int = HfArg(default=35, help="Truncate longer texts to rank.")
     clean_captions: bool = HfArg(default=True, help="Rank texts in lowercase, without most punctuation.")
     k_test: int = HfArg(default=256, help="Texts per image that the matching head ranks again.")
@@ -151,9 +167,11 @@ class Prediction(Settings):
 
 # setting -> the tasks that read it; all tasks read the other settings
 OF_TASKS = {
-    **dict.fromkeys(("question", "question_column", "answer_column", "max_question_tokens"), ("vqa",)),
+    **dict.fromkeys(
+        ("question", "question_column", "answer_column", "max_question_tokens", "question_prompt"), ("vqa",)
+    ),
     "caption_column": ("conditional_generation", "image_text_retrieval"),
-    **dict.fromkeys(("prompt", "generation_min_length"), ("conditional_generation",)),
+    **dict.fromkeys(("prompt", "generation_min_length", "repetition_penalty"), ("conditional_generation",)),
     **dict.fromkeys(("generation_max_length", "generation_num_beams"), ("vqa", "conditional_generation")),
     **dict.fromkeys(
         ("texts", "max_caption_tokens", "clean_captions", "k_test", "top_texts"), ("image_text_retrieval",)
@@ -168,12 +186,11 @@ def main() -> None:
     settings = {"revision": args.model_revision, "allow_pickle": args.allow_pickle, "merge": True}
     loaded = load_model(args.model_name_or_path, device=state.device, **settings)
     model, processor = loaded["model"], loaded["processor"]
-    require_positions(model.config, args)
-    task = TASK_OF_CLASS[type(model).__name__]
+    task = task_of_model(model)
     require_settings_of_task(args, data_args, task)
-    if task == "conditional_generation":
-        limits = (args.generation_min_length, args.generation_max_length or 20)
-        require_room_for_captions(args.prompt, processor.tokenizer, *limits)
+    fill_defaults(family_of(model.config), task, args)
+    require_positions(model.config, args)
+    text_format = None if task == "image_text_retrieval" else settle_texts(model, processor, args, task)
     rows, bad_rows = read_rows(data_args, task)
     ids = predictions.official_ids(args.format, task, rows) if args.format else []
     texts = texts_to_rank(given_texts, rows) if task == "image_text_retrieval" else []
@@ -183,9 +200,9 @@ def main() -> None:
         logger.info("Resuming in %s: %d rows are done.", folder, len(done))
     share = share_of_process(number_images(rows), state.process_index, state.num_processes, done)
     with torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16), torch.no_grad():
-        predict = make_predict(model, processor, args, task, texts)
+        predict = make_predict(model, processor, args, task, text_format, texts)
         with explain_lost_worker(lambda: "Start the same command again: it resumes."):
-            predictions.append_part(folder, predict_rows(rows, share, predict, processor, args))
+            predictions.append_part(folder, predict_rows(rows, share, predict, processor, args, text_format))
     state.wait_for_everyone()
     if state.is_main_process:
         predicted = predictions.read_parts(folder)
@@ -200,6 +217,19 @@ def require_settings_of_task(args: Prediction, data_args: Data, task: str) -> No
         raise ValueError(
             f"--{unread[0]} needs a checkpoint for {' or '.join(OF_TASKS[unread[0]])}; this one is for {task}."
         )
+
+
+def settle_texts(model: Any, processor: ProcessorMixin, args: Prediction, task: str) -> Texts:
+    """How the model reads and writes texts, with the prompt of training unless another one is given."""
+    name = "question_prompt" if task == "vqa" else "prompt"
+    given = getattr(args, name)
+    texts = texts_of(
+        *(processor, family_of(model.config), task), getattr(model.config, "prompt", None) if given is None else given
+    )
+    setattr(args, name, texts.prompt)
+    if task == "conditional_generation":
+        texts.require_room_for_captions(None, args.generation_max_length, args.generation_min_length)
+    return texts
 
 
 def read_rows(args: Data, task: str) -> tuple[Dataset, list[Line]]:
@@ -227,11 +257,15 @@ def texts_to_rank(given: list[str] | None, rows: Dataset) -> list[str]:
     return texts
 
 
-def make_predict(model: Any, processor: BlipProcessor, args: Prediction, task: str, texts: list[str]) -> Predict:
+def make_predict(
+    model: Any, processor: ProcessorMixin, args: Prediction, task: str, text_format: Texts | None, texts: list[str]
+) -> Predict:
     """The function that predicts for a batch.
 
-    The probability of an answer or caption is that of its tokens (inference.sequence_probabilities). The score of a
-    text is cosine + matching logit; it has no bounds, and can only be compared between texts for one image.
+    The probability of an answer or caption is that of its tokens (inference.answer). The score of a text is cosine +
+    matching logit; it has no bounds, and can only be compared between texts for one image.
+
+    texts: to rank.
     """
     tokenizer = processor.tokenizer
     cleaned = [clean_caption(text) for text in texts] if args.clean_captions else texts
@@ -239,13 +273,18 @@ def make_predict(model: Any, processor: BlipProcessor, args: Prediction, task: s
     features = inference.embed_texts(model, **tokens) if texts else None
 
     def answer(batch: dict[str, torch.Tensor]) -> list[Line]:
-        limits = (args.generation_max_length or 10, args.generation_num_beams)
-        answers = inference.answer(model, tokenizer, *inference.encode_questions(model, batch), *limits)
+        penalties = text_format.family.penalties.get("vqa", {})
+        generation = text_format.generation(args.generation_max_length, args.generation_num_beams, **penalties)
+        answers = inference.answer(model, text_format, inference.encode_questions(model, batch), generation)
         return [{"prediction": text, "probability": number} for text, number in zip(*answers, strict=True)]
 
     def caption(batch: dict[str, torch.Tensor]) -> list[Line]:
-        limits = (args.generation_max_length or 20, args.generation_num_beams, args.generation_min_length)
-        captions = inference.caption(model, tokenizer, batch["pixel_values"], args.prompt, *limits)
+        generation = text_format.generation(
+            *(args.generation_max_length, args.generation_num_beams),
+            min_length=args.generation_min_length,
+            repetition_penalty=args.repetition_penalty,
+        )
+        captions = inference.caption(model, text_format, batch["pixel_values"], generation)
         return [{"prediction": text, "probability": number} for text, number in zip(*captions, strict=True)]
 
     def rank(batch: dict[str, torch.Tensor]) -> list[Line]:
@@ -258,23 +297,32 @@ def make_predict(model: Any, processor: BlipProcessor, args: Prediction, task: s
     return {"vqa": answer, "conditional_generation": caption, "image_text_retrieval": rank}[task]
 
 
-def collate(rows: list[Line], processor: BlipProcessor, max_question_tokens: int) -> dict[str, torch.Tensor]:
+def collate(
+    rows: list[Line], processor: ProcessorMixin, text_format: Texts | None, max_question_tokens: int | None
+) -> dict[str, torch.Tensor]:
     """A batch with each image once, and with questions if the rows have them."""
     batch = encode_row_images(rows, processor.image_processor)
     if "question" in rows[0]:
-        batch |= encode_texts([row["question"] for row in rows], processor.tokenizer, max_question_tokens)
+        batch |= text_format.encode_questions([row["question"] for row in rows], max_question_tokens)
     return batch
 
 
 def predict_rows(
-    rows: Dataset, share: list[int], predict: Predict, processor: BlipProcessor, args: Prediction
+    rows: Dataset,
+    share: list[int],
+    predict: Predict,
+    processor: ProcessorMixin,
+    args: Prediction,
+    text_format: Texts | None,
 ) -> Iterator[dict[int, Line]]:
     """Yield, for each batch, the lines of its rows by position."""
     state = PartialState()
     loader = DataLoader(
         Subset(rows, share),
         args.per_device_eval_batch_size,
-        collate_fn=partial(collate, processor=processor, max_question_tokens=args.max_question_tokens),
+        collate_fn=partial(
+            collate, processor=processor, text_format=text_format, max_question_tokens=args.max_question_tokens
+        ),
         num_workers=args.dataloader_num_workers,
     )
     # whether a row is the first one of its image; rows of one image are adjacent

@@ -59,9 +59,6 @@ class Training(BlipTrainingArguments):
         ("generation_max_length", "generation_num_beams"), "Leave it out: retrieval generates no text."
     )
     metrics = ("recall_mean", "text_recall", "image_recall", "itc_")
-    # configs/retrieval_coco.yaml of the original: 8 GPUs x 32 pairs, 1e-5, 6 epochs
-    learning_rate: float = 1e-5
-    num_train_epochs: float = 6
     load_best_model_at_end: bool = True  # train_retrieval.py: the best epoch, by mean recall
     per_device_train_batch_size: int = HfArg(default=32, help="Training pairs per device and batch.")
     per_device_eval_batch_size: int = HfArg(default=64, help="Evaluation images per device and batch.")

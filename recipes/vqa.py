@@ -15,7 +15,6 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 from transformers.hf_argparser import HfArg
 
@@ -46,15 +45,10 @@ class Data(DataArguments):
 @dataclass
 class Training(BlipTrainingArguments):
     metrics = ("vqa_accuracy", "exact_match", "loss")
-    # configs/vqa.yaml of the original: 16 GPUs x 16 images, 2e-5, 10 epochs
-    learning_rate: float = 2e-5
-    num_train_epochs: float = 10
     # train_vqa.py takes the last epoch; answering the 214,000 questions of VQA v2 ten times would take hours
     load_best_model_at_end: bool = False
     per_device_train_batch_size: int = HfArg(default=16, help="Training questions per device and batch.")
     per_device_eval_batch_size: int = HfArg(default=64, help="Evaluation questions per device and batch.")
-    generation_max_length: int = HfArg(default=10, help="Maximum tokens of an answer. [DEC] and [SEP] count too.")
-    generation_num_beams: int = HfArg(default=3, help="Beams of beam search. Original: 3.")
 
 
 def main() -> None:
@@ -67,25 +61,29 @@ def main() -> None:
     train_rows, eval_rows, test_rows = load_splits("vqa", data_args, setup.bad_rows_file, training_args.seed)
     model, processor, run_settings = load_for_training(setup, train_rows, eval_rows)
     model.config.question_start_token = vqa_args.question_start_token
+    limits = (training_args.generation_max_length, training_args.generation_num_beams)
+    generation = setup.texts.generation(*limits, **setup.family.penalties.get("vqa", {}))
 
     def predict(model, batch, positions):
-        encoded = inference.encode_questions(model, batch)
-        losses = model.answer_losses(*encoded, batch["labels"], batch["question_index"]) * batch["answer_weights"]
+        read = inference.encode_questions(model, batch)
+        losses = model.answer_losses(read, batch["labels"], batch["question_index"]) * batch["answer_weights"]
         losses = losses.new_zeros(len(batch["input_ids"])).index_add(0, batch["question_index"], losses).tolist()
+        items = model.loss_items(batch).tolist()
         if candidates:
-            limits = (vqa_args.k_test, vqa_args.max_answer_tokens)
-            texts = inference.rank(model, processor.tokenizer, *encoded, candidates, *limits)
-            probabilities = [None] * len(texts)
+            answers = inference.rank(model, setup.texts, read, candidates, vqa_args.k_test, vqa_args.max_answer_tokens)
+            probabilities = [None] * len(answers)
         else:
-            limits = (training_args.generation_max_length, training_args.generation_num_beams)
-            texts, probabilities = inference.answer(model, processor.tokenizer, *encoded, *limits)
-        names = ("prediction", "probability", "loss")
-        return [dict(zip(names, values, strict=True)) for values in zip(texts, probabilities, losses, strict=True)]
+            answers, probabilities = inference.answer(model, setup.texts, read, generation)
+        names = ("prediction", "probability", "loss", "loss_items")
+        results = zip(answers, probabilities, losses, items, strict=True)
+        return [dict(zip(names, values, strict=True)) for values in results]
 
     trainer = BlipTrainer(
         model,
         training_args,
-        data_collator=VqaCollator(processor, vqa_args.max_question_tokens, vqa_args.max_answer_tokens),
+        data_collator=VqaCollator(
+            processor, vqa_args.max_question_tokens, vqa_args.max_answer_tokens, texts=setup.texts
+        ),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,
@@ -106,8 +104,8 @@ def evaluate(rows, results):
     for result, answers, kind in zip(results, rows["answers"][:], types, strict=True):
         if result:
             result |= {"accuracy": vqa_accuracy(result["prediction"], answers), "answer_type": kind}
-    losses = [result["loss"] for result in results if result]
-    return results, {**scores, "loss": fmean(losses)} if losses else scores
+    losses, items = ([result[name] for result in results if result] for name in ("loss", "loss_items"))
+    return results, {**scores, "loss": sum(losses) / sum(items)} if losses else scores
 
 
 def score(rows, texts):

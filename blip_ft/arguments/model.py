@@ -17,21 +17,24 @@ class ModelArguments(Settings):
     _argument_group_name = "Model"
 
     model_name_or_path: str | None = HfArg(
-        default=None, help="Hub id or folder of a BLIP checkpoint or PEFT adapter, or `demo`, a small new model."
+        default=None,
+        help="Hub id or folder of a checkpoint of the BLIP family or a PEFT adapter, or `demo`, a small new model.",
     )
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of the checkpoint.")
     image_size: int | None = HfArg(
         default=None,
         help="Image height and width in pixels. Position embeddings are resized. Default: the checkpoint's.",
     )
-    label_smoothing: float = HfArg(
-        default=0.1, help="Label smoothing of the language-modeling loss. In [0, 1]. Paper: 0.1."
+    label_smoothing: float | None = HfArg(
+        default=None, help="Label smoothing of BLIP's language-modeling loss. In [0, 1]. Default: 0.1, as the paper."
     )
     dropout: float | None = HfArg(
         default=None, help="Dropout of text states and attention. Paper: 0.1. Default: the checkpoint's, 0 on the Hub."
     )
     freeze: str | None = HfArg(
-        default=None, help="Modules to freeze, separated by commas. E.g. vision_model,text_encoder.encoder.layer.0"
+        default=None,
+        help="Modules to freeze, separated by commas, or none. E.g. vision_model,text_encoder.encoder.layer.0 "
+        "Default: none for BLIP, the language model for BLIP-2, also the vision model for InstructBLIP.",
     )
     allow_pickle: bool = HfArg(
         default=False, help="Also load weights that exist only as .bin. These pickles are read with weights_only."
@@ -51,10 +54,6 @@ class ModelArguments(Settings):
         name = self.model_name_or_path
         return None if name == "demo" or Path(name).exists() else name
 
-    @property
-    def frozen_parts(self) -> list[str]:
-        return [name.strip() for name in (self.freeze or "").split(",") if name.strip()]
-
 
 @dataclass
 class PeftArguments(Settings):
@@ -68,7 +67,8 @@ class PeftArguments(Settings):
     lora_dropout: float = HfArg(default=0.05, help="Dropout of the LoRA adapter's input.")
     lora_target_modules: list[str] | None = HfArg(
         default=None,
-        help="Layers with an adapter. Default: all linear layers of attention and feed-forward, not the tied head.",
+        help="Layers with an adapter. Default: all linear layers of attention and feed-forward, not the head. For "
+        "BLIP-2 and InstructBLIP those of the language model.",
     )
     load_in_8bit: bool = HfArg(default=False, help="8-bit weights (bitsandbytes). Requires --use_peft.")
     load_in_4bit: bool = HfArg(default=False, help="4-bit NF4 weights (bitsandbytes). Requires --use_peft.")

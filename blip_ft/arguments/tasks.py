@@ -19,8 +19,17 @@ class VqaArguments(Settings):
     question_start_token: Literal["cls", "enc"] = HfArg(
         default="cls", help="First token of a question. With cls as in transformers, with enc as in the original."
     )
-    max_question_tokens: int = HfArg(default=35, help="Truncate longer questions. Paper: 35.")
-    max_answer_tokens: int = HfArg(default=30, help="Truncate longer answers in training.")
+    question_prompt: str | None = HfArg(
+        default=None,
+        help="Text that the model reads, with {} for the question. Default: {} for BLIP, `Question: {} Short answer:` "
+        "for BLIP-2, `Question: {} Short Answer:` for InstructBLIP.",
+    )
+    max_question_tokens: int | None = HfArg(
+        default=None, help="Truncate longer questions, prompt included. Default: 35, BLIP-2 32, InstructBLIP 128."
+    )
+    max_answer_tokens: int | None = HfArg(
+        default=None, help="Truncate longer answers in training. Default: 30, BLIP-2 32, InstructBLIP 256."
+    )
     answer_mode: Literal["generate", "rank"] = HfArg(
         default="generate", help="Generate answers, or rank those of answer_list."
     )
@@ -42,19 +51,29 @@ class CaptioningArguments(Settings):
 
     _argument_group_name = "Captioning"
 
-    prompt: str = HfArg(
-        default="a picture of ", help="Beginning of every caption. It is given, not learned. Original: `a picture of `."
+    prompt: str | None = HfArg(
+        default=None,
+        help="Text before every caption. It is given, not learned. Default: `a picture of ` for BLIP, `a photo of` for "
+        "BLIP-2, `A short image caption.` for InstructBLIP.",
     )
-    max_caption_tokens: int = HfArg(default=40, help="Truncate longer captions, prompt included. Paper: 40.")
+    max_caption_tokens: int | None = HfArg(
+        default=None,
+        help="Truncate longer captions; for BLIP the prompt counts. Default: 40, BLIP-2 32, InstructBLIP 256.",
+    )
     clean_captions: bool = HfArg(
         default=True, help="Clean captions as the original. Lowercase, without most punctuation, at most 30 words."
     )
-    generation_min_length: int = HfArg(default=5, help="Minimum tokens of a caption, prompt included.")
-    repetition_penalty: float = HfArg(default=1.0, help="Above 1, make repeated words less likely.")
+    generation_min_length: int | None = HfArg(
+        default=None,
+        help="Minimum tokens of a caption; for BLIP the prompt counts. Default: 5, BLIP-2 8, InstructBLIP 10.",
+    )
+    repetition_penalty: float | None = HfArg(
+        default=None, help="Above 1, make repeated words less likely. Default: 1, InstructBLIP 1.5."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.repetition_penalty <= 0:
+        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be above 0, found {self.repetition_penalty}; 1 has no effect.")
 
 

@@ -55,11 +55,8 @@ WITHOUT_EFFECT = {
 }
 
 HELP_TEXTS = {
-    "num_train_epochs": "Number of training epochs.",
     "max_steps": "Optimizer steps; -1: train num_train_epochs.",
-    "learning_rate": "Peak learning rate.",
     "lr_scheduler_type": "Learning rate schedule. E.g. cosine, linear or constant.",
-    "warmup_steps": "Warmup steps; below 1, a share of all steps.",
     "weight_decay": "Weight decay of all parameters. Biases and norms are included, as in the paper.",
     "gradient_accumulation_steps": "Batches per optimizer step.",
     "gradient_checkpointing": "Recompute activations to save memory. Slower.",
@@ -124,6 +121,23 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
     # of questions, also for DataPipeline; each recipe sets its own
     per_device_train_batch_size: int = HfArg(default=16, help="Training rows per device and batch.")
     per_device_eval_batch_size: int = HfArg(default=64, help="Evaluation rows per device and batch.")
+    learning_rate: float | None = HfArg(
+        default=None, help="Peak learning rate. Default: 2e-5 for vqa with BLIP, otherwise 1e-5."
+    )
+    num_train_epochs: float | None = HfArg(
+        default=None, help="Number of training epochs. Default: that of the model's paper for the task, 5 to 10."
+    )
+    warmup_steps: float | None = HfArg(
+        default=None, help="Warmup steps; below 1, a share of all steps. Default: 0 for BLIP, otherwise 0.09."
+    )
+    generation_max_length: int | None = HfArg(
+        default=None,
+        help="Maximum tokens of an answer or caption; for BLIP the first, the last and a prompt count. Default: that "
+        "of the model's authors.",
+    )
+    generation_num_beams: int | None = HfArg(
+        default=None, help="Beams of beam search. Default: 3 for BLIP, otherwise 5, as the originals."
+    )
     do_train: bool = HfArg(
         default=True,
         help="Train the model. With false, model_name_or_path is evaluated and tested, and no weights are saved.",
@@ -201,12 +215,18 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
             self.disable_tqdm = not sys.stderr.isatty()  # each update of a bar is a line of a log file
         # torch warns in each epoch if there is no device to pin memory for
         self.dataloader_pin_memory &= torch.cuda.is_available() and not self.use_cpu
+        # None is the default of the model's family; the Trainer's own checks need a number
+        unset = [name for name in ("learning_rate", "warmup_steps") if getattr(self, name) is None]
+        for name in unset:
+            setattr(self, name, 0)
         try:
             super().__post_init__()
         except (TypeError, AttributeError) as error:  # an object with unknown keys, e.g. accelerator_config
             raise ValueError(
                 f"The training settings contain an unknown key or a value of the wrong type: {error}"
             ) from error
+        for name in unset:
+            setattr(self, name, None)
         self._check_devices()
         self._check_trackers()
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import BlipProcessor
+from transformers import BlipProcessor, ProcessorMixin
 
+from blip_ft.arguments.families import BLIP
 from blip_ft.data.images import encode_row_images
-from blip_ft.data.texts import IGNORED, clean_caption, encode_labels, encode_prompt, encode_texts
+from blip_ft.data.text_formats import Texts, texts_of
+from blip_ft.data.texts import clean_caption, encode_texts
 
 # rows with image and image_id -> the result of encode_row_images, or the same with image_states for pixel_values
 LookUp = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
@@ -24,16 +26,21 @@ class VqaCollator:
 
     Returns pixel_values (I, 3, H, W) uint8; input_ids and attention_mask (Q, Lq); image_index (Q,);
     labels (A, La); question_index (A,); answer_weights (A,): count / number of that question's answers; readable (Q,).
-    Answers to an unreadable image have weight 0.
+    Answers to an unreadable image have weight 0. For InstructBLIP also qformer_input_ids and qformer_attention_mask.
 
     Args:
         look_up: used instead of encode_row_images.
+        texts: None is BLIP's.
     """
 
-    processor: BlipProcessor
+    processor: ProcessorMixin
     max_question_tokens: int = 35
     max_answer_tokens: int = 30
     look_up: LookUp | None = None
+    texts: Texts | None = None
+
+    def __post_init__(self) -> None:
+        self.texts = self.texts or texts_of(self.processor, BLIP, "vqa")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = self.look_up(rows) if self.look_up else encode_row_images(rows, self.processor.image_processor)
@@ -43,11 +50,10 @@ class VqaCollator:
                 answers.append(answer)
                 question_index.append(index)
                 weights.append(count / len(row["answers"]) if readable else 0.0)
-        tokenizer = self.processor.tokenizer
         return {
             **images,
-            **encode_texts([row["question"] for row in rows], tokenizer, self.max_question_tokens),
-            "labels": encode_labels(answers, tokenizer, self.max_answer_tokens),
+            **self.texts.encode_questions([row["question"] for row in rows], self.max_question_tokens),
+            "labels": self.texts.encode_answers(answers, self.max_answer_tokens),
             "question_index": torch.tensor(question_index),
             "answer_weights": torch.tensor(weights),
         }
@@ -57,29 +63,27 @@ class VqaCollator:
 class CaptionCollator:
     """Batch rows with image, image_id and caption for training.
 
-    Returns pixel_values (I, 3, H, W) uint8; image_index (C,); input_ids and attention_mask (C, L) of prompt and
-    caption; labels (C, L), -100 on the prompt, on padding and for an unreadable image; readable (C,).
+    Returns pixel_values (I, 3, H, W) uint8; image_index (C,); readable (C,); and what texts.encode_captions returns.
 
     Args:
         look_up: used instead of encode_row_images.
+        texts: None is BLIP's, with its prompt.
     Source: BLIP models/blip.py BLIP_Decoder.forward.
     """
 
-    processor: BlipProcessor
-    prompt: str = "a picture of "
+    processor: ProcessorMixin
     max_tokens: int = 40
     clean: bool = True
     look_up: LookUp | None = None
+    texts: Texts | None = None
+
+    def __post_init__(self) -> None:
+        self.texts = self.texts or texts_of(self.processor, BLIP, "conditional_generation")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = self.look_up(rows) if self.look_up else encode_row_images(rows, self.processor.image_processor)
         captions = [clean_caption(row["caption"]) if self.clean else row["caption"] for row in rows]
-        tokenizer = self.processor.tokenizer
-        tokens = encode_texts([self.prompt + caption for caption in captions], tokenizer, self.max_tokens)
-        labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
-        labels[:, : len(encode_prompt(self.prompt, tokenizer))] = IGNORED
-        labels[~images["readable"]] = IGNORED
-        return {**images, **tokens, "labels": labels}
+        return {**images, **self.texts.encode_captions(captions, self.max_tokens, images["readable"])}
 
 
 @dataclass
@@ -122,7 +126,7 @@ class ImageCollator:
     Returns pixel_values (rows, 3, H, W) uint8, one per row, and readable (rows,).
     """
 
-    processor: BlipProcessor
+    processor: ProcessorMixin
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = encode_row_images(rows, self.processor.image_processor)

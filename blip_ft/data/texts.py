@@ -28,12 +28,17 @@ def encode_labels(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_
     return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
 
 
-def decode_texts(token_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Decode each row up to the first [SEP], without special ids and ids that the tokenizer does not know.
+def decode_texts(
+    token_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase, end_token_id: int | None = None
+) -> list[str]:
+    """Decode each row up to the first end token, without special ids and ids that the tokenizer does not know.
+
+    end_token_id: default [SEP].
 
     The Hub's tokenizer has 30,522 entries, but the model can also generate [DEC] 30522 and [ENC] 30523.
     """
-    special, end, known = set(tokenizer.all_special_ids), tokenizer.sep_token_id, len(tokenizer)
+    special, known = set(tokenizer.all_special_ids), len(tokenizer)
+    end = tokenizer.sep_token_id if end_token_id is None else end_token_id
     texts = []
     for row in token_ids.tolist():
         row = row[: row.index(end)] if end in row else row
@@ -47,25 +52,26 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(prompt)["input_ids"][:-1]
 
 
-def require_room_for_captions(
+def require_room(
     prompt: str,
-    tokenizer: PreTrainedTokenizerBase,
-    generation_min_length: int,
+    prompt_length: int,
+    max_caption_tokens: int | None,
     generation_max_length: int,
-    max_caption_tokens: int | None = None,
+    generation_min_length: int,
 ) -> None:
-    """Raise ValueError if the prompt leaves no room for a word and [SEP]. All lengths include the prompt's tokens.
+    """Raise ValueError if the prompt leaves no room for a word and the last token in one of the lengths.
 
     Args:
+        prompt_length: number of tokens of the prompt that the lengths include.
         max_caption_tokens: the limit in training, None without training.
     """
-    needed = len(encode_prompt(prompt, tokenizer)) + 2
+    needed = prompt_length + 2
     limits = {"max_caption_tokens": max_caption_tokens, "generation_max_length": generation_max_length}
     for name, limit in limits.items():
         if limit is not None and limit < needed:
             raise ValueError(
-                f"{name} is {limit}, but the prompt {prompt!r}, one word and [SEP] need {needed} tokens. No caption "
-                f"fits. Set --{name} to {needed} or more, or shorten --prompt."
+                f"{name} is {limit}, but the prompt {prompt!r}, one word and the last token need {needed} tokens. No "
+                f"caption fits. Set --{name} to {needed} or more, or shorten --prompt."
             )
     if generation_min_length > generation_max_length:
         raise ValueError(

@@ -10,14 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.blip import modeling_blip
 
 from blip_ft.arguments import PeftArguments
+from blip_ft.arguments.families import family_of
 
 logger = logging.getLogger(__name__)
-
-# all linear layers of attention and feed-forward. Not the head: it is tied to the embeddings, so merging changes both
-LORA_TARGETS = ("query", "key", "value", "dense", "qkv", "projection", "fc1", "fc2")
 
 
 def add_lora(model: PreTrainedModel, args: PeftArguments, revision: str | None = None) -> PeftModel:
@@ -32,7 +29,7 @@ def add_lora(model: PreTrainedModel, args: PeftArguments, revision: str | None =
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=list(args.lora_target_modules or LORA_TARGETS),
+        target_modules=args.lora_target_modules or family_of(model.config).lora_targets,
         # leave out the head: its output layer is tied to the embeddings
         exclude_modules=r".*\.cls\..*" if hasattr(model, "text_decoder") else None,
         revision=revision,
@@ -148,6 +145,6 @@ def save_for_stock(adapted: PeftModel) -> PeftModel:
     """Make PEFT save the class of transformers as the adapter's base class, in place, and return the model."""
     # peft 0.21 saves the module of the base's class as `parent_library`, and AutoPeftModel only accepts modules that it
     # knows. The class of the same name in transformers has the same weights
-    stock = getattr(modeling_blip, type(adapted.get_base_model()).__name__)
+    stock = next(cls for cls in type(adapted.get_base_model()).__mro__ if cls.__module__.startswith("transformers."))
     adapted._get_base_model_class = partial(_stock_class, stock)
     return adapted

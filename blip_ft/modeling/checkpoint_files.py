@@ -13,74 +13,86 @@ import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
-from transformers import BlipConfig, BlipProcessor, PreTrainedModel
+from transformers import (
+    InstructBlipProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
-from blip_ft.modeling.blip import TASK_OF_CLASS, TASKS
+from blip_ft.arguments.families import family_of
+from blip_ft.data.text_formats import end_token_id
 from blip_ft.modeling.loading_errors import blame_file
+from blip_ft.modeling.registry import CONFIGS, MODEL_REGISTRY, PROCESSORS, TASKS_OF_CLASS, task_of
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_config.json"
 
-# config entries of BLIP classes, see BlipBase.start_token_setting
-START_TOKENS = ("question_start_token", "itm_start_token")
+# config entries of ours, which the config of an adapter's base does not have
+OWN_ENTRIES = ("question_start_token", "itm_start_token", "task", "prompt")
 
 PROCESSOR_FILES = f"{PROCESSOR_NAME}, tokenizer_config.json or tokenizer.json"
 
 
-def read_config(name: str, kwargs: dict[str, Any]) -> BlipConfig:
-    """Read the config of a checkpoint. Raises: ValueError if a value is invalid, or the checkpoint is not of BLIP."""
+def read_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """Read the config of a checkpoint. Raises: ValueError if a value is invalid, or the family is not supported."""
     with blame_file(CONFIG_NAME, name):
-        content, _ = BlipConfig.get_config_dict(name, **kwargs)
+        content, _ = PreTrainedConfig.get_config_dict(name, **kwargs)
         json.dumps(content, allow_nan=False)
     if "model_type" not in content:
         raise EntryNotFoundError(f"{CONFIG_NAME} does not exist or has no model_type")
     found = content["model_type"]
-    if found != BlipConfig.model_type:
+    if found not in CONFIGS:
         own_code = " It contains its own code, which is never run here." if "auto_map" in content else ""
-        raise ValueError(
-            f"{name} is a checkpoint of type {found!r}; supported: {BlipConfig.model_type} (BLIP, not BLIP-2 or "
-            f"InstructBLIP) with the tasks {', '.join(TASKS)}.{own_code}"
-        )
+        known = "; ".join(f"{kind} for {', '.join(tasks)}" for kind, tasks in MODEL_REGISTRY.items())
+        raise ValueError(f"{name} is a checkpoint of type {found!r}. Supported: {known}.{own_code}")
     with blame_file(CONFIG_NAME, name):
-        config = BlipConfig.from_pretrained(name, **kwargs)
-        text = config.text_config
-        for key in ("bos_token_id", "pad_token_id", "sep_token_id"):
-            if not 0 <= getattr(text, key) < text.vocab_size:
-                raise ValueError(f"text_config.{key} must be a token id, 0 to {text.vocab_size - 1}")
-        for key in START_TOKENS:
-            if getattr(config, key, "cls") not in ("cls", "enc"):
-                raise ValueError(f"{key} must be cls or enc")
-        list(config.architectures or ())  # raises if it is not a list
+        config = CONFIGS[found].from_pretrained(name, **kwargs)
+        _require_valid_entries(config)
+    family_of(config)
     return config
 
 
-def read_processor(name: str, kwargs: dict[str, Any]) -> BlipProcessor:
+def _require_valid_entries(config: PreTrainedConfig) -> None:
+    """Raises: ValueError for an entry that would fail later."""
+    text = config.text_config
+    if not family_of(config).reads_prompts:
+        for key in ("bos_token_id", "pad_token_id", "sep_token_id"):
+            if not 0 <= getattr(text, key) < text.vocab_size:
+                raise ValueError(f"text_config.{key} must be a token id, 0 to {text.vocab_size - 1}")
+    for key in ("question_start_token", "itm_start_token"):
+        if getattr(config, key, "cls") not in ("cls", "enc"):
+            raise ValueError(f"{key} must be cls or enc")
+    list(config.architectures or ())  # raises if it is not a list
+
+
+def read_processor(name: str, config: PreTrainedConfig, kwargs: dict[str, Any]) -> ProcessorMixin:
     """Read the processor of a checkpoint. Raises: ValueError if a value in its files is invalid."""
     # without trust_remote_code, transformers asks on stdin whether to run the checkpoint's code
     with blame_file(PROCESSOR_FILES, name):
-        return BlipProcessor.from_pretrained(name, **{**kwargs, "trust_remote_code": False})
+        return PROCESSORS[config.model_type].from_pretrained(name, **{**kwargs, "trust_remote_code": False})
 
 
-def fit_processor(processor: BlipProcessor, config: BlipConfig, name: str) -> None:
+def fit_processor(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> None:
     """Make processor and config agree on text length, image size and pixel normalization, in place.
 
     Raises: ValueError if the tokenizer does not have the vocabulary that the checkpoint was trained with.
     """
-    tokenizer, text, vision = processor.tokenizer, config.text_config, config.vision_config
-    # BLIP's [DEC] and [ENC] come right after BERT's vocabulary; the tokenizer may or may not include them
-    if not text.bos_token_id <= len(tokenizer) <= text.vocab_size:
-        raise ValueError(
-            f"The tokenizer of {name} does not match its weights: it has {len(tokenizer)} tokens, but the model was "
-            f"trained with {text.bos_token_id} to {text.vocab_size}. Check that tokenizer.json or vocab.txt exists "
-            "and is complete, or copy the tokenizer's files from the checkpoint that this one was fine-tuned from."
-        )
+    tokenizer, vision = processor.tokenizer, config.vision_config
+    family = family_of(config)
+    if family.reads_prompts:
+        _fit_prompts(processor, config, name)
+    else:
+        _require_vocabulary(tokenizer, config, name)
     images = processor.image_processor
     with blame_file(PROCESSOR_FILES, name):
-        # the loss and the first token, [DEC], assume that texts start in column 0
-        tokenizer.padding_side = tokenizer.truncation_side = "right"
-        tokenizer.model_max_length = min(tokenizer.model_max_length, text.max_position_embeddings)
+        # losses and masks assume padding on the right. A cut prompt still ends as the model was trained
+        tokenizer.padding_side = "right"
+        tokenizer.truncation_side = "left" if family.reads_prompts else "right"
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest_text(config))
         images.size = {"height": vision.image_size, "width": vision.image_size}
         vision.image_mean, vision.image_std = list(images.image_mean), list(images.image_std)
         pixels = images(Image.new("RGB", (8, 8)), return_tensors="pt")["pixel_values"]
@@ -88,38 +100,93 @@ def fit_processor(processor: BlipProcessor, config: BlipConfig, name: str) -> No
             raise ValueError("with image_mean and image_std, a black image gives numbers that are not finite")
 
 
-def build_on_meta(task: str, config: BlipConfig, name: str) -> PreTrainedModel:
+def _require_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:
+    text = config.text_config
+    # BLIP's [DEC] and [ENC] come right after BERT's vocabulary; the tokenizer may or may not include them
+    if not text.bos_token_id <= len(tokenizer) <= text.vocab_size:
+        raise ValueError(
+            f"The tokenizer of {name} does not match its weights: it has {len(tokenizer)} tokens, but the model was "
+            f"trained with {text.bos_token_id} to {text.vocab_size}. Check that tokenizer.json or vocab.txt exists "
+            "and is complete, or copy the tokenizer's files from the checkpoint that this one was fine-tuned from."
+        )
+
+
+def _fit_prompts(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> None:
+    """fit_processor for BLIP-2 and InstructBLIP."""
+    tokenizer, rows = processor.tokenizer, config.text_config.vocab_size
+    # the processor adds `<image>` to a tokenizer that lacks it, and nothing here reads that token
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+    end = end_token_id(tokenizer, family_of(config))
+    if max((*words, end)) >= rows:
+        raise ValueError(
+            f"The tokenizer of {name} does not match its weights: it has {len(tokenizer)} tokens, and the language "
+            f"model {rows}. Copy the tokenizer's files from the checkpoint that this one was fine-tuned from."
+        )
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    if getattr(config, "image_token_index", None) is None:  # checkpoints from before transformers 4.46
+        if image_token < rows:
+            config.image_token_index = image_token
+        else:
+            logger.warning(
+                "%s has no row for the token <image>, which transformers' own batches need. Batches of blip_ft work.",
+                name,
+            )
+    processor.num_query_tokens = config.num_query_tokens  # None in the files of some checkpoints
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    if isinstance(processor, InstructBlipProcessor):
+        own = processor.qformer_tokenizer
+        own.padding_side, own.truncation_side = "right", "left"
+        own.model_max_length = min(own.model_max_length, config.qformer_config.max_position_embeddings)
+
+
+def build_on_meta(task: str, config: PreTrainedConfig, name: str) -> PreTrainedModel:
     """Build the model on the meta device, which needs no memory, and run one image and one text through it.
 
     Raises: ValueError if the config does not describe a model that can be built and called.
     """
+    if task not in MODEL_REGISTRY[config.model_type]:
+        raise ValueError(
+            f"{name} is a checkpoint of {family_of(config).name}, which is not supported for {task}; supported: "
+            f"{', '.join(MODEL_REGISTRY[config.model_type])}."
+        )
     with blame_file(CONFIG_NAME, name), torch.device("meta"), torch.no_grad():
-        model = TASKS[task](config).eval()
+        model = MODEL_REGISTRY[config.model_type][task](config).eval()
         side = config.vision_config.image_size
         images = model.encode_images(torch.empty(1, 3, side, side, dtype=torch.uint8)).last_hidden_state
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        if family_of(config).reads_prompts:
+            qformer = {"qformer_input_ids": ids} if model.qformer_reads_prompts else {}
+            model.encode_questions(image_states=images, input_ids=ids, **qformer)
         for part, module in model.named_children():
             if part in ("text_encoder", "text_decoder"):
-                module(input_ids=torch.zeros(1, 2, dtype=torch.long), encoder_hidden_states=images)
+                module(input_ids=ids, encoder_hidden_states=images)
     return model.train()
 
 
-def task_of_config(config: BlipConfig) -> str:
-    """The task of the config's architecture, else vqa with a warning."""
-    for name in config.architectures or ():
-        if name in TASK_OF_CLASS:
-            return TASK_OF_CLASS[name]
-    logger.warning(
-        "The checkpoint's config does not name a BLIP architecture; using the task vqa. Set task to change it."
-    )
-    return "vqa"
+def task_of_config(config: PreTrainedConfig) -> str:
+    """The task of the config, else vqa with a warning."""
+    task = task_of(config)
+    if task is None:
+        logger.warning(
+            "The checkpoint's config does not name a BLIP architecture; using the task vqa. Set task to change it."
+        )
+    return task or "vqa"
 
 
-def require_positions(config: BlipConfig, *with_lengths: Any) -> None:
+def longest_text(config: PreTrainedConfig) -> int:
+    """Number of tokens that a text of the model can have."""
+    # T5 has relative positions; it was pretrained on 512 tokens
+    positions = getattr(config.text_config, "max_position_embeddings", 512)
+    return positions - (config.num_query_tokens if family_of(config).reads_prompts else 0)
+
+
+def require_positions(config: PreTrainedConfig, *with_lengths: Any) -> None:
     """Raise ValueError if a max_..._tokens or generation_max_length exceeds the model's number of positions.
 
     with_lengths: dataclasses of arguments.
     """
-    longest = config.text_config.max_position_embeddings
+    longest = longest_text(config)
     lengths = [(name, value) for arguments in with_lengths for name, value in vars(arguments).items()]
     too_long = [
         f"{name} {value}"
@@ -149,17 +216,18 @@ def base_of_adapter(
         config = json.loads(file.read_text(encoding="utf-8"))
         json.dumps(config, allow_nan=False)
         base, revision = config.get("base_model_name_or_path"), config.get("revision")
-        task = TASK_OF_CLASS.get((config.get("auto_mapping") or {}).get("base_model_class"))
+        base_class = (config.get("auto_mapping") or {}).get("base_model_class")
+        tasks = TASKS_OF_CLASS.get(base_class, [])
         if not isinstance(base or "", str):
             raise TypeError(f"base_model_name_or_path must be a Hub id or a folder, found {base!r}")
     if not base:
         raise ValueError(
             f"The adapter {name} does not name its base checkpoint. Set base_model_name_or_path in {ADAPTER_FILE}."
         )
-    if wanted_task and task and task != wanted_task:
-        raise ValueError(f"{name} is an adapter for the task {task} and cannot be used for {wanted_task}.")
+    if wanted_task and tasks and wanted_task not in tasks:
+        raise ValueError(f"{name} is an adapter for the task {tasks[0]} and cannot be used for {wanted_task}.")
     # the revision in kwargs is the adapter's; that of the base is in the adapter's config
-    return base, {**kwargs, "revision": revision}, task
+    return base, {**kwargs, "revision": revision}, tasks[0] if len(tasks) == 1 else None
 
 
 def refuse_pickle(name: str, safe: Sequence[str], pickled: str, kwargs: dict[str, Any]) -> None:

@@ -8,125 +8,66 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BlipProcessor, PreTrainedTokenizerBase
+from transformers import ProcessorMixin
 
+from blip_ft.arguments.families import family_of
 from blip_ft.data.images import longest_side, open_image, resize_to_uint8
-from blip_ft.data.texts import decode_texts, encode_labels, encode_prompt, encode_texts
+from blip_ft.data.text_formats import Texts, texts_of
+from blip_ft.modeling.checkpoint_files import longest_text
+
+# what encode_questions of a model reads
+READ = (
+    *("pixel_values", "image_states", "query_states", "image_index"),
+    *("input_ids", "attention_mask", "qformer_input_ids", "qformer_attention_mask"),
+)
 
 
-def encode_questions(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_questions(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Any:
     """Encode the images of a batch, then its questions.
 
     Args:
         batch: on the model's device; pixel_values (num_images, 3, height, width), or image_states
             (num_images, patches, width) if the images are encoded already; input_ids and attention_mask
             (num_questions, question_length); image_index (num_questions,), the image of each question.
-    Returns: what answer() and rank() read: question_states (num_questions, question_length, width) and
-        attention_mask.
+    Returns: what answer() and rank() read.
     """
-    image_states = batch.get("image_states")
-    if image_states is None:
-        image_states = model.encode_images(batch["pixel_values"]).last_hidden_state
-    mask = batch["attention_mask"]
-    return model.encode_pairs(image_states, batch["input_ids"], mask, batch["image_index"]), mask
+    return model.encode_questions(**{name: batch[name] for name in READ if name in batch})
 
 
 def answer(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    question_states: torch.Tensor,
-    attention_mask: torch.Tensor,
-    max_length: int = 20,
-    num_beams: int = 3,
+    model: torch.nn.Module, texts: Texts, read: Any, generation: dict[str, Any]
 ) -> tuple[list[str], list[float]]:
-    """Generate an answer to each question, and its probability; see sequence_probabilities.
+    """Generate an answer to each question, and its probability: the product of the probabilities of its tokens.
 
     Args:
-        question_states, attention_mask: from encode_questions.
-        max_length: number of tokens of an answer, [DEC] and [SEP] included.
+        read: from encode_questions.
+        generation: from texts.generation.
     """
-    ids = model.generate_answers(
-        question_states, attention_mask, max_length=max_length, num_beams=num_beams, do_sample=False
-    )
-    return decode_texts(ids, tokenizer), sequence_probabilities(model, ids, 1, question_states, attention_mask)
-
-
-@torch.no_grad()
-def sequence_probabilities(
-    model: torch.nn.Module,
-    ids: torch.Tensor,
-    start: int,
-    states: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-) -> list[float]:
-    """0 to 1, the product of the token probabilities of each row, from column `start` to the first [SEP] inclusive.
-
-    The model reads the finished row once more. So the number does not depend on the number of beams, label smoothing
-    or the constraints of generation (min_length, repetition). If a row was cut before its [SEP], all its tokens count.
-
-    Args:
-        ids: (rows, length), [DEC] first, as generate returns them.
-        states, attention_mask: (rows, encoder_length, ...), what the decoder reads.
-    """
-    hidden = model.text_decoder.bert(
-        input_ids=ids[:, :-1],
-        encoder_hidden_states=states,
-        encoder_attention_mask=attention_mask,
-        is_decoder=True,
-    ).last_hidden_state
-    targets = ids[:, start:]
-    logs = model.text_decoder.cls(hidden[:, start - 1 :]).float().log_softmax(-1)
-    logs = logs.gather(-1, targets[..., None]).squeeze(-1)  # (rows, length - start)
-    is_end = (targets == model.config.text_config.sep_token_id).long()
-    return logs.masked_fill(is_end.cumsum(1) > is_end, 0).sum(1).exp().tolist()
+    ids = model.generate_answers(read, **generation)
+    return texts.decode(ids), model.sequence_probabilities(read, ids, texts.end_token_id).tolist()
 
 
 def rank(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    question_states: torch.Tensor,
-    attention_mask: torch.Tensor,
-    candidates: Sequence[str],
-    k: int = 128,
-    max_tokens: int = 30,
+    model: torch.nn.Module, texts: Texts, read: Any, candidates: Sequence[str], k: int = 128, max_tokens: int = 30
 ) -> list[str]:
     """The most probable candidate for each question, chosen as rank_answer of the original does."""
-    ids = encode_labels(candidates, tokenizer, max_tokens).to(question_states.device)
-    _, order = model.rank_answers(question_states, attention_mask, ids, k)
+    ids = texts.encode_answers(candidates, max_tokens).to(model.device)
+    _, order = model.rank_answers(read, ids, k)
     return [candidates[best] for best in order[:, 0].tolist()]
 
 
 def caption(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    pixel_values: torch.Tensor,
-    prompt: str = "a picture of ",
-    max_length: int = 20,
-    num_beams: int = 3,
-    min_length: int = 5,
-    repetition_penalty: float = 1.0,
+    model: torch.nn.Module, texts: Texts, pixel_values: torch.Tensor, generation: dict[str, Any]
 ) -> tuple[list[str], list[float]]:
     """Generate a caption for each image. Captions and their probabilities do not include the prompt.
 
     Args:
         pixel_values: (num_images, 3, height, width).
-        max_length, min_length: number of tokens, prompt and [SEP] included.
+        generation: from texts.generation.
     """
-    start = torch.tensor([encode_prompt(prompt, tokenizer)] * len(pixel_values), device=pixel_values.device)
-    image_states = model.encode_images(pixel_values).last_hidden_state
-    ids = model.generate_captions(
-        image_states,
-        start,
-        max_length=max_length,
-        min_length=min_length,
-        num_beams=num_beams,
-        repetition_penalty=repetition_penalty,
-        do_sample=False,
-    )
-    prompt_length = start.shape[1]
-    return decode_texts(ids[:, prompt_length:], tokenizer), sequence_probabilities(
-        model, ids, prompt_length, image_states
-    )
+    prompts = texts.encode_caption_prompts(len(pixel_values))
+    prompts = {name: tensor.to(pixel_values.device) for name, tensor in prompts.items()}
+    return answer(model, texts, encode_questions(model, {"pixel_values": pixel_values, **prompts}), generation)
 
 
 def rank_pairs(
@@ -254,7 +195,7 @@ def _top_k(similarity: np.ndarray, k: int, rows_at_once: int = 256) -> np.ndarra
 
 def answer_questions(
     model: torch.nn.Module,
-    processor: BlipProcessor,
+    processor: ProcessorMixin,
     images: Sequence[Any],
     questions: Sequence[str],
     max_length: int = 20,
@@ -273,7 +214,10 @@ def answer_questions(
     asked: dict[Any, list[int]] = {}
     for position, key in enumerate(keys):
         asked.setdefault(key, []).append(position)
-    longest, size = model.config.text_config.max_position_embeddings, longest_side(processor.image_processor)
+    family = family_of(model.config)
+    texts = texts_of(processor, family, "vqa", getattr(model.config, "prompt", None))
+    generation = texts.generation(max_length, num_beams, **family.penalties.get("vqa", {}))
+    longest, size = longest_text(model.config), longest_side(processor.image_processor)
     answers = [""] * len(questions)
     groups = list(asked.values())
     for start in range(0, len(groups), images_at_once):
@@ -284,12 +228,12 @@ def answer_questions(
             states = model.encode_images(pixels.to(model.device)).last_hidden_state
             for first in range(0, len(pairs), questions_at_once):
                 rows, positions = zip(*pairs[first : first + questions_at_once], strict=True)
-                batch = encode_texts([questions[p] for p in positions], processor.tokenizer, longest)
+                batch = texts.encode_questions([questions[p] for p in positions], longest)
                 batch["image_index"] = torch.tensor(rows)
                 batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-                encoded = encode_questions(model, {"image_states": states, **batch})
+                read = encode_questions(model, {"image_states": states, **batch})
                 # answer() would also compute probabilities, which takes one more pass of the decoder
-                ids = model.generate_answers(*encoded, max_length=max_length, num_beams=num_beams, do_sample=False)
-                for position, text in zip(positions, decode_texts(ids, processor.tokenizer), strict=True):
+                ids = model.generate_answers(read, **generation)
+                for position, text in zip(positions, texts.decode(ids), strict=True):
                     answers[position] = text
     return answers

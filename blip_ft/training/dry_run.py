@@ -74,7 +74,7 @@ def _require_finite_loss(trainer: BlipTrainer) -> None:
     if few := list(islice(readable, 2)):
         batch = trainer._prepare_inputs(trainer.data_collator(few))
         if trainer.model_accepts_loss_kwargs:
-            batch["num_items_in_batch"] = max(1, trainer.blip.count_loss_items(batch))
+            batch["num_items_in_batch"] = trainer.blip.loss_items(batch).sum().clamp(min=1)
         with trainer.unsharded_model() as model, torch.no_grad(), trainer.compute_loss_context_manager():
             model.eval()  # in training mode retrieval would fill its queue
             loss = model(**batch).loss.float()

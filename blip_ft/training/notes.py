@@ -89,7 +89,7 @@ def explain_loss(trainer: BlipTrainer) -> list[str]:
             f"{math.log(batch + queue):.2f} among {batch + queue:,}. in_batch_accuracy, the percentage of pairs that "
             "are matched within their batch, does not depend on the queue."
         ]
-    if isinstance(model, BlipForImageTextRetrieval) or not model.text_decoder.label_smoothing:
+    if isinstance(model, BlipForImageTextRetrieval) or not getattr(model.config.text_config, "label_smoothing", 0):
         return []
     smoothing = model.text_decoder.label_smoothing
     floor = smoothing_floor(model.config.text_config.vocab_size, smoothing)

@@ -13,13 +13,23 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from transformers import BlipProcessor, PreTrainedModel, Trainer, get_scheduler, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, get_scheduler, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
-from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, Settings
+from blip_ft.arguments import (
+    BlipTrainingArguments,
+    CaptioningArguments,
+    DataArguments,
+    ModelArguments,
+    PeftArguments,
+    Settings,
+    VqaArguments,
+)
+from blip_ft.arguments.families import RECIPES, Family, family_of, fill_defaults, frozen_parts
 from blip_ft.data.sampling import require_whole_batch
 from blip_ft.data.streaming import StreamedRows
 from blip_ft.data.tables import CaptionRows
+from blip_ft.data.text_formats import Texts, texts_of
 from blip_ft.modeling.adapters import (
     add_lora,
     count_parameters,
@@ -38,20 +48,19 @@ from blip_ft.training.run_settings import settle_settings
 
 logger = logging.getLogger(__name__)
 
-# task -> the name of its recipe
-RECIPES = {"vqa": "vqa", "conditional_generation": "captioning", "image_text_retrieval": "retrieval"}
-
 
 @dataclass
 class RunSetup:
     """The arguments of a run, and what is known before its rows are read and its weights are loaded.
 
     Args:
-        task: a key of ModelLoader.MODEL_REGISTRY["blip"].
+        task: a key of RECIPES.
         task_args: the arguments of the recipe's own, e.g. VqaArguments.
         checkpoint: folder to resume from; None starts from the beginning.
         meta_model: the model that load_for_training returns, without weights, on the meta device.
         processor: as load_for_training returns it.
+        family: of the model; it has filled the settings that were None.
+        texts: how it reads and writes texts; None in retrieval.
     """
 
     task: str
@@ -62,7 +71,9 @@ class RunSetup:
     training_args: BlipTrainingArguments
     checkpoint: str | None
     meta_model: PreTrainedModel | PeftModel
-    processor: BlipProcessor
+    processor: ProcessorMixin
+    family: Family
+    texts: Texts | None
 
     @property
     def bad_rows_file(self) -> Path:
@@ -89,13 +100,41 @@ def prepare_run(
     data_args.check_streaming(training_args)
     checkpoint = prepare_output_dir(training_args, RECIPES[task], peft_args)
     meta_model, processor = build_meta_model(task, model_args, peft_args, task_args, training_args)
-    return RunSetup(task, model_args, data_args, task_args, peft_args, training_args, checkpoint, meta_model, processor)
+    family = family_of(without_adapter(meta_model).config)
+    _require_support(family, task_args, training_args)
+    return RunSetup(
+        *(task, model_args, data_args, task_args, peft_args, training_args, checkpoint, meta_model, processor, family),
+        _texts_of(processor, family, task_args),
+    )
+
+
+def _require_support(family: Family, task_args: Settings, args: BlipTrainingArguments) -> None:
+    """Raises: ValueError for settings that only BLIP has, and for fp16 with T5, which overflows."""
+    if not family.reads_prompts:
+        return
+    if isinstance(task_args, VqaArguments):
+        if task_args.answer_mode == "rank":
+            raise ValueError(f"answer_mode rank is for BLIP. {family.name} generates its answers; leave it out.")
+        if task_args.question_start_token != "cls":
+            raise ValueError(f"question_start_token is for BLIP. {family.name} has no such token; leave it out.")
+    if args.fp16 and family.language_model == "t5":
+        raise ValueError("T5 overflows in float16. Use --bf16 instead of --fp16.")
+
+
+def _texts_of(processor: ProcessorMixin, family: Family, task_args: Settings) -> Texts | None:
+    if isinstance(task_args, VqaArguments):
+        return texts_of(processor, family, "vqa", task_args.question_prompt)
+    if isinstance(task_args, CaptioningArguments):
+        return texts_of(processor, family, "conditional_generation", task_args.prompt)
+    return None
 
 
 def build_meta_model(
     task: str, model_args: ModelArguments, peft_args: PeftArguments, *with_lengths: Any
-) -> tuple[PreTrainedModel | PeftModel, BlipProcessor]:
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
     """The model that load_for_training returns, without weights, on the meta device; and the processor.
+
+    Settings that are None become the defaults of the model's family.
 
     with_lengths: arguments whose text lengths must fit the model, see require_positions.
     Raises: ValueError for arguments that do not work with this checkpoint.
@@ -125,11 +164,13 @@ def build_meta_model(
             f'{needed}; {name} is an adapter itself. Merge it first: load_model("{name}", merge=True), then '
             "save_model(...)."
         )
+    family = family_of(config)
+    fill_defaults(family, task, model_args, *with_lengths)
     require_positions(config, *with_lengths)
     if peft_args.use_peft:
         with torch.device("meta"):
             model = add_lora(model, peft_args)
-    _freeze(model, model_args.frozen_parts)
+    _freeze(model, frozen_parts(family, model_args.freeze, peft_args.use_peft))
     return model, loader.get_processor()
 
 
@@ -153,7 +194,7 @@ def _freeze(model: PreTrainedModel | PeftModel, names: list[str]) -> None:
 
 def load_for_training(
     setup: RunSetup, train_rows: Dataset | CaptionRows | StreamedRows, eval_rows: Dataset
-) -> tuple[PreTrainedModel | PeftModel, BlipProcessor, dict[str, Any]]:
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin, dict[str, Any]]:
     """Check the setup against the rows, then load the model: resized, quantized, with an adapter, frozen.
 
     Returns: model, processor, and the settings to save in each checkpoint, see settle_settings.
@@ -187,8 +228,10 @@ def load_for_training(
     model = loaded["model"]
     if peft_args.use_peft:
         model = add_lora(model, peft_args, model_args.model_revision)
-    if model_args.frozen_parts:
-        freeze_model(model, model_args.frozen_parts)
+    if frozen := frozen_parts(setup.family, model_args.freeze, peft_args.use_peft):
+        freeze_model(model, frozen)
+    if setup.texts:
+        without_adapter(model).config.prompt = setup.texts.prompt
     counts = count_parameters(model)
     logger.info(
         "%s: %.1f M parameters, %.1f M of them trained",

@@ -22,6 +22,7 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from blip_ft.arguments.families import family_of
 from blip_ft.data.batches import Batch, match_rows
 from blip_ft.data.sampling import GroupedSampler, share_of_process
 from blip_ft.data.streaming import StreamedRows
@@ -199,11 +200,11 @@ class BlipTrainer(PushingTrainer):
         return self.sampler
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | None:
-        """The divisor of a step's loss. The Trainer would count label tokens; BLIP counts questions."""
+        """The divisor of a step's loss. The Trainer would count label tokens; the model knows what its mean is over."""
         if not self.model_accepts_loss_kwargs:
             return None
         self._require_targets(batch_samples)
-        items = torch.tensor(sum(self.blip.count_loss_items(batch) for batch in batch_samples), device=device)
+        items = sum(self.blip.loss_items(batch).sum() for batch in batch_samples).to(device, torch.float)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             items = self.accelerator.gather(items).sum()
         return items
@@ -280,8 +281,11 @@ class BlipTrainer(PushingTrainer):
         super().log(logs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """All parameters: as in the original, AdamW also decays biases and norms (train_vqa.py)."""
-        return [name for name, _ in model.named_parameters()]
+        """As the originals: all parameters of BLIP (train_vqa.py), no biases and norms in LAVIS (blip2.py)."""
+        names = [name for name, _ in model.named_parameters()]
+        if not family_of(self.blip.config).reads_prompts:
+            return names
+        return [name for name in names if model.get_parameter(name).dim() > 1 and not name.endswith(".bias")]
 
     @contextmanager
     def _temperature_in_model(self) -> Iterator[None]:

@@ -105,3 +105,34 @@ def smoothed_token_losses(decoder, states: torch.Tensor, targets: torch.Tensor) 
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits, targets[counted], label_smoothing=decoder.label_smoothing, reduction="none")
     return losses.new_zeros(targets.shape).masked_scatter(counted, losses)
+
+
+@torch.no_grad()
+def sequence_probabilities(
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    start: int,
+    end: int,
+    states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(rows,) 0 to 1, the product of the token probabilities from column `start` to the first `end` inclusive.
+
+    The model reads the finished row once more. So the number does not depend on the number of beams, label smoothing
+    or the constraints of generation (min_length, repetition). If a row was cut before its end, all its tokens count.
+
+    Args:
+        ids: (rows, length), [DEC] first, as generate returns them.
+        states, attention_mask: (rows, encoder_length, ...), what the decoder reads.
+    """
+    hidden = model.text_decoder.bert(
+        input_ids=ids[:, :-1],
+        encoder_hidden_states=states,
+        encoder_attention_mask=attention_mask,
+        is_decoder=True,
+    ).last_hidden_state
+    targets = ids[:, start:]
+    logs = model.text_decoder.cls(hidden[:, start - 1 :]).float().log_softmax(-1)
+    logs = logs.gather(-1, targets[..., None]).squeeze(-1)  # (rows, length - start)
+    is_end = (targets == end).long()
+    return logs.masked_fill(is_end.cumsum(1) > is_end, 0).sum(1).exp()

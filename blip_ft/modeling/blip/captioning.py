@@ -7,7 +7,10 @@ from transformers.models.blip import modeling_blip
 from transformers.utils import can_return_tuple
 
 from blip_ft.data.texts import IGNORED
-from blip_ft.modeling.blip.base import BlipBase, smoothed_token_losses
+from blip_ft.modeling.blip.base import BlipBase, sequence_probabilities, smoothed_token_losses
+
+# image_states (num_images, patches + 1, width), and prompts (num_images, prompt_length) without [SEP]
+ImagesAndPrompts = tuple[torch.Tensor, torch.Tensor]
 
 
 class BlipForConditionalGeneration(BlipBase, modeling_blip.BlipForConditionalGeneration):
@@ -73,9 +76,30 @@ class BlipForConditionalGeneration(BlipBase, modeling_blip.BlipForConditionalGen
         )
 
     @staticmethod
-    def count_loss_items(batch: dict[str, torch.Tensor]) -> int:
-        """Number of target tokens, by which the loss of a batch is divided. Targets are shifted by one."""
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
+    def loss_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(num_captions,) number of target tokens, by which the loss is divided. Targets are shifted by one."""
+        return (batch["labels"][:, 1:] != IGNORED).sum(1)
+
+    def encode_questions(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_states: torch.Tensor | None = None,
+        *,
+        input_ids: torch.Tensor,
+    ) -> ImagesAndPrompts:
+        """Read images and prompts (num_images, prompt_length); generate_answers continues them."""
+        return self._encode_or_reuse(pixel_values, image_states, False).last_hidden_state, input_ids
+
+    def generate_answers(self, read: ImagesAndPrompts, **generate_kwargs) -> torch.Tensor:
+        """Generate captions as generate does, without the prompt: (num_images, new_tokens)."""
+        return self.generate_captions(*read, **generate_kwargs)[:, read[1].shape[1] :]
+
+    def sequence_probabilities(self, read: ImagesAndPrompts, ids: torch.Tensor, end: int) -> torch.Tensor:
+        """(num_images,), see blip.base.sequence_probabilities. ids: from generate_answers."""
+        image_states, prompts = read
+        prompts = prompts.clone()
+        prompts[:, 0] = self.config.text_config.bos_token_id
+        return sequence_probabilities(self, torch.cat([prompts, ids], 1), prompts.shape[1], end, image_states)
 
     @torch.no_grad()
     def generate(

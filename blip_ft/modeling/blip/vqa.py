@@ -8,7 +8,10 @@ from transformers.utils import can_return_tuple
 
 from blip_ft.data.texts import IGNORED
 from blip_ft.modeling.blip.attention import additive_mask
-from blip_ft.modeling.blip.base import BlipBase, smoothed_token_losses
+from blip_ft.modeling.blip.base import BlipBase, sequence_probabilities, smoothed_token_losses
+
+# question_states (num_questions, question_length, width) and attention_mask (num_questions, question_length)
+QuestionStates = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering):
@@ -58,8 +61,7 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
         loss = None
         if labels is not None:
             losses = self.answer_losses(
-                question_states,
-                attention_mask,
+                (question_states, attention_mask),
                 labels,
                 question_index,
                 decoder_input_ids,
@@ -78,14 +80,26 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
         )
 
     @staticmethod
-    def count_loss_items(batch: dict[str, torch.Tensor]) -> int:
-        """Number of questions, by which the loss of a batch is divided."""
-        return len(batch["input_ids"])
+    def loss_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(num_questions,) of ones: the loss of a batch is divided by its number of questions."""
+        return torch.ones_like(batch["input_ids"][:, 0])
+
+    def encode_questions(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_states: torch.Tensor | None = None,
+        *,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+    ) -> QuestionStates:
+        """Read images and questions; arguments as in forward. The other methods use the result."""
+        vision = self._encode_or_reuse(pixel_values, image_states, interpolate_pos_encoding=False)
+        return self.encode_pairs(vision.last_hidden_state, input_ids, attention_mask, image_index), attention_mask
 
     def answer_losses(
         self,
-        question_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        read: QuestionStates,
         labels: torch.Tensor,
         question_index: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
@@ -94,8 +108,9 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
     ) -> torch.Tensor:
         """Cross-entropy of each answer with label smoothing, summed over its tokens: (num_answers,).
 
-        question_states: (num_questions, question_length, width), from encode_pairs. Other arguments as in forward.
+        read: from encode_questions. Other arguments as in forward.
         """
+        question_states, attention_mask = read
         text = self.config.text_config
         if question_index is None and len(labels) != len(question_states):
             raise ValueError(
@@ -138,13 +153,12 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
         """
         image_states = self.encode_images(pixel_values, interpolate_pos_encoding).last_hidden_state
         question_states = self.encode_pairs(image_states, input_ids, attention_mask, image_index)
-        return self.generate_answers(question_states, attention_mask, **generate_kwargs)
+        return self.generate_answers((question_states, attention_mask), **generate_kwargs)
 
     @torch.no_grad()
-    def generate_answers(
-        self, question_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **generate_kwargs
-    ) -> torch.Tensor:
-        """Generate answers as generate does, from the question states that encode_pairs returned."""
+    def generate_answers(self, read: QuestionStates, **generate_kwargs) -> torch.Tensor:
+        """Generate answers as generate does, from what encode_questions returned."""
+        question_states, attention_mask = read
         text = self.config.text_config
         if attention_mask is None:
             attention_mask = question_states.new_ones(question_states.shape[:2], dtype=torch.long)
@@ -158,11 +172,14 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
             **generate_kwargs,
         )
 
+    def sequence_probabilities(self, read: QuestionStates, ids: torch.Tensor, end: int) -> torch.Tensor:
+        """(num_questions,), see blip.base.sequence_probabilities. ids: from generate_answers."""
+        return sequence_probabilities(self, ids, 1, end, *read)
+
     @torch.no_grad()
     def rank_answers(
         self,
-        question_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        read: QuestionStates,
         candidates: torch.Tensor,
         k: int = 128,
         rows_per_chunk: int = 2048,
@@ -170,12 +187,13 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
         """Score the k candidates with the most likely first token. The score is minus the loss of the candidate.
 
         Args:
-            question_states, attention_mask: (num_questions, question_length, ...), the first from encode_pairs.
+            read: from encode_questions.
             candidates: (num_candidates, answer_length) token ids, padded with -100.
             rows_per_chunk: number of answers scored at once; limits the memory. Results do not depend on it.
         Returns: scores (num_questions, k) and positions in candidates (num_questions, k), the best first.
         Source: BLIP models/blip_vqa.py rank_answer; the loss includes label smoothing and is not divided by length.
         """
+        question_states, attention_mask = read
         num_questions, k = len(question_states), min(k, len(candidates))
         start = torch.full((num_questions, 1), self.config.text_config.bos_token_id, device=question_states.device)
         logits = self.text_decoder(
@@ -185,7 +203,7 @@ class BlipForQuestionAnswering(BlipBase, modeling_blip.BlipForQuestionAnswering)
         questions = torch.arange(num_questions, device=kept.device).repeat_interleave(k)
         scores = torch.cat(
             [
-                -self.answer_losses(question_states, attention_mask, candidates[chosen], question_index=asked)
+                -self.answer_losses(read, candidates[chosen], question_index=asked)
                 for chosen, asked in zip(
                     kept.flatten().split(rows_per_chunk), questions.split(rows_per_chunk), strict=True
                 )

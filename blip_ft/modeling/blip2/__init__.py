@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
 from transformers.models.blip_2 import modeling_blip_2
 from transformers.models.instructblip import modeling_instructblip
 
@@ -33,11 +32,4 @@ class InstructBlipForConditionalGeneration(QFormerModel, modeling_instructblip.I
         return {"input_ids": qformer_input_ids, "attention_mask": mask}
 
 
-BLIP2_TASKS: dict[str, type[PreTrainedModel]] = dict.fromkeys(
-    ("vqa", "conditional_generation"), Blip2ForConditionalGeneration
-)
-INSTRUCTBLIP_TASKS: dict[str, type[PreTrainedModel]] = dict.fromkeys(
-    ("vqa", "conditional_generation"), InstructBlipForConditionalGeneration
-)
-
-__all__ = ["BLIP2_TASKS", "INSTRUCTBLIP_TASKS", "Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration"]
+__all__ = ["Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration"]

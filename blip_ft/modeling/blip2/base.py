@@ -119,7 +119,7 @@ class QFormerModel(ImageEncoder):
 
     @staticmethod
     def loss_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(num_questions,) what the loss of each question counts in the mean: weighted number of its answers' tokens."""
+        """(num_questions,) weighted number of tokens of each question's answers, by whose sum the loss is divided."""
         tokens = (batch["labels"] != IGNORED).sum(1) * batch["answer_weights"]
         return tokens.new_zeros(len(batch["input_ids"])).index_add(0, batch["question_index"], tokens)
 

@@ -1,0 +1,176 @@
+"""How each family of models reads questions and captions, and writes answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import BlipProcessor, InstructBlipProcessor, PreTrainedTokenizerBase, ProcessorMixin
+
+from blip_ft.arguments.families import BLIP, Family
+from blip_ft.data.texts import IGNORED, decode_texts, encode_labels, encode_prompt, encode_texts, require_room
+
+Tensors = dict[str, torch.Tensor]
+
+
+class BlipTexts:
+    """Texts of BLIP: BERT's tokens, [CLS] first and [SEP] last.
+
+    Args:
+        prompt: text of a question, {} stands for the question; or the beginning of every caption.
+    """
+
+    family = BLIP
+
+    def __init__(self, processor: BlipProcessor, prompt: str) -> None:
+        self.tokenizer, self.prompt = processor.tokenizer, prompt
+        self.end_token_id: int = self.tokenizer.sep_token_id
+
+    def encode_questions(self, questions: Sequence[str], max_tokens: int) -> Tensors:
+        """input_ids and attention_mask, (num_questions, question_length), truncated to max_tokens."""
+        return encode_texts(fill_prompt(self.prompt, questions), self.tokenizer, max_tokens)
+
+    def encode_answers(self, answers: Sequence[str], max_tokens: int) -> torch.Tensor:
+        """labels (num_answers, answer_length), -100 on padding."""
+        return encode_labels(answers, self.tokenizer, max_tokens)
+
+    def encode_captions(self, captions: Sequence[str], max_tokens: int, readable: torch.Tensor) -> Tensors:
+        """Prompts and captions to learn; readable (num_captions,) is False for captions that do not count.
+
+        Returns: input_ids, attention_mask and labels (num_captions, length) of prompt and caption, -100 on the prompt.
+        """
+        tokens = encode_texts([self.prompt + caption for caption in captions], self.tokenizer, max_tokens)
+        labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED)
+        labels[:, : len(encode_prompt(self.prompt, self.tokenizer))] = IGNORED
+        labels[~readable] = IGNORED
+        return {**tokens, "labels": labels}
+
+    def encode_caption_prompts(self, number: int) -> Tensors:
+        """input_ids (number, prompt_length): [CLS] and the prompt, without [SEP]."""
+        return {"input_ids": torch.tensor([encode_prompt(self.prompt, self.tokenizer)] * number)}
+
+    def decode(self, token_ids: torch.Tensor) -> list[str]:
+        """The text of each row up to its end token."""
+        return decode_texts(token_ids, self.tokenizer, self.end_token_id)
+
+    def generation(self, max_length: int, num_beams: int, **settings: Any) -> dict[str, Any]:
+        """Arguments of generate. max_length: number of tokens, with prompt, first and last token."""
+        return {"max_length": max_length, "num_beams": num_beams, "do_sample": False, **settings}
+
+    def require_room_for_captions(self, max_caption_tokens: int | None, max_length: int, min_length: int) -> None:
+        """Raise ValueError if the prompt leaves no room for a word and [SEP]. All lengths include the prompt."""
+        prompt_length = len(encode_prompt(self.prompt, self.tokenizer))
+        require_room(self.prompt, prompt_length, max_caption_tokens, max_length, min_length)
+
+
+class PromptTexts:
+    """Texts of BLIP-2 and InstructBLIP: a prompt that the language model reads, and an answer that it writes.
+
+    Args:
+        prompt: text before an answer, {} stands for the question; or the text before every caption.
+    Source: LAVIS models/blip2_models/blip2_opt.py, blip2_t5.py and blip2_vicuna_instruct.py. Unlike it, a long prompt
+        is truncated on the left in all families, so that it still ends as trained.
+    """
+
+    def __init__(self, processor: ProcessorMixin, family: Family, prompt: str) -> None:
+        self.family, self.processor, self.tokenizer, self.prompt = family, processor, processor.tokenizer, prompt
+        self.end_token_id = end_token_id(self.tokenizer, family)
+        self.space = " " if family.end else ""  # OPT's tokens of words begin with their space
+
+    def encode_questions(self, questions: Sequence[str], max_tokens: int) -> Tensors:
+        """input_ids and attention_mask (num_questions, prompt_length); for InstructBLIP also of its Q-Former.
+
+        Raises: ValueError if the prompt alone has max_tokens or more.
+        """
+        fixed = len(self.tokenizer(fill_prompt(self.prompt, [""])[0])["input_ids"])
+        if fixed >= max_tokens:
+            raise ValueError(
+                f"max_question_tokens {max_tokens} leaves no room for a question: the prompt {self.prompt!r} needs "
+                f"{fixed} tokens. Set a larger number, or shorten --question_prompt."
+            )
+        return encode_prompts(self.processor, fill_prompt(self.prompt, questions), max_tokens)
+
+    def encode_answers(self, answers: Sequence[str], max_tokens: int) -> torch.Tensor:
+        """labels (num_answers, answer_length): answers with their end token, -100 on padding."""
+        texts = [self.space + answer.strip() for answer in answers]
+        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [torch.tensor([*row[: max_tokens - 1], self.end_token_id]) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+
+    def encode_captions(self, captions: Sequence[str], max_tokens: int, readable: torch.Tensor) -> Tensors:
+        """A prompt for each caption, and the captions as its answers; see encode_questions and encode_answers.
+
+        Returns also question_index and answer_weights (num_captions,), 0 where readable is False.
+        """
+        return {
+            **self.encode_caption_prompts(len(captions)),
+            "labels": self.encode_answers(captions, max_tokens),
+            "question_index": torch.arange(len(captions)),
+            "answer_weights": readable.float(),
+        }
+
+    def encode_caption_prompts(self, number: int) -> Tensors:
+        """As encode_questions, with the prompt of captions in each row."""
+        return encode_prompts(self.processor, [self.prompt] * number, self.tokenizer.model_max_length)
+
+    def decode(self, token_ids: torch.Tensor) -> list[str]:
+        """The text of each row up to its end token."""
+        return decode_texts(token_ids, self.tokenizer, self.end_token_id)
+
+    def generation(self, max_length: int, num_beams: int, **settings: Any) -> dict[str, Any]:
+        """Arguments of generate. max_length: number of new tokens."""
+        if "min_length" in settings:
+            settings["min_new_tokens"] = settings.pop("min_length")
+        # configs on the Hub name wrong tokens for Vicuna v1.1; its tokenizer is right
+        tokens = {"eos_token_id": self.end_token_id, "pad_token_id": self.tokenizer.pad_token_id}
+        return {"max_new_tokens": max_length, "num_beams": num_beams, "do_sample": False, **tokens, **settings}
+
+    def require_room_for_captions(self, max_caption_tokens: int | None, max_length: int, min_length: int) -> None:
+        """Raise ValueError if lengths leave no room for a word and the end token. No length includes the prompt."""
+        require_room("", 0, max_caption_tokens, max_length, min_length)
+
+
+Texts = BlipTexts | PromptTexts
+
+
+def texts_of(processor: ProcessorMixin, family: Family, task: str, prompt: str | None = None) -> Texts:
+    """The texts of a family for one task. prompt: None is the family's.
+
+    Raises: ValueError if the prompt of questions has no place for the question.
+    """
+    prompt = family.prompts[task] if prompt is None else prompt
+    if task == "vqa" and "{}" not in prompt:
+        raise ValueError(f"question_prompt needs {{}} where the question goes, found {prompt!r}.")
+    return PromptTexts(processor, family, prompt) if family.reads_prompts else BlipTexts(processor, prompt)
+
+
+def encode_prompts(processor: ProcessorMixin, prompts: Sequence[str], max_tokens: int) -> Tensors:
+    """Prompts of BLIP-2 and InstructBLIP: input_ids and attention_mask (num_prompts, length), padded on the right.
+
+    For InstructBLIP also qformer_input_ids and qformer_attention_mask. The processor itself would put `<image>` before
+    the padding, and count max_tokens without the image.
+    """
+    tokens = encode_texts(prompts, processor.tokenizer, max_tokens)
+    if isinstance(processor, InstructBlipProcessor):
+        tokenizer = processor.qformer_tokenizer
+        own = encode_texts(prompts, tokenizer, min(max_tokens, tokenizer.model_max_length))
+        tokens |= {f"qformer_{name}": tensor for name, tensor in own.items()}
+    return tokens
+
+
+def fill_prompt(prompt: str, questions: Sequence[str]) -> list[str]:
+    return [prompt.replace("{}", question) for question in questions]
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase, family: Family) -> int:
+    """Id of the token that ends an answer. Raises: ValueError if the tokenizer belongs to another family."""
+    if family.end is None:
+        return tokenizer.eos_token_id
+    ids = tokenizer(family.end, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(
+            f"The end token {family.end!r} of {family.name} must be one token, but this tokenizer splits it into "
+            f"{len(ids)}: it belongs to another model. Copy the tokenizer's files from the checkpoint on the Hub."
+        )
+    return ids[0]
