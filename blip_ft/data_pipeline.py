@@ -20,6 +20,7 @@ from blip_ft.data.loading import load_captions, load_vqa
 from blip_ft.data.sampling import GroupedSampler
 from blip_ft.data.tables import Row, number_images
 from blip_ft.data.text_formats import texts_of
+from blip_ft.modeling.checkpoint_files import longest_text
 from blip_ft.models import ModelLoader
 
 __all__ = ["DataPipeline", "load_captions", "load_vqa"]
@@ -70,7 +71,7 @@ class DataPipeline:
         )
         _, config, _ = loader._prepare()
         self.processor, family = loader.get_processor(), family_of(config)
-        fill_defaults(family, "vqa", self.task_args)
+        fill_defaults(family, "vqa", longest_text(config), self.task_args)
         self.texts = texts_of(self.processor, family, "vqa", self.task_args.question_prompt)
         args = self.training_args
         self._shuffle = torch.Generator().manual_seed(args.seed)

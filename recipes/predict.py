@@ -44,7 +44,7 @@ from blip_ft.data.tables import number_images, to_json, write_lines
 from blip_ft.data.text_formats import Texts, texts_of
 from blip_ft.data.texts import clean_caption, encode_texts
 from blip_ft.modeling import inference
-from blip_ft.modeling.checkpoint_files import require_positions
+from blip_ft.modeling.checkpoint_files import longest_text, require_positions
 from blip_ft.modeling.registry import task_of_model
 from blip_ft.models import load_model
 from blip_ft.results import predictions
@@ -188,7 +188,7 @@ def main() -> None:
     model, processor = loaded["model"], loaded["processor"]
     task = task_of_model(model)
     require_settings_of_task(args, data_args, task)
-    fill_defaults(family_of(model.config), task, args)
+    fill_defaults(family_of(model.config), task, longest_text(model.config), args)
     require_positions(model.config, args)
     text_format = None if task == "image_text_retrieval" else settle_texts(model, processor, args, task)
     rows, bad_rows = read_rows(data_args, task)

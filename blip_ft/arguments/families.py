@@ -178,12 +178,17 @@ def family_of(config: Any) -> Family:
     return FAMILIES[kind]
 
 
-def fill_defaults(family: Family, task: str, *arguments: Any) -> None:
-    """Set the settings that are None to the family's defaults, in place. arguments: dataclasses."""
+def fill_defaults(family: Family, task: str, longest: int, *arguments: Any) -> None:
+    """Set the settings that are None to the family's defaults, in place.
+
+    Args:
+        longest: number of tokens that a text of this model can have; no default is larger.
+        arguments: dataclasses.
+    """
     for part in arguments:
         for name, value in family.defaults[task].items():
             if getattr(part, name, 0) is None:
-                setattr(part, name, value)
+                setattr(part, name, min(value, longest) if name.endswith("_tokens") else value)
 
 
 def frozen_parts(family: Family, freeze: str | None, use_peft: bool) -> Sequence[str]:

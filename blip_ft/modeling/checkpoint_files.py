@@ -155,9 +155,8 @@ def build_on_meta(task: str, config: PreTrainedConfig, name: str) -> PreTrainedM
         side = config.vision_config.image_size
         images = model.encode_images(torch.empty(1, 3, side, side, dtype=torch.uint8)).last_hidden_state
         ids = torch.zeros(1, 2, dtype=torch.long)
-        if family_of(config).reads_prompts:
-            qformer = {"qformer_input_ids": ids} if model.qformer_reads_prompts else {}
-            model.encode_questions(image_states=images, input_ids=ids, **qformer)
+        if family_of(config).reads_prompts and not model.qformer_reads_prompts:  # a text mask fails on meta
+            model.encode_queries(images, torch.zeros(1, dtype=torch.long))
         for part, module in model.named_children():
             if part in ("text_encoder", "text_decoder"):
                 module(input_ids=ids, encoder_hidden_states=images)

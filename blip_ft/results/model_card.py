@@ -29,6 +29,8 @@ TASKS = {
     "BlipForQuestionAnswering": "visual question answering",
     "BlipForConditionalGeneration": "image captioning",
     "BlipForImageTextRetrieval": "image-text retrieval",
+    "Blip2ForConditionalGeneration": "visual question answering",
+    "InstructBlipForConditionalGeneration": "visual question answering",
 }
 
 # arguments that are not shown: of the Hub, and of folders on this machine

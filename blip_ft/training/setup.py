@@ -38,7 +38,7 @@ from blip_ft.modeling.adapters import (
     unknown_layers,
     without_adapter,
 )
-from blip_ft.modeling.checkpoint_files import ADAPTER_FILE, require_positions
+from blip_ft.modeling.checkpoint_files import ADAPTER_FILE, longest_text, require_positions
 from blip_ft.models import ModelLoader, load_model
 from blip_ft.results.files import claim, decided_by_main, is_free, names_in, numbered_folders, require_claim
 from blip_ft.training.checkpoints import newest_checkpoint, require_readable_state, what_is_missing
@@ -165,7 +165,7 @@ def build_meta_model(
             "save_model(...)."
         )
     family = family_of(config)
-    fill_defaults(family, task, model_args, *with_lengths)
+    fill_defaults(family, task, longest_text(config), model_args, *with_lengths)
     require_positions(config, *with_lengths)
     if peft_args.use_peft:
         with torch.device("meta"):

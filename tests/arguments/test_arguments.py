@@ -129,7 +129,7 @@ def test_every_setting_is_read_or_refused(name):
 NO_WORDS = {
     **dict.fromkeys(("eval_accumulation_steps", "generation_max_length", "generation_num_beams"), "7"),
     **{"check_images": "header", "train_sampling_strategy": "sequential"},
-    **dict.fromkeys(("max_train_samples", "group_questions"), "1"),
+    **dict.fromkeys(("max_train_samples", "group_questions", "label_smoothing"), "1"),
 }
 
 

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from blip_ft.arguments.families import BLIP
 from blip_ft.data.collators import CaptionCollator, ImageCollator, RetrievalCollator, VqaCollator
 from blip_ft.data.images import open_image, resize_to_uint8
+from blip_ft.data.text_formats import texts_of
 from blip_ft.data.texts import clean_caption, decode_texts, encode_labels
 
 
@@ -160,7 +162,8 @@ def test_collated_captions_are_the_inputs_of_the_original(golden, processor):
     inputs = load_file(golden / "captioning" / "inputs.safetensors")
     captions = [caption.removeprefix(expected["prompt"]) for caption in expected["caption"]]
     rows = [{"image_id": caption, "image": RED, "caption": caption} for caption in captions]
-    batch = CaptionCollator(processor, expected["prompt"])(rows)
+    texts = texts_of(processor, BLIP, "conditional_generation", expected["prompt"])
+    batch = CaptionCollator(processor, texts=texts)(rows)
     assert batch["attention_mask"].equal(inputs["attention_mask"]) and batch["labels"].equal(inputs["labels"])
     # forward replaces the tokenizer's [CLS] by [DEC]
     assert batch["input_ids"][:, 1:].equal(inputs["input_ids"][:, 1:])

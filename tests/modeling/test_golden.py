@@ -78,7 +78,7 @@ def test_each_answer_costs_what_it_costs_in_the_original(golden):
     states = model.encode_pairs(
         model.encode_images(batch["pixel_values"]).last_hidden_state, batch["input_ids"], batch["attention_mask"]
     )
-    losses = model.answer_losses(states, batch["attention_mask"], batch["labels"], batch["question_index"])
+    losses = model.answer_losses((states, batch["attention_mask"]), batch["labels"], batch["question_index"])
     assert losses.tolist() == pytest.approx(expected_of(golden, "vqa")["per_answer_loss"], abs=1e-5)
 
 
@@ -92,7 +92,7 @@ def test_ranking_equals_the_original(golden, k, rows_per_chunk):
     states = model.encode_pairs(
         model.encode_images(batch["pixel_values"]).last_hidden_state, batch["input_ids"], batch["attention_mask"]
     )
-    scores, order = model.rank_answers(states, batch["attention_mask"], candidates, k, rows_per_chunk)
+    scores, order = model.rank_answers((states, batch["attention_mask"]), candidates, k, rows_per_chunk)
     assert order[:, 0].tolist() == expected["best"]
     if k == 6:
         by_candidate = torch.empty_like(scores).scatter(1, order, scores)

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from blip_ft.arguments.families import BLIP
+from blip_ft.data.text_formats import texts_of
 from blip_ft.data.texts import encode_prompt
+from blip_ft.modeling.blip.base import sequence_probabilities
 from blip_ft.modeling.blip.captioning import BlipForConditionalGeneration
 from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
 from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
@@ -14,7 +17,6 @@ from blip_ft.modeling.inference import (
     encode_questions,
     rank_pairs,
     rank_texts,
-    sequence_probabilities,
 )
 
 OWNER = np.array([0, 0, 1, 2, 2, 2, 3])  # the image of each of seven texts
@@ -78,7 +80,7 @@ def test_probability_of_an_answer_is_the_product_of_its_tokens_whatever_the_beam
     states = torch.randn(3, 5, text.encoder_hidden_size)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
     for num_beams in (1, 3):
-        ids = model.generate_answers(states, mask, max_length=7, num_beams=num_beams, do_sample=False)
+        ids = model.generate_answers((states, mask), max_length=7, num_beams=num_beams, do_sample=False)
         # a row that ends early, as generate pads it, one that is cut, and one as it came
         ids[0, 2:] = torch.tensor([text.sep_token_id] + [text.pad_token_id] * (ids.shape[1] - 3))
         ids[1] = torch.where(ids[1] == text.sep_token_id, 9, ids[1])
@@ -95,18 +97,22 @@ def test_probability_of_an_answer_is_the_product_of_its_tokens_whatever_the_beam
                 if row[place] == text.sep_token_id:
                     break
             wanted.append(product)
-        np.testing.assert_allclose(sequence_probabilities(model, ids, 1, states, mask), wanted, rtol=1e-4)
+        found = model.sequence_probabilities((states, mask), ids, text.sep_token_id)
+        np.testing.assert_allclose(found.detach(), wanted, rtol=1e-4)
 
 
 def test_probability_of_a_caption_does_not_count_its_prompt(golden, processor):
     model = BlipForConditionalGeneration.from_pretrained(golden / "captioning")
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        _, (first, _) = caption(model, processor.tokenizer, pixels, "a picture of ", max_length=12, num_beams=2)
+        texts = texts_of(processor, BLIP, "conditional_generation")
+        _, (first, _) = caption(model, texts, pixels, texts.generation(12, 2, min_length=5))
         states = model.encode_images(pixels).last_hidden_state
         prompt = torch.tensor([encode_prompt("a picture of ", processor.tokenizer)] * 2)
         ids = model.generate_captions(states, prompt, max_length=12, min_length=5, num_beams=2, do_sample=False)
-    whole, given = (sequence_probabilities(model, part, 1, states)[0] for part in (ids, ids[:, :4]))
+        whole, given = (
+            sequence_probabilities(model, part, 1, texts.end_token_id, states)[0].item() for part in (ids, ids[:, :4])
+        )
     assert first == pytest.approx(whole / given, rel=1e-4)
 
 
