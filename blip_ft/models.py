@@ -74,7 +74,6 @@ __all__ = [
     "get_model_size_mb",
     "load_model",
     "load_model_from_path",
-    "load_processor",
     "move_model_to_device",
     "prepare_inputs_for_blip",
     "print_model_summary",
@@ -299,13 +298,6 @@ def load_model(
         **kwargs,
     )
     return loader.load(load_processor)
-
-
-def load_processor(model_name: str, image_size: int | None = None, **kwargs: Any) -> ProcessorMixin:
-    """Load the processor that load_model returns, without the weights. Arguments and errors as in ModelLoader."""
-    loader = ModelLoader(model_name, device="cpu", image_size=image_size, **kwargs)
-    loader._prepare()
-    return loader.get_processor()
 
 
 def get_model_size_mb(model: PreTrainedModel | PeftModel) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+# task -> the name of its recipe
 RECIPES = {"vqa": "vqa", "conditional_generation": "captioning", "image_text_retrieval": "retrieval"}
 
 NOTHING = "none"  # of --freeze
@@ -18,8 +19,7 @@ class Family:
     Args:
         name: as in papers.
         language_model: text_config.model_type of its config.
-        tasks: keys of RECIPES.
-        prompts: task -> text before an answer or caption; {} stands for the question.
+        prompts: task, a key of RECIPES -> text before an answer or caption; {} stands for the question.
         end: text of the token that ends an answer, after `space` and the answer. None: the tokenizer's own end token.
         reads_prompts: the language model reads a prompt and writes the answer. False: BLIP, with its own decoder.
         freeze: what is frozen by default if no adapter is trained.
@@ -30,7 +30,6 @@ class Family:
 
     name: str
     language_model: str
-    tasks: tuple[str, ...]
     prompts: dict[str, str]
     lora_targets: str | tuple[str, ...]
     defaults: dict[str, dict[str, Any]]
@@ -46,7 +45,6 @@ BLIP_LORA_TARGETS = ("query", "key", "value", "dense", "qkv", "projection", "fc1
 BLIP = Family(
     name="BLIP",
     language_model="blip_text_model",
-    tasks=("vqa", "conditional_generation", "image_text_retrieval"),
     prompts={"vqa": "{}", "conditional_generation": "a picture of "},
     lora_targets=BLIP_LORA_TARGETS,
     reads_prompts=False,
@@ -100,7 +98,6 @@ def _blip2(language_model: str, lora_targets: str, length_penalty: float, end: s
     return Family(
         name="BLIP-2",
         language_model=language_model,
-        tasks=("vqa", "conditional_generation"),
         prompts={"vqa": "Question: {} Short answer:", "conditional_generation": "a photo of"},
         lora_targets=lora_targets,
         end=end,
@@ -133,7 +130,6 @@ def _instructblip(language_model: str, lora_targets: str, answer_tokens: int) ->
     return Family(
         name="InstructBLIP",
         language_model=language_model,
-        tasks=("vqa", "conditional_generation"),
         prompts={"vqa": "Question: {} Short Answer:", "conditional_generation": "A short image caption."},
         lora_targets=lora_targets,
         # LAVIS freezes visual_encoder, and trains ln_vision, here post_layernorm

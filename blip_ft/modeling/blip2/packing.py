@@ -91,7 +91,7 @@ def pack(
     column_of_token[part[is_answer], position[is_answer] - lengths[owner[is_answer]]] = column[is_answer]
     predictor = torch.cat([prompt_end[question_index][:, None], column_of_token[:, :-1]], 1)
 
-    is_branched = len(question_index) > num_rows or len(input_ids) > num_rows
+    is_branched = max(row_of_question.bincount().max(), question_index.bincount().max()) > 1
     starts = torch.arange(prefix, device=device).expand(num_rows, -1)
     no_question = torch.full_like(starts, NONE)
     return Packed(
