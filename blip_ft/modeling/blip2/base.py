@@ -15,6 +15,7 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2ForConditionalGenera
 from transformers.utils import can_return_tuple
 
 from blip_ft.data.texts import IGNORED
+from blip_ft.modeling.blip2.labels import count_tokens, require_answers
 from blip_ft.modeling.blip2.packing import pack
 from blip_ft.modeling.vision import ImageEncoder
 
@@ -84,12 +85,17 @@ class QFormerModel(ImageEncoder):
             the expectation of LAVIS's random choice of an answer (datasets/coco_vqa_datasets.py).
         """
         kwargs.pop("readable", None)  # the collator adds it for evaluation
-        if labels is None and "decoder_input_ids" not in kwargs:
-            raise ValueError("forward needs labels to compute the loss. To answer questions, call generate.")
-        self._require_answers(input_ids, labels)
+        has_placeholders = self._has_placeholders(input_ids)
+        require_answers(input_ids, labels, has_placeholders)
         qformer = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
         qformer = {name: tensor for name, tensor in qformer.items() if tensor is not None}
-        if image_index is None and question_index is None and self._has_placeholders(input_ids):
+        if has_placeholders:
+            ours = (image_index, question_index, answer_weights, image_states, query_states)
+            if any(given is not None for given in ours):
+                raise ValueError(
+                    "input_ids with `<image>` need pixel_values, one image per row, and labels aligned with input_ids. "
+                    "Remove `<image>` to use image_index, question_index, answer_weights, image_states or query_states."
+                )
             return self._forward_with_placeholders(
                 labels,
                 num_items_in_batch,
@@ -114,7 +120,7 @@ class QFormerModel(ImageEncoder):
         if answer_weights is not None:
             losses = losses * answer_weights
         if num_items_in_batch is None:
-            num_items_in_batch = _count_tokens(labels, answer_weights)
+            num_items_in_batch = count_tokens(labels, answer_weights)
         return Blip2ForConditionalGenerationModelOutput(loss=losses.sum() / num_items_in_batch)
 
     @staticmethod
@@ -140,6 +146,7 @@ class QFormerModel(ImageEncoder):
             raise ValueError("The model needs exactly one of pixel_values, image_states and query_states.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        input_ids, attention_mask = _pad_right(input_ids, attention_mask)
         if query_states is None:
             if image_states is None:
                 with _constant(self.vision_model):
@@ -315,12 +322,10 @@ class QFormerModel(ImageEncoder):
         length = read.input_ids.shape[1]
         column = torch.arange(length, device=read.input_ids.device) - (length - read.attention_mask.sum(1))[:, None]
         mask = (column >= 0).long()
-        # positions of the tokens that count, in their order
-        source = read.attention_mask.argsort(dim=1, descending=True, stable=True).gather(1, column.clamp(min=0))
         queries = read.queries[read.prefix_index]
         return self.language_model.generate(
             # without ids: a repetition penalty then sees the new tokens only, as in LAVIS
-            inputs_embeds=self._embed(queries, read.input_ids.gather(1, source)),
+            inputs_embeds=self._embed(queries, read.input_ids.gather(1, column.clamp(min=0))),
             attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], 1),
             **generate_kwargs,
         )
@@ -354,16 +359,6 @@ class QFormerModel(ImageEncoder):
             )
         return image_index
 
-    def _require_answers(self, input_ids: torch.Tensor, labels: torch.Tensor | None) -> None:
-        """Raise ValueError if labels are a copy of input_ids, with or without -100 on padding."""
-        if labels is None or labels.shape != input_ids.shape:
-            return
-        if ((labels == input_ids) | (labels == IGNORED)).all() and (labels == input_ids)[:, 0].any():
-            raise ValueError(
-                "labels repeat input_ids, so that the loss would be that of the prompt and of `<image>`. Give the "
-                "answers alone as labels, with their end token, or set the prompt's positions to -100."
-            )
-
     def _has_placeholders(self, input_ids: torch.Tensor) -> bool:
         token = getattr(self.config, "image_token_index", None)
         return token is not None and bool((input_ids == token).any())
@@ -386,8 +381,7 @@ class QFormerModel(ImageEncoder):
         kept = ~self._require_placeholders(input_ids)
         if attention_mask is not None:
             kept &= attention_mask.bool()
-        order = kept.long().argsort(dim=1, descending=True, stable=True)[:, : int(kept.sum(1).max())]
-        return input_ids.gather(1, order), kept.long().gather(1, order)
+        return _pad_right(input_ids, kept)
 
     def _forward_with_placeholders(
         self, labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | float | None, **inputs: Any
@@ -405,13 +399,15 @@ class QFormerModel(ImageEncoder):
             if self.config.use_decoder_only_language_model:
                 logits = logits[:, -labels.shape[1] :]
             losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-            outputs.loss = losses / (_count_tokens(targets) if num_items_in_batch is None else num_items_in_batch)
+            outputs.loss = losses / (count_tokens(targets) if num_items_in_batch is None else num_items_in_batch)
         return outputs
 
 
-def _count_tokens(labels: torch.Tensor, answer_weights: torch.Tensor | None = None) -> torch.Tensor:
-    tokens = (labels != IGNORED).sum(1)
-    return (tokens if answer_weights is None else tokens * answer_weights).sum()
+def _pad_right(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of each row (rows, length) where mask is not 0, padded on the right, and their mask."""
+    mask = mask.bool().long()
+    order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+    return input_ids.gather(1, order), mask.gather(1, order)
 
 
 def _is_frozen(part: nn.Module) -> bool:

@@ -84,7 +84,7 @@ def pack(
     # padding asks a question that does not exist, so that it reads the prefix only: a row of False would give NaN
     questions, answers = scatter(owner, NONE - 1), scatter(part, NONE)
     is_prompt_end = (part == NONE) & (position == lengths[owner] - 1)
-    prompt_end = torch.zeros(len(input_ids), dtype=torch.long, device=device)
+    prompt_end = torch.full((len(input_ids),), -1, device=device)  # of an empty prompt: the prefix's last position
     prompt_end[owner[is_prompt_end]] = column[is_prompt_end]
     column_of_token = labels.new_zeros(labels.shape)
     is_answer = part != NONE
