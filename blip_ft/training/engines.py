@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import str_to_bool
@@ -38,6 +38,8 @@ def check_engine(args: TrainingArguments, recipe: str, is_quantized: bool) -> No
         raise ValueError(
             "FSDP1 is deprecated in torch and accelerate. Set fsdp_version: 2, as accelerate_configs/fsdp.yaml does."
         )
+    if engine.startswith("ZeRO"):
+        _require_own_optimizer(args.deepspeed_plugin.hf_ds_config.config)
     instead = "Launch with accelerate_configs/multi_gpu.yaml or deepspeed_zero2.yaml."
     if engine in SHARDED and recipe == "retrieval":
         raise ValueError(
@@ -45,6 +47,19 @@ def check_engine(args: TrainingArguments, recipe: str, is_quantized: bool) -> No
         )
     if engine in SHARDED and is_quantized:
         raise ValueError(f"{engine} cannot shard 8- and 4-bit weights, which are packed bytes. {instead}")
+
+
+def _require_own_optimizer(config: dict[str, Any]) -> None:
+    """Raises: ValueError for an optimizer or scheduler of DeepSpeed.
+
+    DeepSpeed decays all weights alike. transformers 5.23 replaces "auto" before the model's family has set the learning
+    rate, so that it would be 0.
+    """
+    if found := [name for name in ("optimizer", "scheduler") if name in config]:
+        raise ValueError(
+            f"The DeepSpeed config has a section {' and a section '.join(found)}, which the recipes do not use. Remove "
+            "it, and set --optim, --learning_rate, --weight_decay, --lr_scheduler_type and --warmup_steps."
+        )
 
 
 def check_saved_engine(checkpoint: Path, args: TrainingArguments) -> None:

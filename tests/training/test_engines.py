@@ -178,6 +178,26 @@ def test_engine_trains_in_the_precision_of_its_file(start, tmp_path, engine, nam
     assert len(losses) == 5 and all(0 < loss < 10 for loss in losses)
 
 
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
+@pytest.mark.parametrize(
+    ("section", "params"),
+    [("optimizer", {"lr": "auto", "weight_decay": "auto"}), ("scheduler", {"warmup_max_lr": "auto"})],
+)
+def test_optimizer_and_scheduler_of_deepspeed_are_refused_before_weights_load(
+    data_of, tmp_path, monkeypatch, caplog, recipe, section, params
+):
+    """Their "auto" would be a learning rate of 0: the model's family sets it later."""
+    config = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}
+    file = tmp_path / "zero2.json"
+    file.write_text(json.dumps({**config, section: {"type": "AdamW", "params": params}}))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    monkeypatch.setattr(TASKS["vqa"], "from_pretrained", None)
+    with pytest.raises(SystemExit):
+        recipe(*data_of("vqa"))
+    assert f"has a section {section}" in caplog.messages[-1] and "set --optim, --learning_rate" in caplog.messages[-1]
+
+
 REFUSED = {
     "FSDP2": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "Retrieval does not support FSDP2"),
     "FSDP1": ({"ACCELERATE_USE_FSDP": "true"}, "Set fsdp_version: 2"),
