@@ -62,6 +62,15 @@ def _require_own_optimizer(config: dict[str, Any]) -> None:
         )
 
 
+def check_untied_head(args: TrainingArguments) -> None:
+    """Raises: ValueError if accelerate would tie the head of Flan-T5, whose config wrongly says that it is tied."""
+    if engine_of(args) == "FSDP2" and str_to_bool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")):
+        raise ValueError(
+            "With fsdp_cpu_ram_efficient_loading, accelerate ties T5's head to its embeddings, which are other weights. "
+            "Set fsdp_cpu_ram_efficient_loading: false, as accelerate_configs/fsdp.yaml does."
+        )
+
+
 def check_saved_engine(checkpoint: Path, args: TrainingArguments) -> None:
     """Raises: ValueError if the engine of this run cannot read the optimizer state of the checkpoint."""
     now, saved = engine_of(args), _engine_that_saved(checkpoint)

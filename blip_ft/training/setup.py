@@ -42,7 +42,7 @@ from blip_ft.modeling.checkpoint_files import ADAPTER_FILE, longest_text, requir
 from blip_ft.models import ModelLoader, load_model
 from blip_ft.results.files import claim, decided_by_main, is_free, names_in, numbered_folders, require_claim
 from blip_ft.training.checkpoints import newest_checkpoint, require_readable_state, what_is_missing
-from blip_ft.training.engines import check_engine, check_saved_engine
+from blip_ft.training.engines import check_engine, check_saved_engine, check_untied_head
 from blip_ft.training.feature_cache import require_constant_features
 from blip_ft.training.run_settings import settle_settings
 
@@ -109,7 +109,7 @@ def prepare_run(
 
 
 def _require_support(family: Family, task_args: Settings, args: BlipTrainingArguments) -> None:
-    """Raises: ValueError for settings that only BLIP has, and for fp16 with T5, which overflows."""
+    """Raises: ValueError for settings that only BLIP has, and for precision and engines that T5 does not support."""
     if not family.reads_prompts:
         return
     if isinstance(task_args, VqaArguments):
@@ -119,6 +119,8 @@ def _require_support(family: Family, task_args: Settings, args: BlipTrainingArgu
             raise ValueError(f"question_start_token is for BLIP. {family.name} has no such token; leave it out.")
     if args.fp16 and family.language_model == "t5":
         raise ValueError("T5 overflows in float16. Use --bf16 instead of --fp16.")
+    if family.language_model == "t5":
+        check_untied_head(args)
 
 
 def _texts_of(processor: ProcessorMixin, family: Family, task_args: Settings) -> Texts | None:
