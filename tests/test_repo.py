@@ -105,13 +105,11 @@ def test_accelerate_config_loads_as_the_engine_of_its_name(path):
         assert found.items() >= value.items() if isinstance(value, dict) else found == value
 
 
-def test_fsdp_wraps_layers_that_the_model_has(golden):
-    from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
-
-    wrapped = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp.yaml").read_text())["fsdp_config"]
-    names = wrapped["fsdp_transformer_layer_cls_to_wrap"].split(",")
-    model = BlipForQuestionAnswering.from_pretrained(golden / "vqa")
-    assert {type(module).__name__ for module in model.modules()} >= set(names)
+def test_fsdp_leaves_the_layers_to_wrap_to_the_recipes():
+    """They have other names in each family, and accelerate refuses a name that the model does not have."""
+    settings = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp.yaml").read_text())["fsdp_config"]
+    assert settings["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
+    assert "fsdp_transformer_layer_cls_to_wrap" not in settings
 
 
 README, README_ZH = ROOT / "README.md", ROOT / "README_zh.md"

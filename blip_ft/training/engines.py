@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import str_to_bool
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 Engine = Literal["DDP", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP1", "FSDP2"]
 
@@ -121,14 +121,23 @@ def unsharded_weight(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
         yield parameter
 
 
+def layers_to_shard(model: PreTrainedModel) -> list[str]:
+    """Class names of the layers that FSDP2 gathers one by one.
+
+    Embeddings are left to shard_embeddings_with_head. The methods of BLIP-2 call parts of the language model, not its
+    forward, and only layers gather their weights themselves.
+    """
+    return sorted(name for name in model._no_split_modules if not name.endswith("Embeddings"))
+
+
 @contextmanager
 def shard_embeddings_with_head(model: nn.Module) -> Iterator[None]:
-    """Let accelerate shard the word embeddings in the same FSDP group as the head, which has the same weight.
+    """Let accelerate shard word embeddings and head in the FSDP group of the whole model.
 
-    accelerate 1.15 puts the module of get_input_embeddings into a group of its own, unless get_output_embeddings
-    returns a module with the same weight. In BLIP these two methods do not describe how the head shares its weight and
-    bias, and torch 2.13 refuses a weight in two groups.
+    accelerate 1.15 puts each of them into a group of its own, unless get_input_embeddings and get_output_embeddings
+    return modules with the same weight. In BLIP these methods do not describe how the head shares its weight and bias,
+    and T5 has its embeddings under several names. torch 2.13 refuses a weight in two groups.
     """
-    model.get_input_embeddings = lambda: None
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
     yield
-    del model.get_input_embeddings
+    del model.get_input_embeddings, model.get_output_embeddings

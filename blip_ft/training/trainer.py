@@ -48,7 +48,14 @@ from blip_ft.training.checkpoints import (
     newest_checkpoint,
     remove_old_checkpoints,
 )
-from blip_ft.training.engines import SHARDED, engine_of, local_part, shard_embeddings_with_head, unsharded_weight
+from blip_ft.training.engines import (
+    SHARDED,
+    engine_of,
+    layers_to_shard,
+    local_part,
+    shard_embeddings_with_head,
+    unsharded_weight,
+)
 from blip_ft.training.hub import PushingTrainer
 from blip_ft.training.progress import ProgressLog
 from blip_ft.training.run_settings import SETTINGS_FILE
@@ -112,6 +119,8 @@ class BlipTrainer(PushingTrainer):
         if self.args.save_on_each_node:  # transformers 5.23 writes weights in the first process only
             self.blip.should_save_on_this_rank = lambda is_main_process: is_main_process
         if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or layers_to_shard(self.blip)
             self.accelerator.prepare = shard_embeddings_with_head(self.model)(self.accelerator.prepare)
         elif self.is_deepspeed_enabled:  # which looks up each weight of the optimizer in the model
             self.accelerator.prepare = self._temperature_in_model()(self.accelerator.prepare)

@@ -12,10 +12,16 @@ from blip_ft.modeling.blip2.base import QFormerModel
 class Blip2ForConditionalGeneration(QFormerModel, modeling_blip_2.Blip2ForConditionalGeneration):
     """BLIP-2 for questions and captions: the Q-Former reads images only."""
 
+    _no_split_modules = ["Blip2VisionEmbeddings", "Blip2EncoderLayer", "Blip2QFormerLayer"]
+
 
 class InstructBlipForConditionalGeneration(QFormerModel, modeling_instructblip.InstructBlipForConditionalGeneration):
     """InstructBLIP for questions and captions: the Q-Former reads each image with the prompt."""
 
+    _no_split_modules = [
+        *("InstructBlipVisionEmbeddings", "InstructBlipEncoderLayer"),
+        *("InstructBlipQFormerEmbeddings", "InstructBlipQFormerLayer"),
+    ]
     qformer_reads_prompts = True
 
     def _qformer_prompts(

@@ -46,6 +46,11 @@ class QFormerModel(ImageEncoder):
     # the Q-Former reads the prompt, so its outputs belong to a question, not to an image
     qformer_reads_prompts = False
 
+    def post_init(self) -> None:
+        super().post_init()
+        # transformers 5.23 adds the list of the vision model, with attention modules and classes that are not there
+        self._no_split_modules = {*type(self)._no_split_modules, *self.language_model._no_split_modules}
+
     @can_return_tuple
     def forward(
         self,
