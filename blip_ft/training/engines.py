@@ -66,7 +66,7 @@ def check_untied_head(args: TrainingArguments) -> None:
     """Raises: ValueError if accelerate would tie the head of Flan-T5, whose config wrongly says that it is tied."""
     if engine_of(args) == "FSDP2" and str_to_bool(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")):
         raise ValueError(
-            "With fsdp_cpu_ram_efficient_loading, accelerate ties T5's head to its embeddings, which are other weights. "
+            "With fsdp_cpu_ram_efficient_loading, accelerate ties T5's head to its embeddings, which differ from it. "
             "Set fsdp_cpu_ram_efficient_loading: false, as accelerate_configs/fsdp.yaml does."
         )
 
