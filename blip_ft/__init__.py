@@ -1,4 +1,4 @@
-"""Fine-tuning BLIP: the original's loss, each image encoded once, recipes of one page."""
+"""Fine-tuning BLIP, BLIP-2 and InstructBLIP: the original's loss, each image encoded once, recipes of one page."""
 
 import logging
 from importlib import import_module
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         BlipForImageTextRetrieval,
         BlipForQuestionAnswering,
     )
+    from blip_ft.modeling.blip2 import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
     from blip_ft.models import (
         ModelLoader,
         build_small_blip,
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Blip2ForConditionalGeneration",
     "BlipForConditionalGeneration",
     "BlipForImageTextRetrieval",
     "BlipForQuestionAnswering",
     "DataPipeline",
+    "InstructBlipForConditionalGeneration",
     "ModelLoader",
     "VqaAccuracy",
     "build_small_blip",
@@ -58,6 +61,7 @@ _MODULES = {
     "blip_ft.data_pipeline": ("DataPipeline",),
     "blip_ft.metrics.vqa": ("VqaAccuracy", "vqa_accuracy"),
     "blip_ft.modeling.blip": ("BlipForConditionalGeneration", "BlipForImageTextRetrieval", "BlipForQuestionAnswering"),
+    "blip_ft.modeling.blip2": ("Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration"),
 }
 _MODULE_OF_NAME = dict.fromkeys(__all__, "blip_ft.models")
 _MODULE_OF_NAME |= {name: module for module, names in _MODULES.items() for name in names}

@@ -54,8 +54,9 @@ from blip_ft.modeling.placement import (
     quantization_config,
     to_dtype,
 )
-from blip_ft.modeling.registry import MODEL_REGISTRY, TASKS_OF_CLASS, task_of_model
+from blip_ft.modeling.registry import MODEL_REGISTRY, TASKS_OF_CLASS, task_of
 from blip_ft.modeling.small_blip import build_demo_config, build_demo_processor, build_new_model, build_small_blip
+from blip_ft.modeling.summary import get_device, get_model_info, get_model_size_mb, print_model_summary
 from blip_ft.modeling.weight_checks import (
     require_finite_weights,
     require_fitting_adapter,
@@ -196,6 +197,8 @@ class ModelLoader:
             self._update(config)
             if self.task is None:
                 self.task = task_of_config(config)
+            elif self.task != task_of(config) and hasattr(config, "prompt"):
+                del config.prompt  # it was trained for the other task
             config.task = self.task
             model = build_on_meta(self.task, copy.deepcopy(config), name)
             if load_processor:
@@ -217,12 +220,10 @@ class ModelLoader:
 
     def _update(self, config: PreTrainedConfig) -> None:
         """Write the values that the caller or the adapter set into the config."""
-        text = config.text_config
-        if family_of(config).reads_prompts and (self.label_smoothing or self.dropout):
-            raise ValueError(
-                f"label_smoothing and dropout are for BLIP; {family_of(config).name} is trained without them."
-            )
-        if self.label_smoothing is not None:
+        text, family = config.text_config, family_of(config)
+        if family.reads_prompts and (self.label_smoothing or self.dropout is not None):
+            raise ValueError(f"label_smoothing and dropout are for BLIP; leave them out for {family.name}.")
+        if self.label_smoothing is not None and not family.reads_prompts:
             # the decoder reads it from text_config when it is built; config.label_smoothing has no effect
             text.label_smoothing = float(self.label_smoothing)
         if self.dropout is not None:
@@ -260,7 +261,8 @@ class ModelLoader:
             if self.bits or self.device_map:
                 settings["device_map"] = self.device_map or {"": self.device}
             if self.bits:
-                settings["quantization_config"] = quantization_config(self.bits, self.device)
+                skipped = family_of(config).unquantized
+                settings["quantization_config"] = quantization_config(self.bits, self.device, skipped)
             with blame_file(f"{CONFIG_NAME} or {GENERATION_CONFIG_NAME}", name):
                 model, info = MODEL_REGISTRY[config.model_type][self.task].from_pretrained(name, **settings)
             require_matching_weights(model, info, name, self.task, self.allow_new_weights)
@@ -298,16 +300,6 @@ def load_model(
         **kwargs,
     )
     return loader.load(load_processor)
-
-
-def get_model_size_mb(model: PreTrainedModel | PeftModel) -> float:
-    """Memory of parameters and buffers in MiB. Tied weights count once."""
-    return model.get_memory_footprint() / 2**20
-
-
-def get_device(model: nn.Module) -> torch.device:
-    """The device of the first parameter. With a device_map, other parameters can be on other devices."""
-    return next(model.parameters()).device
 
 
 def move_model_to_device(model: nn.Module, device: str | torch.device) -> nn.Module:
@@ -412,51 +404,3 @@ def prepare_inputs_for_blip(
         prompts = encode_prompts(processor, texts, processor.tokenizer.model_max_length)
         inputs = BatchEncoding({**pixels, **prompts})
     return inputs if device is None else inputs.to(existing_device(device))
-
-
-def get_model_info(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-    """Class, task, parameter counts, size in MiB, device, dtype and image size of a model."""
-    blip = without_adapter(model)
-    counts = count_parameters(model)
-    return {
-        "model_class": type(blip).__name__,
-        "task": task_of_model(blip),
-        "total_parameters": counts["total"],
-        "total_parameters_millions": counts["total_millions"],
-        "trainable_parameters": counts["trainable"],
-        "trainable_parameters_millions": counts["trainable_millions"],
-        "size_mb": get_model_size_mb(model),
-        "device": str(get_device(model)),
-        "dtype": str(blip.dtype).removeprefix("torch."),
-        "image_size": blip.config.vision_config.image_size,
-        "is_adapter": isinstance(model, PeftModel),
-    }
-
-
-def print_model_summary(model: PreTrainedModel | PeftModel, detailed: bool = False) -> None:
-    """Print a table of the model's parts. With detailed, also print the modules of each part."""
-    blip = without_adapter(model)
-    parts = dict(blip.named_children())
-    if detailed:
-        parts = {
-            path: inner
-            for name, part in parts.items()
-            for path, inner in ((name, part), *((f"  {name}.{child}", inner) for child, inner in part.named_children()))
-        }
-    rows = [("part", "parameters", "trainable", "size", "dtype", "device")]
-    for name, part in {**parts, type(blip).__name__: blip}.items():
-        tensors = list(part.parameters())
-        if tensors:  # dropout and activations have none
-            counts = count_parameters(part)
-            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
-            rows.append(
-                (
-                    *(name, f"{counts['total']:,}", f"{counts['trainable']:,}", f"{size:.1f} MiB"),
-                    ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
-                    ", ".join(sorted({str(tensor.device) for tensor in tensors})),
-                )
-            )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, "<>>><<", widths, strict=True)]
-        print("  ".join(cells).rstrip())  # noqa: T201 (the only function that prints)

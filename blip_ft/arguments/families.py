@@ -26,6 +26,7 @@ class Family:
         lora_targets: layers with an adapter by default, names or a regular expression.
         defaults: task -> values of settings that the recipes leave to the family.
         penalties: task -> further arguments of generate.
+        unquantized: layers that keep their precision in 8 and 4 bits. None: the embeddings and the layers tied to them.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Family:
     end: str | None = None
     freeze: str = ""
     penalties: dict[str, dict[str, float]] = field(default_factory=dict)
+    unquantized: tuple[str, ...] | None = None
 
 
 # all linear layers of attention and feed-forward. Not the head: it is tied to the embeddings, so merging changes both
@@ -85,6 +87,9 @@ BLIP = Family(
 # LAVIS projects/blip2/train/caption_coco_ft.yaml: 1e-5, 5 epochs, 1000 steps of warm-up, which are 9 % of its run
 _LAVIS = {"label_smoothing": 0.0, "learning_rate": 1e-5, "num_train_epochs": 5, "warmup_steps": 0.09}
 
+# small, and all that the language model knows of an image comes through the first two
+_UNQUANTIZED = ("qformer", "language_projection", "lm_head")
+
 # layers of the language model only, never the head
 _OPT_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 _LLAMA_TARGETS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -103,6 +108,7 @@ def _blip2(language_model: str, lora_targets: str, length_penalty: float, end: s
         end=end,
         freeze="language_model",
         penalties={"vqa": {"length_penalty": length_penalty}},
+        unquantized=_UNQUANTIZED,
         defaults={
             "vqa": {
                 **_LAVIS,
@@ -135,6 +141,7 @@ def _instructblip(language_model: str, lora_targets: str, answer_tokens: int) ->
         # LAVIS freezes visual_encoder, and trains ln_vision, here post_layernorm
         freeze="language_model,vision_model.embeddings,vision_model.encoder",
         penalties={"vqa": {"length_penalty": -1.0, "repetition_penalty": 1.5}},
+        unquantized=_UNQUANTIZED,
         defaults={
             "vqa": {
                 **_LAVIS,

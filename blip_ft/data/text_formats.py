@@ -13,6 +13,8 @@ from blip_ft.data.texts import IGNORED, decode_texts, encode_labels, encode_prom
 
 Tensors = dict[str, torch.Tensor]
 
+COPY_PROCESSOR = "Copy the processor's files from the checkpoint that this one was fine-tuned from."
+
 
 class BlipTexts:
     """Texts of BLIP: BERT's tokens, [CLS] first and [SEP] last.
@@ -164,13 +166,27 @@ def fill_prompt(prompt: str, questions: Sequence[str]) -> list[str]:
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase, family: Family) -> int:
-    """Id of the token that ends an answer. Raises: ValueError if the tokenizer belongs to another family."""
+    """Id of the token that ends an answer."""
     if family.end is None:
         return tokenizer.eos_token_id
-    ids = tokenizer(family.end, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
+    return tokenizer(family.end, add_special_tokens=False)["input_ids"][0]
+
+
+def require_family(tokenizer: PreTrainedTokenizerBase, family: Family, name: str) -> None:
+    """Raise ValueError for a tokenizer that does not write the special tokens of the family's language model."""
+    ids, end = tokenizer("a", add_special_tokens=True)["input_ids"], tokenizer.eos_token_id
+    of_end = [] if family.end is None else tokenizer(family.end, add_special_tokens=False)["input_ids"]
+    problem = None
+    if end is None:
+        problem = "it has no end token"
+    elif family.end and (len(of_end) != 1 or tokenizer.decode(of_end) != family.end):
+        problem = f"{family.end!r}, which ends its answers, must be one token, and is {len(of_end)}"
+    elif family.language_model == "t5" and ids[-1] != end:
+        problem = f"its texts must end with {tokenizer.eos_token}, and do not"
+    elif family.language_model != "t5" and ids[-1] == end:
+        problem = f"its texts must not end with {tokenizer.eos_token}, and do"
+    if problem:
         raise ValueError(
-            f"The end token {family.end!r} of {family.name} must be one token, but this tokenizer splits it into "
-            f"{len(ids)}: it belongs to another model. Copy the tokenizer's files from the checkpoint on the Hub."
+            f"The tokenizer of {name} ({type(tokenizer).__name__}) is not for {family.name} with the language model "
+            f"{family.language_model}: {problem}. {COPY_PROCESSOR}"
         )
-    return ids[0]

@@ -15,7 +15,9 @@ MAX_CAPTION_WORDS = 30
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask, (num_texts, longest): [CLS] ... [SEP], truncated to max_tokens."""
-    tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+    # losses and masks assume padding on the right
+    settings = {"padding": True, "padding_side": "right", "truncation": True, "max_length": max_tokens}
+    tokens = tokenizer(list(texts), **settings, return_tensors="pt")
     # otherwise the tokenizer keeps these settings and is saved with them
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
 from blip_ft.arguments.families import family_of
-from blip_ft.data.text_formats import end_token_id
+from blip_ft.data.text_formats import COPY_PROCESSOR, require_family
 from blip_ft.modeling.loading_errors import blame_file
 from blip_ft.modeling.registry import CONFIGS, MODEL_REGISTRY, PROCESSORS, TASKS_OF_CLASS, task_of
 
@@ -33,6 +33,9 @@ ADAPTER_FILE = "adapter_config.json"
 
 # config entries of ours, which the config of an adapter's base does not have
 OWN_ENTRIES = ("question_start_token", "itm_start_token", "task", "prompt")
+
+# rows of an embedding beyond its vocabulary; T5 has 28, OPT 7, and the Hub has OPT with 38
+MOST_PADDING = 128
 
 PROCESSOR_FILES = f"{PROCESSOR_NAME}, tokenizer_config.json or tokenizer.json"
 
@@ -89,8 +92,10 @@ def fit_processor(processor: ProcessorMixin, config: PreTrainedConfig, name: str
         _require_vocabulary(tokenizer, config, name)
     images = processor.image_processor
     with blame_file(PROCESSOR_FILES, name):
-        # losses and masks assume padding on the right. A cut prompt still ends as the model was trained
-        tokenizer.padding_side = "right"
+        # Batches of blip_ft are padded on the right whatever is said here. Batches that the saved processor makes for
+        # transformers' generate need padding before the prompts of a decoder-only model
+        tokenizer.padding_side = "left" if family.language_model in ("opt", "llama") else "right"
+        # a cut prompt still ends as the model was trained
         tokenizer.truncation_side = "left" if family.reads_prompts else "right"
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest_text(config))
         images.size = {"height": vision.image_size, "width": vision.image_size}
@@ -114,14 +119,8 @@ def _require_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedCo
 def _fit_prompts(processor: ProcessorMixin, config: PreTrainedConfig, name: str) -> None:
     """fit_processor for BLIP-2 and InstructBLIP."""
     tokenizer, rows = processor.tokenizer, config.text_config.vocab_size
-    # the processor adds `<image>` to a tokenizer that lacks it, and nothing here reads that token
-    words = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
-    end = end_token_id(tokenizer, family_of(config))
-    if max((*words, end)) >= rows:
-        raise ValueError(
-            f"The tokenizer of {name} does not match its weights: it has {len(tokenizer)} tokens, and the language "
-            f"model {rows}. Copy the tokenizer's files from the checkpoint that this one was fine-tuned from."
-        )
+    require_family(tokenizer, family_of(config), name)
+    _require_rows(tokenizer, rows, name, "language model")
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     if getattr(config, "image_token_index", None) is None:  # checkpoints from before transformers 4.46
         if image_token < rows:
@@ -135,9 +134,23 @@ def _fit_prompts(processor: ProcessorMixin, config: PreTrainedConfig, name: str)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token
     if isinstance(processor, InstructBlipProcessor):
-        own = processor.qformer_tokenizer
+        own, qformer = processor.qformer_tokenizer, config.qformer_config
+        _require_rows(own, qformer.vocab_size, name, "Q-Former, in the folder qformer_tokenizer,")
         own.padding_side, own.truncation_side = "right", "left"
-        own.model_max_length = min(own.model_max_length, config.qformer_config.max_position_embeddings)
+        own.model_max_length = min(own.model_max_length, qformer.max_position_embeddings)
+
+
+def _require_rows(tokenizer: PreTrainedTokenizerBase, rows: int, name: str, part: str) -> None:
+    """Raise ValueError unless the tokenizer can have the vocabulary of an embedding with this number of rows."""
+    # the processor adds `<image>` to a tokenizer that lacks it, and nothing here reads that token
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+    needed = max((*words, tokenizer.eos_token_id or 0)) + 1
+    # embeddings are padded to a multiple of at most 128 rows
+    if not rows - MOST_PADDING < max(needed, len(tokenizer)) or needed > rows:
+        raise ValueError(
+            f"The tokenizer of {name} for the {part} does not match its weights: it has {len(tokenizer)} tokens, and "
+            f"the embedding {rows} rows. {COPY_PROCESSOR}"
+        )
 
 
 def build_on_meta(task: str, config: PreTrainedConfig, name: str) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -35,18 +36,25 @@ def to_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     return named
 
 
-def quantization_config(bits: int, device: torch.device) -> BitsAndBytesConfig:
-    """Settings for 8 bits, or for 4 bits as in QLoRA (NF4, double quantization)."""
+def quantization_config(
+    bits: int, device: torch.device, unquantized: Sequence[str] | None = None
+) -> BitsAndBytesConfig:
+    """Settings for 8 bits, or for 4 bits as in QLoRA (NF4, double quantization).
+
+    unquantized: names of layers to leave as they are. None: the layers tied to the embeddings.
+    """
+    skipped = None if unquantized is None else list(unquantized)
     if bits == 8:
         # bitsandbytes 0.50 logs at each call of each layer that it casts to float16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     compute = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=skipped,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.blip_2.modeling_blip_2 import Blip2ForConditionalGenerationModelOutput
 from transformers.utils import can_return_tuple
@@ -17,6 +18,7 @@ from transformers.utils import can_return_tuple
 from blip_ft.data.texts import IGNORED
 from blip_ft.modeling.blip2.labels import count_tokens, require_answers
 from blip_ft.modeling.blip2.packing import pack
+from blip_ft.modeling.blip2.untie import untie_head
 from blip_ft.modeling.vision import ImageEncoder
 
 
@@ -45,6 +47,10 @@ class QFormerModel(ImageEncoder):
     contrastive = None
     # the Q-Former reads the prompt, so its outputs belong to a question, not to an image
     qformer_reads_prompts = False
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        untie_head(self)
 
     def post_init(self) -> None:
         super().post_init()
@@ -164,7 +170,7 @@ class QFormerModel(ImageEncoder):
             index = self._require_index(image_index, len(query_states), len(input_ids))
         if self.qformer_reads_prompts:
             index = torch.arange(len(input_ids), device=input_ids.device)
-        queries = self.language_projection(query_states.to(self.language_projection.weight.dtype))
+        queries = self.language_projection(_as_weight(query_states, self.language_projection.weight))
         read = Prompts(queries, index, input_ids, attention_mask)
         if self.config.use_decoder_only_language_model:
             return read
@@ -413,6 +419,11 @@ def _pad_right(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tenso
     mask = mask.bool().long()
     order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
     return input_ids.gather(1, order), mask.gather(1, order)
+
+
+def _as_weight(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """states in the dtype of a layer's weight. A quantized layer has packed integers, and casts its inputs itself."""
+    return states.to(weight.dtype) if weight.is_floating_point() else states
 
 
 def _is_frozen(part: nn.Module) -> bool:
