@@ -191,7 +191,9 @@ def test_folder_that_cannot_be_loaded_says_what_it_lacks(checkpoint, tmp_path):
 
 def test_checkpoint_that_is_not_blip_is_named_with_what_is_supported(tmp_path):
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="type 'bert'. Supported: blip for vqa, conditional_generation, image_text.*blip-2 for vqa"):
+    with pytest.raises(
+        ValueError, match="type 'bert'. Supported: blip for vqa, conditional_generation, image_text.*blip-2 for vqa"
+    ):
         load_model(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "newer", "auto_map": {"AutoModel": "code.Model"}}')
     with pytest.raises(ValueError, match="type 'newer'.*its own code, which is never run here"):
@@ -454,7 +456,7 @@ def test_adapter_of_another_task_or_base_is_refused(checkpoints, adapter, tmp_pa
         (["word_embeddings"], "word_embeddings is a layer of type Embedding"),
         (["query", "LayerNorm"], "LayerNorm"),
         (["query", "q_proj"], "q_proj matches none"),
-        (["query", "decoder"], "decoder matches none. The head of the text decoder"),
+        (["query", "decoder"], "decoder matches none. The head .cls, lm_head. cannot"),
     ],
 )
 def test_lora_target_that_is_no_linear_layer_is_refused_before_weights_load(checkpoint, targets, message):

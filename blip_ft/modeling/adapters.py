@@ -25,13 +25,15 @@ def add_lora(model: PreTrainedModel, args: PeftArguments, revision: str | None =
     """
     needed = "lora_target_modules must name linear layers or convolutions of the model"
     tied = _tied_names(model)
+    family = family_of(model.config)
+    # leave out the head: BLIP's and OPT's is tied to the embeddings. retrieval has none
+    head = r".*\.lm_head" if family.reads_prompts else r".*\.cls\..*" if hasattr(model, "text_decoder") else None
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules or family_of(model.config).lora_targets,
-        # leave out the head: its output layer is tied to the embeddings
-        exclude_modules=r".*\.cls\..*" if hasattr(model, "text_decoder") else None,
+        target_modules=args.lora_target_modules or family.lora_targets,
+        exclude_modules=head,
         revision=revision,
         task_type=None,  # with any other, PEFT passes inputs_embeds, which BLIP does not accept
     )
@@ -42,7 +44,7 @@ def add_lora(model: PreTrainedModel, args: PeftArguments, revision: str | None =
     targeted = adapted.base_model.targeted_module_names
     for name in args.lora_target_modules or ():
         if not any(f".{target}".endswith(f".{name}") for target in targeted):
-            raise ValueError(f"{needed}; {name} matches none. The head of the text decoder (cls) cannot be adapted.")
+            raise ValueError(f"{needed}; {name} matches none. The head (cls, lm_head) cannot be adapted.")
     for name in targeted:
         layer = adapted.get_base_model().get_submodule(name)
         kind = type(layer.get_base_layer() if isinstance(layer, LoraLayer) else layer)

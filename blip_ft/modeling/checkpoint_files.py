@@ -95,6 +95,7 @@ def fit_processor(processor: ProcessorMixin, config: PreTrainedConfig, name: str
         # Batches of blip_ft are padded on the right whatever is said here. Batches that the saved processor makes for
         # transformers' generate need padding before the prompts of a decoder-only model
         tokenizer.padding_side = "left" if family.language_model in ("opt", "llama") else "right"
+        tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # otherwise it is not saved
         # a cut prompt still ends as the model was trained
         tokenizer.truncation_side = "left" if family.reads_prompts else "right"
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest_text(config))

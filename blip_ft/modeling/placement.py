@@ -58,6 +58,13 @@ def quantization_config(
     )
 
 
+def train_in_float32(model: nn.Module, frozen: torch.dtype) -> None:
+    """Cast what is trained to float32 and what is not to `frozen`, in place. Quantized weights stay as they are."""
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+
+
 def keep_quantized_layout(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking weights on the CPU.
 

@@ -39,6 +39,7 @@ from blip_ft.modeling.adapters import (
     without_adapter,
 )
 from blip_ft.modeling.checkpoint_files import ADAPTER_FILE, longest_text, require_positions
+from blip_ft.modeling.placement import train_in_float32
 from blip_ft.models import ModelLoader, load_model
 from blip_ft.results.files import claim, decided_by_main, is_free, names_in, numbered_folders, require_claim
 from blip_ft.training.checkpoints import newest_checkpoint, require_readable_state, what_is_missing
@@ -213,10 +214,13 @@ def load_for_training(
     unset_hf_deepspeed_config()
     # The Trainer seeds later, when random weights (adapter, demo model, missing head) are already there.
     set_seed(args.seed)
+    # BLIP-2 and InstructBLIP are mostly frozen: that part needs no float32. What is trained must not be rounded first
+    half = torch.bfloat16 if args.bf16 and setup.family.reads_prompts else None
     loaded = load_model(
         model_args.model_name_or_path,
         task=setup.task,
-        device=args.device,
+        device="cpu" if half and not peft_args.use_peft else args.device,
+        dtype=half if peft_args.use_peft else None,
         load_in_8bit=peft_args.load_in_8bit,
         load_in_4bit=peft_args.load_in_4bit,
         image_size=model_args.image_size,
@@ -232,6 +236,9 @@ def load_for_training(
         model = add_lora(model, peft_args, model_args.model_revision)
     if frozen := frozen_parts(setup.family, model_args.freeze, peft_args.use_peft):
         freeze_model(model, frozen)
+    if half:
+        train_in_float32(model, half)
+        model = model if peft_args.use_peft else model.to(args.device)
     if setup.texts:
         without_adapter(model).config.prompt = setup.texts.prompt
     counts = count_parameters(model)
