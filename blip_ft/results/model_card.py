@@ -24,13 +24,18 @@ METRICS = {
     "recall": ("recall", "recall"),
 }
 
-# class -> the task in words
+# task -> its words, and its name on the Hub
 TASKS = {
-    "BlipForQuestionAnswering": "visual question answering",
-    "BlipForConditionalGeneration": "image captioning",
-    "BlipForImageTextRetrieval": "image-text retrieval",
-    "Blip2ForConditionalGeneration": "visual question answering",
-    "InstructBlipForConditionalGeneration": "visual question answering",
+    "vqa": ("visual question answering", "visual-question-answering"),
+    "conditional_generation": ("image captioning", "image-to-text"),
+    "image_text_retrieval": ("image-text retrieval", None),
+}
+
+# model_type of a language model -> its name, and what its license allows
+LANGUAGE_MODELS = {
+    "opt": ("OPT", "the OPT-175B license, for non-commercial research only"),
+    "llama": ("Vicuna, which is made from LLaMA", "the LLaMA license, for non-commercial use only"),
+    "t5": ("Flan-T5", "Apache 2.0"),
 }
 
 # arguments that are not shown: of the Hub, and of folders on this machine
@@ -41,7 +46,9 @@ PACKAGES = ("blip_ft", "transformers", "torch", "peft", "datasets", "huggingface
 
 def build_model_card(
     repository: str,
-    task: str | None,
+    task: str,
+    family: str,
+    model_type: str,
     stock_class: str,
     is_adapter: bool,
     base_model: str | None,
@@ -53,6 +60,9 @@ def build_model_card(
     notes: dict[str, Any],
     facts: dict[str, Any],
     arguments: dict[str, Any],
+    language_model: str | None = None,
+    prompt: str = "",
+    max_new_tokens: int | None = None,
     baselines: dict[str, float] | None = None,
     overlap: str = "",
     tested_on: str | None = None,
@@ -62,7 +72,7 @@ def build_model_card(
 
     Args:
         repository: id on the Hub, or a local name.
-        task: the Hub's pipeline tag, e.g. visual-question-answering; None if it has none.
+        task: a key of TASKS. family: name of the model's family. model_type: as in config.json.
         base_model, dataset_id: Hub ids; None for local or new ones, which the Hub would reject.
         held_out: name of the evaluation data. tested_on: name of the test data of the final model, if any.
         scores: name -> value in percent, CIDEr-D x 100; eval_... on held_out, test_... on tested_on. The Hub shows
@@ -70,14 +80,22 @@ def build_model_card(
         overlap, test_overlap: sentences on which of their images were also trained on.
         notes: facts about the scores, e.g. the scoring rule.
         facts: about the run, in words. arguments: all of them; folders and the Hub's own are left out.
+        language_model: a key of LANGUAGE_MODELS if the model has a language model of its own, with max_new_tokens.
+        prompt: text before an answer, with {} for the question, or before a caption.
     """
     license, commit = _read_base(base_model, revision) if base_model else (None, None)
     template = files(__package__).joinpath("model_card.md").read_text(encoding="utf-8")
     return ModelCard.from_template(
-        _metadata(repository, task, stock_class, is_adapter, base_model, license, dataset, dataset_id, scores),
+        _metadata(repository, task, model_type, is_adapter, base_model, license, dataset, dataset_id, scores),
         template_str=template + "\n",  # jinja2 removes the last newline
         repository=repository,
-        words=TASKS[stock_class],
+        task=task,
+        words=TASKS[task][0],
+        family=family,
+        language_model=language_model,
+        language_model_license=LANGUAGE_MODELS.get(language_model),
+        text=prompt.replace("{}", "what is it?").strip(),
+        max_new_tokens=max_new_tokens,
         stock_class=stock_class,
         is_adapter=is_adapter,
         revision=revision,
@@ -99,8 +117,8 @@ def build_model_card(
 
 def _metadata(
     repository: str,
-    task: str | None,
-    stock_class: str,
+    task: str,
+    model_type: str,
     is_adapter: bool,
     base_model: str | None,
     license: str | list[str] | None,
@@ -109,7 +127,8 @@ def _metadata(
     scores: dict[str, float],
 ) -> ModelCardData:
     """The YAML at the top of the card, which the Hub reads."""
-    tag = task or TASKS[stock_class].replace(" ", "-")
+    words, pipeline_tag = TASKS[task]
+    tag = pipeline_tag or words.replace(" ", "-")
     tested = {name: value for name, value in scores.items() if name.startswith("test_")}
     results = [
         EvalResult(
@@ -125,12 +144,12 @@ def _metadata(
     return ModelCardData(
         license=license,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag=task,
+        pipeline_tag=pipeline_tag,
         base_model=base_model,
         base_model_relation=("adapter" if is_adapter else "finetune") if base_model else None,
         datasets=[dataset_id] if dataset_id else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)),
-        tags=["blip", "blip_ft", *([] if task else [tag]), *(["lora"] if is_adapter else [])],
+        tags=[model_type, "blip_ft", *([] if pipeline_tag else [tag]), *(["lora"] if is_adapter else [])],
         model_name=Path(repository).name,
         eval_results=results,
     )
@@ -162,7 +181,6 @@ def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         "settings": {key: json.dumps(value, ensure_ascii=False) for key, value in shown.items()},
         "shortened": [key for key, value in public.items() if value != shown[key]],
-        "prompt": arguments.get("prompt", "").strip(),
     }
 
 

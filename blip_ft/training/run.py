@@ -49,9 +49,6 @@ from blip_ft.training.trainer import BlipTrainer
 
 logger = logging.getLogger(__name__)
 
-# task -> its name on the Hub
-PIPELINE_TAGS = {"vqa": "visual-question-answering", "conditional_generation": "image-to-text"}
-
 PREDICTION_FILES = {"eval": "predictions.jsonl", "test": "test_predictions.jsonl"}
 
 # "eval" and "test" -> rows, and what evaluate_rows returned for each of them
@@ -257,9 +254,12 @@ class _Finish:
         trainer, setup, args = self.trainer, self.setup, self.trainer.args
         model_args, data_args = setup.model_args, setup.data_args
         facts = describe_model(trainer, self.parameters) | describe_training(trainer, results, setup.checkpoint)
+        family = setup.family
         trainer.card = build_model_card(
             trainer.hub_model_id or args.hub_model_id or Path(args.output_dir).resolve().name,
-            task=PIPELINE_TAGS.get(setup.task),
+            task=setup.task,
+            family=family.name,
+            model_type=trainer.blip.config.model_type,
             stock_class=trainer.class_name,
             is_adapter=hasattr(trainer.model, "peft_config"),
             base_model=model_args.hub_id,
@@ -275,6 +275,9 @@ class _Finish:
             notes=result_notes,
             facts=facts,
             arguments=self.arguments,
+            language_model=family.language_model if family.reads_prompts else None,
+            prompt=setup.texts.prompt if setup.texts else "",
+            max_new_tokens=args.generation_max_length,
         )
         trainer.create_model_card()
 

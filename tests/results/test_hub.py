@@ -219,7 +219,9 @@ def test_last_checkpoint_is_pushed_to_go_on_from_without_pickled_arguments(local
 def card_of(**changes) -> ModelCard:
     settings = {
         "repository": "tester/dogs",
-        "task": "visual-question-answering",
+        "task": "vqa",
+        "family": "BLIP",
+        "model_type": "blip",
         "stock_class": "BlipForQuestionAnswering",
         "is_adapter": False,
         "base_model": None,
@@ -272,11 +274,15 @@ def test_card_has_the_baseline_beside_each_score_that_has_one():
 
 
 def test_card_calls_task_and_units_by_their_names():
-    retrieval = card_of(stock_class="BlipForImageTextRetrieval", task=None, scores={"eval_text_recall@1": 9.0})
+    retrieval = card_of(
+        stock_class="BlipForImageTextRetrieval", task="image_text_retrieval", scores={"eval_text_recall@1": 9.0}
+    )
     assert "BLIP for image-text retrieval, " in retrieval.text and "classification" not in str(retrieval)
     assert retrieval.data.pipeline_tag is None and "image-text-retrieval" in retrieval.data.tags
     assert front_matter_errors(str(retrieval)) == []
-    captions = card_of(stock_class="BlipForConditionalGeneration", task="image-to-text", scores={"eval_cider": 120.0})
+    captions = card_of(
+        stock_class="BlipForConditionalGeneration", task="conditional_generation", scores={"eval_cider": 120.0}
+    )
     assert "CIDEr-D can exceed 100" in captions.text and "All scores are in percent." not in captions.text
     assert "All scores are in percent." in card_of(scores={"eval_vqa_accuracy_cider": 1.0}).text
 
