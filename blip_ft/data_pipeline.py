@@ -39,8 +39,9 @@ class DataPipeline:
     """Data loaders for your own training loop, configured by the same YAML as a recipe's --config.
 
     Batches have pixel_values (rows, 3, height, width), input_ids and attention_mask (rows, question_length), and labels
-    (rows, answer_length) of the most frequent answer, with -100 on padding. With `group_questions: true` they are the
-    batches of VqaCollator, with each image only once.
+    (rows, answer_length) of the most frequent answer, with -100 on padding; for InstructBLIP also qformer_input_ids and
+    qformer_attention_mask. Questions of BLIP-2 and InstructBLIP stand in their prompt. With `group_questions: true` they
+    are the batches of VqaCollator, with each image only once.
 
     Args:
         config: path of the YAML file, or its content.
@@ -72,8 +73,11 @@ class DataPipeline:
         _, config, _ = loader._prepare()
         self.processor, family = loader.get_processor(), family_of(config)
         fill_defaults(family, "vqa", longest_text(config), self.task_args)
-        self.texts = texts_of(self.processor, family, "vqa", self.task_args.question_prompt)
-        args = self.training_args
+        given, args = self.task_args.question_prompt, self.training_args
+        self.texts = texts_of(
+            self.processor, family, "vqa", getattr(config, "prompt", None) if given is None else given
+        )
+        self.texts.require_room_for_questions(self.task_args.max_question_tokens, self.task_args.max_answer_tokens)
         self._shuffle = torch.Generator().manual_seed(args.seed)
         self._sampler = None
         if self.data_args.group_questions:

@@ -226,7 +226,7 @@ class ModelLoader:
         if self.label_smoothing is not None and not family.reads_prompts:
             # the decoder reads it from text_config when it is built; config.label_smoothing has no effect
             text.label_smoothing = float(self.label_smoothing)
-        if self.dropout is not None:
+        if self.dropout is not None and not family.reads_prompts:
             text.hidden_dropout_prob = text.attention_probs_dropout_prob = float(self.dropout)
         for key, value in self.own_entries.items():
             setattr(config, key, value)

@@ -169,7 +169,8 @@ def answer(model: Any, processor: ProcessorMixin, pixels: torch.Tensor, text: st
     questions = lines_of(text)
     family = family_of(model.config)
     texts = texts_of(processor, family, "vqa", getattr(model.config, "prompt", None))
-    batch = texts.encode_questions(questions, longest_text(model.config))
+    room = MAX_ANSWER_TOKENS if family.reads_prompts else 0  # one network reads the question and its answer
+    batch = texts.encode_questions(questions, longest_text(model.config) - room)
     batch |= {"pixel_values": pixels, "image_index": torch.zeros(len(questions), dtype=torch.long)}
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     defaults, penalties = family.defaults["vqa"], family.penalties.get("vqa", {})
@@ -180,14 +181,13 @@ def answer(model: Any, processor: ProcessorMixin, pixels: torch.Tensor, text: st
 
 def write_caption(model: Any, processor: ProcessorMixin, pixels: torch.Tensor, text: str) -> Rows:
     prompt, family = " ".join(text.split()), family_of(model.config)
-    texts, defaults = (
-        texts_of(processor, family, "conditional_generation", prompt),
-        family.defaults["conditional_generation"],
-    )
+    defaults = family.defaults["conditional_generation"]
+    texts = texts_of(processor, family, "conditional_generation", prompt)
     prompt_length = len(texts.encode_caption_prompts(1)["input_ids"][0])
-    length = defaults["generation_max_length"] if family.reads_prompts else prompt_length + MAX_CAPTION_TOKENS
-    if prompt_length + MAX_CAPTION_TOKENS > longest_text(model.config):
+    new_tokens = defaults["generation_max_length"] if family.reads_prompts else MAX_CAPTION_TOKENS
+    if prompt_length + new_tokens > longest_text(model.config):
         raise ValueError("The beginning of the caption is too long. Use a few words.")
+    length = new_tokens if family.reads_prompts else prompt_length + new_tokens
     generation = texts.generation(
         length,
         defaults["generation_num_beams"],

@@ -1,4 +1,4 @@
-"""Fine-tune BLIP to write captions.
+"""Fine-tune BLIP, BLIP-2 or InstructBLIP to write captions.
 
     accelerate launch --quiet recipes/captioning.py
         trains a small new model on built-in images of colored shapes, in a few minutes on a CPU
@@ -7,7 +7,8 @@
     accelerate launch --quiet recipes/captioning.py --config recipes/configs/captioning_base.yaml --dataset_name FILE
         reads the YAML first; flags override it
 
-The loss is that of the original BLIP: the mean over the tokens of the captions, without the prompt (models/blip.py).
+The loss is that of the originals: the mean over the tokens of the captions, without the prompt (models/blip.py of BLIP,
+models/blip2_models of LAVIS).
 """
 
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Data(DataArguments):
 @dataclass
 class Training(BlipTrainingArguments):
     metrics = ("cider", "bleu", "rouge_l", "exact_match")
+    # learning rate, epochs, warmup, beams and lengths depend on the model: blip_ft/arguments/families.py. A value here
+    # wins, e.g. `learning_rate: float = 1e-5`
     load_best_model_at_end: bool = True  # train_caption.py: the best epoch, there by CIDEr + BLEU-4
     per_device_train_batch_size: int = HfArg(default=32, help="Training captions per device and batch.")
     per_device_eval_batch_size: int = HfArg(default=32, help="Evaluation images per device and batch.")
@@ -55,11 +58,8 @@ def main() -> None:
         demo_config=Path(__file__).parent / "configs" / "captioning_demo.yaml",
     )
     setup = prepare_run("conditional_generation", *args)
-    limits = (training_args.generation_max_length, caption_args.generation_min_length)
-    setup.texts.require_room_for_captions(caption_args.max_caption_tokens, *limits)
     train_rows, eval_rows, test_rows = load_splits("captions", data_args, setup.bad_rows_file, training_args.seed)
     model, processor, run_settings = load_for_training(setup, train_rows, eval_rows)
-
     generation = setup.texts.generation(
         training_args.generation_max_length,
         training_args.generation_num_beams,

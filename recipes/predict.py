@@ -110,7 +110,7 @@ class Prediction(Settings):
 
     _argument_group_name = "Prediction"
 
-    model_name_or_path: str = HfArg(help="Hub id or folder of a BLIP checkpoint or PEFT adapter.")
+    model_name_or_path: str = HfArg(help="Hub id or folder of a checkpoint or PEFT adapter.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of the checkpoint.")
     allow_pickle: bool = HfArg(default=False, help="Also load weights that exist only as .bin.")
     output_dir: str | None = HfArg(
@@ -220,7 +220,10 @@ def require_settings_of_task(args: Prediction, data_args: Data, task: str) -> No
 
 
 def settle_texts(model: Any, processor: ProcessorMixin, args: Prediction, task: str) -> Texts:
-    """How the model reads and writes texts, with the prompt of training unless another one is given."""
+    """How the model reads and writes texts, with the prompt of training unless another one is given.
+
+    Raises: ValueError if the prompt leaves no room for a question or a caption.
+    """
     name = "question_prompt" if task == "vqa" else "prompt"
     given = getattr(args, name)
     texts = texts_of(
@@ -229,6 +232,8 @@ def settle_texts(model: Any, processor: ProcessorMixin, args: Prediction, task: 
     setattr(args, name, texts.prompt)
     if task == "conditional_generation":
         texts.require_room_for_captions(None, args.generation_max_length, args.generation_min_length)
+    else:
+        texts.require_room_for_questions(args.max_question_tokens, args.generation_max_length)
     return texts
 
 

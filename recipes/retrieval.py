@@ -59,6 +59,7 @@ class Training(BlipTrainingArguments):
         ("generation_max_length", "generation_num_beams"), "Leave it out: retrieval generates no text."
     )
     metrics = ("recall_mean", "text_recall", "image_recall", "itc_")
+    # learning rate, epochs and warmup: blip_ft/arguments/families.py. A value here wins
     load_best_model_at_end: bool = True  # train_retrieval.py: the best epoch, by mean recall
     per_device_train_batch_size: int = HfArg(default=32, help="Training pairs per device and batch.")
     per_device_eval_batch_size: int = HfArg(default=64, help="Evaluation images per device and batch.")

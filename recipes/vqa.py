@@ -1,4 +1,4 @@
-"""Fine-tune BLIP to answer questions about images.
+"""Fine-tune BLIP, BLIP-2 or InstructBLIP to answer questions about images.
 
     accelerate launch --quiet recipes/vqa.py
         trains a small new model on built-in images of colored shapes, in a few minutes on a CPU
@@ -7,8 +7,8 @@
     accelerate launch --quiet recipes/vqa.py --config recipes/configs/vqa_base_lora.yaml --dataset_name FOLDER
         reads the YAML first; flags override it
 
-The loss is that of the original BLIP: for each question, the sum over its answers of weight x summed token loss
-(models/blip_vqa.py).
+The loss is that of the originals. BLIP: for each question, the sum over its answers of weight x summed token loss
+(models/blip_vqa.py). BLIP-2 and InstructBLIP: the mean over the tokens of all answers (LAVIS models/blip2_models).
 """
 
 import json
@@ -45,6 +45,8 @@ class Data(DataArguments):
 @dataclass
 class Training(BlipTrainingArguments):
     metrics = ("vqa_accuracy", "exact_match", "loss")
+    # learning rate, epochs, warmup, beams and lengths depend on the model: blip_ft/arguments/families.py. A value here
+    # wins, e.g. `learning_rate: float = 2e-5`
     # train_vqa.py takes the last epoch; answering the 214,000 questions of VQA v2 ten times would take hours
     load_best_model_at_end: bool = False
     per_device_train_batch_size: int = HfArg(default=16, help="Training questions per device and batch.")
@@ -104,7 +106,8 @@ def evaluate(rows, results):
     for result, answers, kind in zip(results, rows["answers"][:], types, strict=True):
         if result:
             result |= {"accuracy": vqa_accuracy(result["prediction"], answers), "answer_type": kind}
-    losses, items = ([result[name] for result in results if result] for name in ("loss", "loss_items"))
+    losses = [result["loss"] for result in results if result]
+    items = [result.pop("loss_items") for result in results if result]  # of no use in predictions.jsonl
     return results, {**scores, "loss": sum(losses) / sum(items)} if losses else scores
 
 

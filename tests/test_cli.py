@@ -111,7 +111,7 @@ def test_overridden_default_keeps_its_help(capsys):
 
     with pytest.raises(SystemExit):
         parse(Model, argv=["--help"])
-    assert "--label_smoothing 0.2 Label smoothing of the language-modeling loss." in " ".join(
+    assert "--label_smoothing 0.2 Label smoothing of BLIP's language-modeling loss." in " ".join(
         capsys.readouterr().out.split()
     )
 
@@ -123,8 +123,10 @@ def test_null_in_a_yaml_is_none_and_an_empty_string_is_one(tmp_path):
     assert parsed(tmp_path, "save_total_limit: null\n", "--save_total_limit", "3")[-1].save_total_limit == 3
     (caption,) = parse(CaptioningArguments, argv=["--config", str(written(tmp_path, 'prompt: ""\n'))])
     assert caption.prompt == ""
-    with pytest.raises(ValueError, match=r"run.yaml: learning_rate needs a value. Leave the line out"):
-        parsed(tmp_path, "learning_rate: null\n")
+    with pytest.raises(ValueError, match=r"run.yaml: weight_decay needs a value. Leave the line out"):
+        parsed(tmp_path, "weight_decay: null\n")
+    # the model's family decides
+    assert parsed(tmp_path, "learning_rate: null\n")[-1].learning_rate is None
 
 
 def written(folder, text):
@@ -158,7 +160,7 @@ def test_mapping_is_read_as_the_yaml_of_the_same_content(tmp_path):
     ("config", "message"),
     [
         ({"learning_rte": 1}, "The config has the unknown key 'learning_rte'. Did you mean learning_rate"),
-        ({"learning_rate": None}, "The config: learning_rate needs a value"),
+        ({"weight_decay": None}, "The config: weight_decay needs a value"),
         ({"image_size": "large"}, "--image_size.*: invalid int value: 'large'"),
         ({"image_size": 1.5}, "--image_size.*: invalid int value: '1.5'"),
     ],
@@ -223,11 +225,11 @@ def test_demo_model_on_own_data_takes_the_learning_rate_of_the_demo(tmp_path, ca
     demo = {"demo_config": RECIPES / "configs" / "vqa_demo.yaml"}
     flags = ["--dataset_name", str(tmp_path), "--use_cpu"]
     training = parse(*ALL, argv=["--model_name_or_path", "demo", *flags], **demo)[-1]
-    assert (training.learning_rate, training.warmup_steps, training.num_train_epochs) == (8e-4, 0.1, 3)
+    assert (training.learning_rate, training.warmup_steps, training.num_train_epochs) == (8e-4, 0.1, None)
     assert "taking learning_rate 8e-4 and warmup_steps 0.1 from" in caplog.text
     training = parse(*ALL, argv=["--model_name_or_path", "demo", *flags, "--learning_rate", "1e-5"], **demo)[-1]
     assert (training.learning_rate, training.warmup_steps) == (1e-5, 0.1)
-    assert parse(*ALL, argv=["--model_name_or_path", "x", *flags], **demo)[-1].learning_rate == 5e-5
+    assert parse(*ALL, argv=["--model_name_or_path", "x", *flags], **demo)[-1].learning_rate is None
 
 
 @pytest.mark.parametrize(
@@ -296,9 +298,11 @@ def test_help_is_short_and_has_every_flag_of_ours_and_help_all_has_all(name, cap
 
 def test_flag_is_shown_with_its_default(capsys):
     shown = shown_by("--help", recipe_classes("captioning"), capsys).splitlines()
-    for line in ("--lora_r 16 ", "--learning_rate 1e-05 ", "--streaming ", "--clean_captions true ", "--image_size N "):
+    for line in ("--lora_r 16 ", "--weight_decay 0.05 ", "--streaming ", "--clean_captions true ", "--image_size N "):
         assert any(text.startswith(f"  {line}") for text in shown), line
-    assert any(text.startswith('  --prompt "a picture of "') for text in shown)
+    # as in a recipe that its user has edited
+    edited = dataclasses.make_dataclass("Edited", [("prompt", str, "a picture of ")], bases=(CaptioningArguments,))
+    assert '\n  --prompt "a picture of "' in shown_by("--help", [edited], capsys)
 
 
 @pytest.mark.parametrize("name", ["vqa", "captioning", "retrieval", "predict", "app", "check_data"])

@@ -185,9 +185,11 @@ def fill_defaults(family: Family, task: str, longest: int, *arguments: Any) -> N
     """Set the settings that are None to the family's defaults, in place.
 
     Args:
-        longest: number of tokens that a text of this model can have; no default is larger.
+        longest: number of tokens that a text of this model can have; no default is larger. Of a prompt and an answer
+            that one network reads, each default is at most half of it.
         arguments: dataclasses.
     """
+    longest = longest // 2 if family.reads_prompts else longest
     for part in arguments:
         for name, value in family.defaults[task].items():
             if getattr(part, name, 0) is None:

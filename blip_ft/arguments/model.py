@@ -18,7 +18,7 @@ class ModelArguments(Settings):
 
     model_name_or_path: str | None = HfArg(
         default=None,
-        help="Hub id or folder of a checkpoint of the BLIP family or a PEFT adapter, or `demo`, a small new model.",
+        help="Hub id or folder of a checkpoint or PEFT adapter, or `demo`, a small new model.",
     )
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of the checkpoint.")
     image_size: int | None = HfArg(
@@ -33,7 +33,7 @@ class ModelArguments(Settings):
     )
     freeze: str | None = HfArg(
         default=None,
-        help="Modules to freeze, separated by commas, or none. E.g. vision_model,text_encoder.encoder.layer.0 "
+        help="Modules to freeze, separated by commas, or none. E.g. vision_model,text_encoder.encoder.layer.0. "
         "Default: none for BLIP, the language model for BLIP-2, also the vision model for InstructBLIP.",
     )
     allow_pickle: bool = HfArg(

@@ -21,11 +21,11 @@ class VqaArguments(Settings):
     )
     question_prompt: str | None = HfArg(
         default=None,
-        help="Text that the model reads, with {} for the question. Default: {} for BLIP, `Question: {} Short answer:` "
-        "for BLIP-2, `Question: {} Short Answer:` for InstructBLIP.",
+        help="Text to read, with {} for the question. `Question: {} Short answer:` for BLIP-2, "
+        "`Question: {} Short Answer:` for InstructBLIP, {} for BLIP. Default: as the model was trained.",
     )
     max_question_tokens: int | None = HfArg(
-        default=None, help="Truncate longer questions, prompt included. Default: 35, BLIP-2 32, InstructBLIP 128."
+        default=None, help="Truncate longer questions with their prompt. Default: 35, BLIP-2 32, InstructBLIP 128."
     )
     max_answer_tokens: int | None = HfArg(
         default=None, help="Truncate longer answers in training. Default: 30, BLIP-2 32, InstructBLIP 256."
@@ -53,8 +53,8 @@ class CaptioningArguments(Settings):
 
     prompt: str | None = HfArg(
         default=None,
-        help="Text before every caption. It is given, not learned. Default: `a picture of ` for BLIP, `a photo of` for "
-        "BLIP-2, `A short image caption.` for InstructBLIP.",
+        help="Text before every caption. It is given, not learned. `a picture of ` for BLIP, `a photo of` for BLIP-2, "
+        "`A short image caption.` for InstructBLIP. Default: as the model was trained.",
     )
     max_caption_tokens: int | None = HfArg(
         default=None,

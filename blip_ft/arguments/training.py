@@ -57,7 +57,8 @@ WITHOUT_EFFECT = {
 HELP_TEXTS = {
     "max_steps": "Optimizer steps; -1: train num_train_epochs.",
     "lr_scheduler_type": "Learning rate schedule. E.g. cosine, linear or constant.",
-    "weight_decay": "Weight decay of all parameters. Biases and norms are included, as in the paper.",
+    "weight_decay": "Weight decay of all parameters. Biases and norms are included in BLIP, as in the paper, and "
+    "excluded in BLIP-2 and InstructBLIP, as in LAVIS.",
     "gradient_accumulation_steps": "Batches per optimizer step.",
     "gradient_checkpointing": "Recompute activations to save memory. Slower.",
     "seed": "Random seed of data, initialization and dropout.",
@@ -121,22 +122,23 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
     # of questions, also for DataPipeline; each recipe sets its own
     per_device_train_batch_size: int = HfArg(default=16, help="Training rows per device and batch.")
     per_device_eval_batch_size: int = HfArg(default=64, help="Evaluation rows per device and batch.")
+    # None: the value of the model's family, in families.py
     learning_rate: float | None = HfArg(
         default=None, help="Peak learning rate. Default: 2e-5 for vqa with BLIP, otherwise 1e-5."
     )
     num_train_epochs: float | None = HfArg(
-        default=None, help="Number of training epochs. Default: that of the model's paper for the task, 5 to 10."
+        default=None, help="Number of training epochs. Default: 10 for vqa with BLIP, 6 for retrieval, otherwise 5."
     )
     warmup_steps: float | None = HfArg(
         default=None, help="Warmup steps; below 1, a share of all steps. Default: 0 for BLIP, otherwise 0.09."
     )
     generation_max_length: int | None = HfArg(
         default=None,
-        help="Maximum tokens of an answer or caption; for BLIP the first, the last and a prompt count. Default: that "
-        "of the model's authors.",
+        help="Maximum tokens of an answer or caption. For BLIP, the first, the last and a prompt count too. For others, "
+        "only new tokens count. Default: that of the authors.",
     )
     generation_num_beams: int | None = HfArg(
-        default=None, help="Beams of beam search. Default: 3 for BLIP, otherwise 5, as the originals."
+        default=None, help="Beams of beam search. Default: 3 for BLIP, otherwise 5."
     )
     do_train: bool = HfArg(
         default=True,

@@ -9,7 +9,15 @@ import torch
 from transformers import BlipProcessor, InstructBlipProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
 from blip_ft.arguments.families import BLIP, Family
-from blip_ft.data.texts import IGNORED, decode_texts, encode_labels, encode_prompt, encode_texts, require_room
+from blip_ft.data.texts import (
+    IGNORED,
+    decode_texts,
+    encode_labels,
+    encode_prompt,
+    encode_texts,
+    require_order,
+    require_room,
+)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -60,6 +68,10 @@ class BlipTexts:
         """Arguments of generate. max_length: number of tokens, with prompt, first and last token."""
         return {"max_length": max_length, "num_beams": num_beams, "do_sample": False, **settings}
 
+    def require_room_for_questions(self, max_question_tokens: int, *answer_lengths: int | None) -> None:
+        """Raise ValueError if the prompt leaves no room for a question. Answers are read by another network."""
+        require_room_for_question(self.prompt, self.tokenizer, max_question_tokens)
+
     def require_room_for_captions(self, max_caption_tokens: int | None, max_length: int, min_length: int) -> None:
         """Raise ValueError if the prompt leaves no room for a word and [SEP]. All lengths include the prompt."""
         prompt_length = len(encode_prompt(self.prompt, self.tokenizer))
@@ -81,16 +93,7 @@ class PromptTexts:
         self.space = " " if family.end else ""  # OPT's tokens of words begin with their space
 
     def encode_questions(self, questions: Sequence[str], max_tokens: int) -> Tensors:
-        """input_ids and attention_mask (num_questions, prompt_length); for InstructBLIP also of its Q-Former.
-
-        Raises: ValueError if the prompt alone has max_tokens or more.
-        """
-        fixed = len(self.tokenizer(fill_prompt(self.prompt, [""])[0])["input_ids"])
-        if fixed >= max_tokens:
-            raise ValueError(
-                f"max_question_tokens {max_tokens} leaves no room for a question: the prompt {self.prompt!r} needs "
-                f"{fixed} tokens. Set a larger number, or shorten --question_prompt."
-            )
+        """input_ids and attention_mask (num_questions, prompt_length); for InstructBLIP also of its Q-Former."""
         return encode_prompts(self.processor, fill_prompt(self.prompt, questions), max_tokens)
 
     def encode_answers(self, answers: Sequence[str], max_tokens: int) -> torch.Tensor:
@@ -128,9 +131,24 @@ class PromptTexts:
         tokens = {"eos_token_id": self.end_token_id, "pad_token_id": self.tokenizer.pad_token_id}
         return {"max_new_tokens": max_length, "num_beams": num_beams, "do_sample": False, **tokens, **settings}
 
+    def require_room_for_questions(self, max_question_tokens: int, *answer_lengths: int | None) -> None:
+        """Raise ValueError if the prompt leaves no room for a question, or a question none for its answer."""
+        require_room_for_question(self.prompt, self.tokenizer, max_question_tokens)
+        self._require_positions("max_question_tokens", max_question_tokens, answer_lengths)
+
     def require_room_for_captions(self, max_caption_tokens: int | None, max_length: int, min_length: int) -> None:
-        """Raise ValueError if lengths leave no room for a word and the end token. No length includes the prompt."""
-        require_room("", 0, max_caption_tokens, max_length, min_length)
+        """Raise ValueError if the prompt leaves no room for a caption. No length includes the prompt."""
+        require_order(min_length, max_length)
+        prompt_length = len(self.tokenizer(self.prompt)["input_ids"])
+        self._require_positions(f"the prompt {self.prompt!r}", prompt_length, (max_caption_tokens, max_length))
+
+    def _require_positions(self, what: str, length: int, answer_lengths: Sequence[int | None]) -> None:
+        longest, needed = self.tokenizer.model_max_length, length + max(number or 0 for number in answer_lengths)
+        if needed > longest:
+            raise ValueError(
+                f"Beside the image the model reads at most {longest} tokens of a prompt and its answer, but {what} "
+                f"({length} tokens) and the longest answer ({needed - length}) need {needed}. Shorten one of them."
+            )
 
 
 Texts = BlipTexts | PromptTexts
@@ -159,6 +177,16 @@ def encode_prompts(processor: ProcessorMixin, prompts: Sequence[str], max_tokens
         own = encode_texts(prompts, tokenizer, min(max_tokens, tokenizer.model_max_length))
         tokens |= {f"qformer_{name}": tensor for name, tensor in own.items()}
     return tokens
+
+
+def require_room_for_question(prompt: str, tokenizer: PreTrainedTokenizerBase, max_question_tokens: int) -> None:
+    """Raise ValueError if the prompt alone fills max_question_tokens, so that each question would be cut off."""
+    fixed = len(tokenizer(prompt.replace("{}", ""))["input_ids"])
+    if fixed >= max_question_tokens:
+        raise ValueError(
+            f"max_question_tokens {max_question_tokens} leaves no room for a question: the prompt {prompt!r} needs "
+            f"{fixed} tokens. Set --max_question_tokens to {fixed + 1} or more, or shorten --question_prompt."
+        )
 
 
 def fill_prompt(prompt: str, questions: Sequence[str]) -> list[str]:

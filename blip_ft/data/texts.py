@@ -61,10 +61,10 @@ def require_room(
     generation_max_length: int,
     generation_min_length: int,
 ) -> None:
-    """Raise ValueError if the prompt leaves no room for a word and the last token in one of the lengths.
+    """Raise ValueError if the prompt of BLIP leaves no room for a word and [SEP] in one of the lengths.
 
     Args:
-        prompt_length: number of tokens of the prompt that the lengths include.
+        prompt_length: number of tokens of the prompt, which the lengths include.
         max_caption_tokens: the limit in training, None without training.
     """
     needed = prompt_length + 2
@@ -72,9 +72,13 @@ def require_room(
     for name, limit in limits.items():
         if limit is not None and limit < needed:
             raise ValueError(
-                f"{name} is {limit}, but the prompt {prompt!r}, one word and the last token need {needed} tokens. No "
+                f"{name} is {limit}, but the prompt {prompt!r}, one word and [SEP] need {needed} tokens. No "
                 f"caption fits. Set --{name} to {needed} or more, or shorten --prompt."
             )
+    require_order(generation_min_length, generation_max_length)
+
+
+def require_order(generation_min_length: int, generation_max_length: int) -> None:
     if generation_min_length > generation_max_length:
         raise ValueError(
             f"generation_min_length {generation_min_length} is larger than generation_max_length "

@@ -217,7 +217,9 @@ def answer_questions(
     family = family_of(model.config)
     texts = texts_of(processor, family, "vqa", getattr(model.config, "prompt", None))
     generation = texts.generation(max_length, num_beams, **family.penalties.get("vqa", {}))
-    longest, size = longest_text(model.config), longest_side(processor.image_processor)
+    # BLIP's question and answer are read by two networks
+    longest = longest_text(model.config) - (max_length if family.reads_prompts else 0)
+    size = longest_side(processor.image_processor)
     answers = [""] * len(questions)
     groups = list(asked.values())
     for start in range(0, len(groups), images_at_once):

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, get_scheduler, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, Trainer, get_scheduler, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
 from blip_ft.arguments import (
@@ -101,11 +101,12 @@ def prepare_run(
     data_args.check_streaming(training_args)
     checkpoint = prepare_output_dir(training_args, RECIPES[task], peft_args)
     meta_model, processor = build_meta_model(task, model_args, peft_args, task_args, training_args)
-    family = family_of(without_adapter(meta_model).config)
+    config = without_adapter(meta_model).config
+    family = family_of(config)
     _require_support(family, task_args, training_args)
     return RunSetup(
         *(task, model_args, data_args, task_args, peft_args, training_args, checkpoint, meta_model, processor, family),
-        _texts_of(processor, family, task_args),
+        _texts_of(processor, config, task_args, training_args),
     )
 
 
@@ -115,7 +116,10 @@ def _require_support(family: Family, task_args: Settings, args: BlipTrainingArgu
         return
     if isinstance(task_args, VqaArguments):
         if task_args.answer_mode == "rank":
-            raise ValueError(f"answer_mode rank is for BLIP. {family.name} generates its answers; leave it out.")
+            raise ValueError(
+                f"answer_mode rank is for BLIP. {family.name} generates its answers: leave out answer_mode and "
+                "answer_list."
+            )
         if task_args.question_start_token != "cls":
             raise ValueError(f"question_start_token is for BLIP. {family.name} has no such token; leave it out.")
     if args.fp16 and family.language_model == "t5":
@@ -124,11 +128,23 @@ def _require_support(family: Family, task_args: Settings, args: BlipTrainingArgu
         check_untied_head(args)
 
 
-def _texts_of(processor: ProcessorMixin, family: Family, task_args: Settings) -> Texts | None:
+def _texts_of(
+    processor: ProcessorMixin, config: PreTrainedConfig, task_args: Settings, args: BlipTrainingArguments
+) -> Texts | None:
+    """How the run reads and writes texts. Raises: ValueError if its lengths leave no room for a question or caption."""
+    trained = getattr(config, "prompt", None)
     if isinstance(task_args, VqaArguments):
-        return texts_of(processor, family, "vqa", task_args.question_prompt)
+        given = task_args.question_prompt
+        texts = texts_of(processor, family_of(config), "vqa", trained if given is None else given)
+        lengths = (task_args.max_question_tokens, task_args.max_answer_tokens, args.generation_max_length)
+        texts.require_room_for_questions(*lengths)
+        return texts
     if isinstance(task_args, CaptioningArguments):
-        return texts_of(processor, family, "conditional_generation", task_args.prompt)
+        given = task_args.prompt
+        texts = texts_of(processor, family_of(config), "conditional_generation", trained if given is None else given)
+        lengths = (task_args.max_caption_tokens, args.generation_max_length, task_args.generation_min_length)
+        texts.require_room_for_captions(*lengths)
+        return texts
     return None
 
 
@@ -240,7 +256,7 @@ def load_for_training(
         train_in_float32(model, half)
         model = model if peft_args.use_peft else model.to(args.device)
     if setup.texts:
-        without_adapter(model).config.prompt = setup.texts.prompt
+        _write_texts(without_adapter(model), setup.texts)
     counts = count_parameters(model)
     logger.info(
         "%s: %.1f M parameters, %.1f M of them trained",
@@ -248,6 +264,16 @@ def load_for_training(
         *(counts["total_millions"], counts["trainable_millions"]),
     )
     return model, loaded["processor"], run_settings
+
+
+def _write_texts(model: PreTrainedModel, texts: Texts) -> None:
+    """Write the prompt into the config, and for stock transformers the token that ends an answer."""
+    model.config.prompt = texts.prompt
+    if texts.family.reads_prompts:
+        end, eos = texts.end_token_id, texts.tokenizer.eos_token_id
+        # the Trainer would replace OPT's end token by that of its tokenizer, which ends no answer, but keeps a list
+        for config in (model.config.text_config, model.generation_config):
+            config.eos_token_id = end if end == eos else [end, eos]
 
 
 def prepare_output_dir(args: BlipTrainingArguments, recipe: str, peft_args: PeftArguments) -> str | None:

@@ -18,7 +18,9 @@ from conftest import RECIPES
 from PIL import Image
 from programs import free_port
 
+from blip_ft.arguments.families import BLIP
 from blip_ft.data.images import open_image, resize_to_uint8
+from blip_ft.data.text_formats import texts_of
 from blip_ft.data.texts import encode_texts
 from blip_ft.modeling import inference
 from blip_ft.models import load_model
@@ -60,7 +62,7 @@ def try_image(app, checkpoints, images):
     def start(task: str):
         loaded = load_model(checkpoints[task], device="cpu")
         model, processor = loaded["model"], loaded["processor"]
-        page = app["PAGES"][app["TASK_OF_CLASS"][type(model).__name__]]
+        page = app["PAGES"][app["task_of_model"](model)]
 
         def run(text: str, image: str | None = "good.png", page=page) -> str:
             return app["try_image"](page, model, processor, image and str(images / image), text)
@@ -84,7 +86,8 @@ def test_each_question_gets_the_answer_of_inference(try_image, images):
 def test_caption_goes_on_where_it_is_told_to_begin(try_image):
     run, model, processor, pixels = try_image("captioning")
     for prompt, length in (("a picture of", 20), ("", 17)):
-        (text,), (score,) = inference.caption(model, processor.tokenizer, pixels, prompt, max_length=length)
+        texts = texts_of(processor, BLIP, "conditional_generation", prompt)
+        (text,), (score,) = inference.caption(model, texts, pixels, texts.generation(length, 3, min_length=5))
         html = run(f" {prompt}\n")
         assert f"<td>{f'{prompt} {text}'.strip()}</td><td>{score:.1%}" in html
     assert "The beginning of the caption is too long" in run("the dog " * 30)

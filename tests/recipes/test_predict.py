@@ -176,11 +176,11 @@ def test_stopped_run_goes_on_after_its_last_whole_line(predict, image_folder, tm
     asked, answer = [], inference.answer
 
     def answer_until(limit):
-        def stop_or_answer(model, tokenizer, states, *args):
+        def stop_or_answer(model, texts, read, *args):
             if len(asked) >= limit:
                 raise KeyboardInterrupt
-            asked.extend(range(len(states)))
-            return answer(model, tokenizer, states, *args)
+            asked.extend(range(len(read[0])))
+            return answer(model, texts, read, *args)
 
         return stop_or_answer
 

@@ -17,7 +17,7 @@ from transformers import BlipProcessor, PreTrainedModel
 from transformers.models.blip import modeling_blip
 
 from blip_ft.arguments import BlipTrainingArguments
-from blip_ft.data import texts
+from blip_ft.data import text_formats
 from blip_ft.models import load_model
 from blip_ft.training import feature_cache
 from blip_ft.training.trainer import BlipTrainer
@@ -547,7 +547,7 @@ def test_lengths_that_leave_nothing_of_a_caption_are_refused_before_the_model_lo
 
 
 def test_run_whose_batches_contain_no_token_to_learn_is_stopped(recipe, data_of, caplog, monkeypatch):
-    monkeypatch.setattr(texts, "require_room_for_captions", lambda *args: None)
+    monkeypatch.setattr(text_formats, "require_room", lambda *args: None)
     with pytest.raises(SystemExit):
         recipe(*data_of("captioning"), "--max_caption_tokens", "4", task="captioning")
     assert "The batches of a step contain no token to learn" in caplog.messages[-1]
