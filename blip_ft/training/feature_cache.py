@@ -201,6 +201,7 @@ def _encode(
         collate_fn=ImageCollator(processor),
         num_workers=args.dataloader_num_workers,
         worker_init_fn=ignore_signals_in_worker,
+        generator=torch.Generator(),  # a run that finds all features draws the same dropout as the one that stored them
     )
     model.eval()
     with tqdm(total=len(missing), desc="Encoding images, once for all epochs", disable=args.disable_tqdm) as progress:

@@ -180,6 +180,12 @@ def test_interrupted_encoding_resumes_after_the_last_stored_image(model, rows, s
     assert sum(encoded) == 3
 
 
+def test_encoding_leaves_the_random_numbers_of_the_run_alone(model, rows, store):
+    before = torch.get_rng_state()
+    store(model, rows)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # damage to a store of five rows -> how many rows are lost
 TORN = {
     "row without a key": (lambda folder: extend(folder / "states", b"\1" * ROW_BYTES), 0),
