@@ -1,4 +1,4 @@
-"""On-disk cache of a frozen vision encoder's outputs."""
+"""On-disk cache of the outputs of a frozen vision encoder, or of a frozen Q-Former."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import distributed, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import BlipProcessor, PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from blip_ft.arguments import BlipTrainingArguments
 from blip_ft.data.batches import match_rows
@@ -32,6 +32,7 @@ from blip_ft.data.checks import ImageHashes
 from blip_ft.data.collators import ImageCollator
 from blip_ft.data.tables import number_images
 from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
+from blip_ft.modeling.blip2.base import QFormerModel
 from blip_ft.training.signals import ignore_signals_in_worker
 
 logger = logging.getLogger(__name__)
@@ -44,19 +45,28 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 GB = 10**9
 
+# what is stored: the outputs of the Q-Former, or of the vision model
+Level = Literal["qformer", "vision"]
+
+# level -> the name of its features in a batch
+BATCH_NAMES: dict[Level, str] = {"qformer": "query_states", "vision": "image_states"}
+
+# level -> the modules that compute its features
+PARTS: dict[Level, tuple[str, ...]] = {"qformer": ("vision_model", "qformer"), "vision": ("vision_model",)}
+
 
 @dataclass
 class FeatureStore:
-    """Image states in a folder: `states` has a row of fixed size for each image, and `keys` a line for each row.
+    """Features in a folder: `states` has a row of fixed shape for each image, and `keys` a line for each row.
 
     A key is written after its row is on the disk. If a run is killed, the store is valid up to the last key.
 
     Args:
-        shape: (patches + 1, width) of a row.
+        shape: of a row, e.g. (patches + 1, width) or (queries, width).
     """
 
     folder: Path
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
@@ -89,7 +99,7 @@ class FeatureStore:
         return {key.decode(): row for row, key in enumerate(keys)}
 
     def append(self, keys: Sequence[str], states: torch.Tensor) -> None:
-        """Add a row for each key; the keys must be new. states: (len(keys), patches + 1, width), any float type."""
+        """Add a row for each key; the keys must be new. states: (len(keys), *shape), any float type."""
         content = states.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
         lines = "".join(f"{key}\n" for key in keys).encode()
         for name, part in (("states", content), ("keys", lines)):
@@ -99,7 +109,7 @@ class FeatureStore:
                 os.fsync(file.fileno())  # otherwise a power cut may keep a key and lose its row
 
     def read(self, rows: Sequence[int | None]) -> torch.Tensor:
-        """(len(rows), patches + 1, width) in the dtype of the store; zeros for None."""
+        """(len(rows), *shape) in the dtype of the store; zeros for None."""
         content = np.zeros((len(rows), self.row_bytes), np.uint8)  # numpy has no bfloat16
         for index, row in enumerate(rows):
             if row is not None:
@@ -115,17 +125,19 @@ class StoredImages:
 
     Args:
         row_of: image_id -> row in store, without images that could not be read.
+        level: of the features, which have the name BATCH_NAMES[level] in a batch.
     """
 
     store: FeatureStore
     row_of: dict[str, int]
+    level: Level
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """image_states (I, patches + 1, width), each image once; image_index (rows,); readable (rows,)."""
+        """The features (I, *store.shape), each image once; image_index (rows,); readable (rows,)."""
         image_ids = [row["image_id"] for row in rows]
         position = {image_id: index for index, image_id in enumerate(dict.fromkeys(image_ids))}
         return {
-            "image_states": self.store.read([self.row_of.get(image_id) for image_id in position]),
+            BATCH_NAMES[self.level]: self.store.read([self.row_of.get(image_id) for image_id in position]),
             "image_index": torch.tensor([position[image_id] for image_id in image_ids]),
             "readable": torch.tensor([image_id in self.row_of for image_id in image_ids]),
         }
@@ -133,7 +145,7 @@ class StoredImages:
 
 def store_images(
     model: PreTrainedModel,
-    processor: BlipProcessor,
+    processor: ProcessorMixin,
     rows: Any,
     args: BlipTrainingArguments,
     after_batch: Callable[[], None] = lambda: None,
@@ -147,15 +159,18 @@ def store_images(
         after_batch: called after each batch. If it raises an exception, the images encoded so far are kept.
     Raises: ValueError if features are not constant, and, before any image is encoded, if they need too much space.
     """
-    require_constant_features(model)
+    level = require_constant_features(model)
     if distributed.is_initialized():
-        for tensor in model.vision_model.state_dict().values():
-            # DDP will copy the weights of the first process to the others; until then those of a new model differ
-            distributed.broadcast(tensor, 0)
-    vision = model.config.vision_config
-    shape = (model.vision_model.embeddings.num_positions, vision.hidden_size)
+        for _, tensor in _weights(model, level):
+            # DDP will copy the weights of the first process to the others; until then those of a new model differ.
+            # Quantized layers also have settings there, on the CPU, which NCCL does not send
+            if tensor.device == model.device:
+                distributed.broadcast(tensor, 0)
+    shape = (model.vision_model.embeddings.num_positions, model.config.vision_config.hidden_size)
+    if level == "qformer":
+        shape = tuple(model.query_tokens.shape[1:])
     home = Path(HF_CACHE_HOME) / "blip_ft" / "image_features"
-    store = FeatureStore(home / _digest(model, processor, args), shape, DTYPES[args.cache_dtype])
+    store = FeatureStore(home / _digest(model, level, processor, args), shape, DTYPES[args.cache_dtype])
 
     hashes = ImageHashes()
     key_of, row_of_key = {}, {}
@@ -174,20 +189,28 @@ def store_images(
         found = store.rows()
         missing = {key: row for key, row in row_of_key.items() if key not in found}
         if missing:
-            _require_space(home, len(missing) * store.row_bytes, len(missing), args)
-            _encode(model, processor, rows, missing, store, args, after_batch)
+            _require_space(home, len(missing) * store.row_bytes, len(missing), level, args)
+            _encode(model, level, processor, rows, missing, store, args, after_batch)
         stored = store.rows()
     logger.info(
-        "Features of %d images, %d of them encoded now: %s (%.1f GB)",
-        *(len(row_of_key), len(stored) - len(found), store.folder, len(stored) * store.row_bytes / GB),
+        "Outputs of the %s for %d images, %d of them encoded now: %s (%.1f GB)",
+        *(
+            "Q-Former" if level == "qformer" else "vision model",
+            len(row_of_key),
+            len(stored) - len(found),
+            store.folder,
+            len(stored) * store.row_bytes / GB,
+        ),
     )
-    return StoredImages(store, {image_id: stored[key] for image_id, key in key_of.items() if key in stored})
+    row_of = {image_id: stored[key] for image_id, key in key_of.items() if key in stored}
+    return StoredImages(store, row_of, level)
 
 
 @torch.no_grad()
 def _encode(
     model: PreTrainedModel,
-    processor: BlipProcessor,
+    level: Level,
+    processor: ProcessorMixin,
     rows: Any,
     missing: dict[str, int],
     store: FeatureStore,
@@ -208,6 +231,8 @@ def _encode(
         for batch, keys, readable in match_rows(loader, missing):
             with torch.autocast(model.device.type, _autocast_dtype(args), enabled=args.bf16 or args.fp16):
                 states = model.encode_images(batch["pixel_values"].to(model.device)).last_hidden_state
+                if level == "qformer":
+                    states = model.encode_queries(states, torch.arange(len(states), device=model.device))
             store.append(list(compress(keys, readable)), states.cpu()[torch.tensor(readable)])
             progress.update(len(keys))
             after_batch()
@@ -217,33 +242,68 @@ def _autocast_dtype(args: BlipTrainingArguments) -> torch.dtype:
     return torch.float16 if args.fp16 else torch.bfloat16
 
 
-def require_constant_features(model: PreTrainedModel) -> None:
-    """Raises: ValueError if the features of the vision model would change during training."""
+def require_constant_features(model: PreTrainedModel) -> Level:
+    """The last features that do not change during training. They need no weights: the model may be on the meta device.
+
+    Raises: ValueError if the outputs of the vision model change.
+    """
     if isinstance(model, BlipForImageTextRetrieval):
         raise ValueError(
             "cache_image_features is not supported in retrieval, where the momentum encoder also encodes the images. "
             "Leave it out."
         )
+    has_qformer = isinstance(model, QFormerModel)
     vision = model.vision_model
     if any(isinstance(module, BaseTunerLayer) for module in vision.modules()):
         raise ValueError(
             "cache_image_features needs a vision model that does not change, but the adapter has layers there. Put the "
-            "adapter on the text layers only: --lora_target_modules query key value dense"
+            + (
+                "adapter on the language model only, the default: leave out --lora_target_modules."
+                if has_qformer
+                else "adapter on the text layers only: --lora_target_modules query key value dense"
+            )
         )
-    trained = [name for name, parameter in vision.named_parameters() if parameter.requires_grad]
-    if trained:
+    if trained := _trained_weights(model, "vision_model"):
         raise ValueError(
             f"cache_image_features needs a vision model that does not change, but {len(trained)} of its weights are "
-            f"trained, e.g. vision_model.{trained[0]}. Add --freeze vision_model."
+            f"trained, e.g. {trained[0]}. {_how_to_freeze(model) if has_qformer else 'Add --freeze vision_model.'}"
         )
+    # that of BLIP only: frozen parts of a model with a Q-Former are always in evaluation mode
     if any(module.p > 0 for module in vision.modules() if isinstance(module, nn.Dropout)):
         raise ValueError(
             "cache_image_features needs features that are the same in every epoch, but the vision model of the "
             "checkpoint has dropout. Set attention_dropout to 0 under vision_config in its config.json."
         )
+    if not has_qformer or model.qformer_reads_prompts or _trained_weights(model, "qformer", "query_tokens"):
+        return "vision"
+    return "qformer"
 
 
-def _digest(model: PreTrainedModel, processor: BlipProcessor, args: BlipTrainingArguments) -> str:
+def _trained_weights(model: nn.Module, *parts: str) -> list[str]:
+    return [name for name, weight in model.named_parameters() if weight.requires_grad and name.split(".")[0] in parts]
+
+
+def _how_to_freeze(model: QFormerModel) -> str:
+    """Flags for a BLIP-2 or InstructBLIP whose vision model is trained. --freeze takes the place of its default."""
+    names = dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
+    trained = [name for name in names if _trained_weights(model, name)]
+    constant = ["vision_model"] if model.qformer_reads_prompts else ["vision_model", "qformer", "query_tokens"]
+    frozen = [name for name in names if name not in (*trained, *constant)]
+    return (
+        f"Trained are {', '.join(trained)}. Add --freeze {','.join([*constant, *frozen])}, or --use_peft, which trains "
+        "only an adapter on the language model."
+    )
+
+
+def _weights(model: PreTrainedModel, level: Level) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of all weights that determine the features."""
+    yield from model.vision_model.state_dict().items()
+    if level == "qformer":
+        yield from model.qformer.state_dict(prefix="qformer.").items()
+        yield "query_tokens", model.query_tokens.detach()
+
+
+def _digest(model: PreTrainedModel, level: Level, processor: ProcessorMixin, args: BlipTrainingArguments) -> str:
     """A hash of everything that determines the stored features, apart from the image."""
     vision = model.config.vision_config
     settings = {
@@ -252,24 +312,28 @@ def _digest(model: PreTrainedModel, processor: BlipProcessor, args: BlipTraining
     }
     settings |= {"format": FORMAT, "resample": int(processor.image_processor.resample), "dtype": args.cache_dtype}
     settings["autocast"] = str(_autocast_dtype(args)) if args.bf16 or args.fp16 else None
+    if level == "qformer":  # `vision` is not named, so that stores of earlier versions are still read
+        names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+        settings |= {"level": level} | {f"qformer {name}": getattr(model.config.qformer_config, name) for name in names}
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for name, tensor in model.vision_model.state_dict().items():
+    for name, tensor in _weights(model, level):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
 
 
-def _require_space(home: Path, needed: int, num_images: int, args: BlipTrainingArguments) -> None:
+def _require_space(home: Path, needed: int, num_images: int, level: Level, args: BlipTrainingArguments) -> None:
     """Raises: ValueError if the needed bytes exceed the limit or the free space of the disk."""
     # by the features of all models and image sizes
     used = sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
     free = shutil.disk_usage(home).free
     if used + needed > args.cache_limit_gb * GB or needed > free:
         halve = " --cache_dtype bf16 halves it;" if args.cache_dtype == "fp32" else ""
+        smaller = " needs" if level == "qformer" else " and a smaller --image_size need"
         raise ValueError(
             f"cache_image_features needs {needed / GB:.3g} GB for {num_images} images. {home} contains "
             f"{used / GB:.3g} GB, cache_limit_gb is {args.cache_limit_gb:g} for both, and the disk has {free / GB:.3g} "
-            f"GB free.{halve} --max_train_samples and a smaller --image_size need less; --cache_limit_gb "
+            f"GB free.{halve} --max_train_samples{smaller} less; --cache_limit_gb "
             f"{(used + needed) / GB:.3g} allows it; HF_HOME moves it to another disk. Folders there from other models "
             "or image sizes can be deleted."
         )

@@ -234,6 +234,12 @@ def change_resampling(model, processor):
     processor.image_processor.resample = PillowImage.Resampling.NEAREST
 
 
+def test_stores_of_earlier_versions_are_read(model, rows, store, home):
+    store(model, rows)
+    # the hash of the golden weights and settings; raising FORMAT changes it
+    assert [folder.name for folder in home.iterdir()] == ["1352d3e48280581a24cc722256ec1a10"]
+
+
 @pytest.mark.parametrize("change", [change_weights, change_size, change_mean, change_resampling])
 def test_other_weights_or_preprocessing_use_another_store(load, rows, store, encoded, home, processor, change):
     size, resample = processor.image_processor.size, processor.image_processor.resample
