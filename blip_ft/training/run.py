@@ -18,6 +18,7 @@ from blip_ft.data.images import open_image
 from blip_ft.data.streaming import StreamedRows
 from blip_ft.data.tables import to_json, write_lines
 from blip_ft.modeling.adapters import count_parameters
+from blip_ft.modeling.blip2.base import QFormerModel
 from blip_ft.results.model_card import build_model_card
 from blip_ft.results.predictions import Line, build_lines, samples_of
 from blip_ft.results.push import GITIGNORE, NOT_PUSHED, describe_hub_error, limit_waiting, upload_command
@@ -29,7 +30,9 @@ from blip_ft.training.checkpoints import (
     what_is_missing,
 )
 from blip_ft.training.dry_run import dry_run
-from blip_ft.training.feature_cache import store_images
+from blip_ft.training.engines import engine_of
+from blip_ft.training.feature_cache import GB, PARTS, store_images
+from blip_ft.training.idle_parts import IdleParts
 from blip_ft.training.notes import (
     Baseline,
     beside_baseline,
@@ -141,7 +144,11 @@ def _arguments_of(setup: RunSetup) -> dict[str, Any]:
 
 
 def _cache_image_features(trainer: BlipTrainer, checkpoint: str | None) -> None:
-    """Train on stored image features. Evaluation has its own collator, which decodes images."""
+    """Train on stored image features. Evaluation has its own collator, which decodes images.
+
+    The parts of a BLIP-2 or InstructBLIP that computed the features are on the CPU while training. Not those of a BLIP,
+    whose device is that of its vision model.
+    """
     if checkpoint and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         # a vision model with new weights in each run: train() would load the checkpoint too late. FSDP and DeepSpeed
         # load it into the wrapped model
@@ -150,6 +157,12 @@ def _cache_image_features(trainer: BlipTrainer, checkpoint: str | None) -> None:
         trainer.blip, trainer.processing_class, trainer.train_dataset, trainer.args, trainer.signals.stop_if_received
     )
     trainer.data_collator = replace(trainer.data_collator, look_up=images)
+    if not isinstance(trainer.blip, QFormerModel) or engine_of(trainer.args) != "DDP":
+        return
+    idle_parts = IdleParts(trainer.blip, PARTS[images.level], trainer.args.device)
+    trainer.add_callback(idle_parts)
+    if trainer.args.device.type != "cpu":
+        logger.info("Not on the device while training: weights of %.2f GB", idle_parts.num_bytes / GB)
 
 
 @dataclass

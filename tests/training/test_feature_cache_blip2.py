@@ -1,4 +1,4 @@
-"""The cache of BLIP-2 and InstructBLIP: its level, and what is stored."""
+"""The cache of BLIP-2 and InstructBLIP: its level, what is stored, and the parts that training does without."""
 
 import shutil
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import history_of, predictions_of, results_of
 from datasets import Dataset, Features, Image, Value
 from peft import LoraConfig, get_peft_model
 from PIL import Image as PillowImage
@@ -20,6 +21,8 @@ from blip_ft.modeling.adapters import freeze_model
 from blip_ft.modeling.blip2 import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
 from blip_ft.training import feature_cache
 from blip_ft.training.feature_cache import StoredImages, require_constant_features, store_images
+from blip_ft.training.idle_parts import IdleParts
+from blip_ft.training.trainer import BlipTrainer
 
 CLASSES = {
     "blip2_opt": Blip2ForConditionalGeneration,
@@ -317,13 +320,76 @@ def run(recipe, golden, image_folder):
 CACHED = ["--cache_image_features", "--cache_dtype", "fp32"]
 
 
+@pytest.fixture
+def take_away(monkeypatch):
+    """Lets the CPU stand for a GPU: weights that IdleParts moves off it are empty until they move back.
+
+    Returns: at each training step, the names of the empty weights.
+    """
+
+    def replace_to(self, *args, init=IdleParts.__init__, **kwargs):
+        init(self, *args, **kwargs)
+        for part in self.parts:
+            kept = {weight: weight.data for weight in part.parameters()}
+
+            def to(device, kept=kept):
+                # off the device to "cpu", and back to the device of the run, which is a torch.device
+                for weight, data in kept.items():
+                    weight.data = data.new_empty(0) if isinstance(device, str) else data
+
+            monkeypatch.setattr(part, "to", to)
+
+    steps = []
+
+    def look(self, *args, step=BlipTrainer.training_step, **kwargs):
+        steps.append({name for name, weight in self.blip.named_parameters() if not weight.numel()})
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(IdleParts, "__init__", replace_to)
+    monkeypatch.setattr(BlipTrainer, "training_step", look)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--freeze", "vision_model,language_model", "--eval_strategy", "steps", "--eval_steps", "2"], VISION),
+        (["--use_peft", "--eval_strategy", "no"], ["vision_model", "qformer"]),
+    ],
+    ids=["vision", "qformer"],
+)
+def test_no_training_step_has_the_encoders_on_the_device(run, golden, tmp_path, take_away, flags, parts):
+    cached = run(tmp_path / "cached", *CACHED, *flags, "--save_steps", "2")
+    weights = load_file(golden / "blip2_opt" / "model.safetensors")
+    assert take_away == [{name for name in weights if name.startswith(tuple(f"{part}." for part in parts))}] * 4
+    plain = run(tmp_path / "plain", *flags, "--save_steps", "4")
+    assert take_away[4:] == [set()] * 4
+    losses = [[entry["loss"] for entry in history_of(folder)] for folder in (cached, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert results_of(cached)["eval_loss"] == pytest.approx(results_of(plain)["eval_loss"], rel=1e-4)
+    assert predictions_of(cached) == predictions_of(plain)
+    one, other = (load_file(next(folder.glob("*model.safetensors"))) for folder in (cached, plain))
+    assert one.keys() == other.keys() and ("--use_peft" in flags or one.keys() == weights.keys())
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, other[name], rtol=1e-3, atol=1e-4, msg=name)
+        assert not name.startswith("vision_model.") or torch.equal(weight, weights[name])
+
+
 def test_resumed_run_with_cached_queries_equals_an_unbroken_one(run, tmp_path):
     flags = [*CACHED, "--freeze", "vision_model,qformer,query_tokens,language_model", "--save_steps", "1"]
     whole = run(tmp_path / "whole", *flags)
     cut = shutil.copytree(whole, tmp_path / "cut")
-    shutil.rmtree(cut / "checkpoint-4")
+    shutil.rmtree(cut / "checkpoint-4")  # checkpoint-3 was written with the parts away
     run(cut, *flags, "--resume_from_checkpoint", "last")
     states = [load_file(folder / "model.safetensors") for folder in (whole, cut, whole / "checkpoint-3")]
     assert states[0].keys() == states[1].keys() == states[2].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["language_projection.weight"], states[2]["language_projection.weight"])
+
+
+def test_quantized_parts_stay_on_the_device(load):
+    model = load(QFORMER)
+    model.vision_model.post_layernorm.weight = type("Params4bit", (nn.Parameter,), {})(torch.ones(32))
+    idle = IdleParts(model, QFORMER[:2], torch.device("cpu"))
+    assert idle.parts == [model.qformer]
+    assert idle.num_bytes == 4 * sum(weight.numel() for weight in model.qformer.parameters())
