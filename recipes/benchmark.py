@@ -3,12 +3,18 @@
     python recipes/benchmark.py             everything, about fifteen minutes on two cores
     python recipes/benchmark.py --quick     less than three minutes: one round, one image, 5 questions
     python recipes/benchmark.py --only steps --output table.md
+    python recipes/benchmark.py --family blip-2    8 GiB of memory, about ten minutes on two cores
+    python recipes/benchmark.py --family blip-2 --quick     seconds: a tiny model
 
 Both run in one process and take turns; the table has medians, with minimum and maximum in brackets. The models have the
 architecture of Salesforce/blip-vqa-base and the same random weights. Questions have 12 tokens and no padding, because
 stock ignores the padding mask; answers have 4 tokens. Before the first measurement, the losses of both models must be
 equal. A step is forward and backward; the optimizer is left out, because it is the same for both. On CUDA, times are
 measured by events of the GPU.
+
+With --family blip-2, the architecture is that of Salesforce/blip2-opt-2.7b, in bf16. LoRA adapters on q_proj and v_proj
+of the language model are trained, and everything else is frozen. Prompts have 16 tokens, answers 4. With "cached
+features", ours reads the Q-Former's outputs instead of images; with "not packed", each question has a row of its own.
 """
 
 import argparse
@@ -22,12 +28,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+from benchmark_blip2 import Blip2Pair, blip2_opt_2_7b, tiny_blip2
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -228,7 +236,42 @@ def smooth_noise(width: int, height: int) -> bytes:
     return file.getvalue()
 
 
-def peak_memory(name: str, pair: Pair) -> float:
+def blip2_steps(pair: Blip2Pair, rounds: int) -> list[str]:
+    lines = []
+    for questions in (1, 5):
+        batches = pair.batches(questions)
+        taken = seconds({name: partial(pair.step, name, batch) for name, batch in batches.items()}, pair.device, rounds)
+        for name in list(batches)[1:]:
+            way = name.removeprefix("ours")
+            label = f"step, {questions} question{'s' * (questions > 1)} per image{way}, bf16, per question"
+            compared = {"stock": taken["stock"], "ours": taken[name]}
+            lines.append(row(label, compared, 1 / (questions * pair.num_images)))
+    return lines
+
+
+def used_memory(device: torch.device) -> float:
+    """MiB, of the process or of the GPU."""
+    return torch.cuda.memory_allocated() / 2**20 if device.type == "cuda" else status_of_process("VmRSS")
+
+
+def weights(pair: Blip2Pair) -> list[str]:
+    """Memory of the model with and without what cached features replace. The pair cannot encode images afterwards."""
+    lines = []
+    before = used_memory(pair.device), bytes_of(pair.ours) / 2**20
+    pair.free_image_encoder()
+    after = used_memory(pair.device), bytes_of(pair.ours) / 2**20
+    what = "memory of the process", "weights"
+    for name, stock, ours in zip(what, before, after, strict=True):
+        label = f"{name}; ours: cached features, vision model and Q-Former freed"
+        lines.append(f"| {label} | {stock / 1024:.2f} GiB | {ours / 1024:.2f} GiB | {100 * ours / stock:.0f} % |")
+    return lines
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def peak_memory(name: str, pair: Pair | Blip2Pair) -> float:
     """MiB that one step with 5 questions per image needs in addition to the model, including gradients."""
     batch = pair.batches(questions=5)[name]
     if pair.device.type == "cuda":
@@ -243,17 +286,18 @@ def peak_memory(name: str, pair: Pair) -> float:
     return status_of_process("VmHWM") - before
 
 
-def memory(pair: Pair) -> list[str]:
+def memory(pair: Pair | Blip2Pair, precision: str, flags: Sequence[str] = ()) -> list[str]:
+    """flags: those that make a new process build the same pair."""
     if pair.device.type == "cuda":
         peaks = {name: peak_memory(name, pair) for name in ("stock", "ours")}
     else:  # each in a process of its own, which has only one peak
-        command = [sys.executable, __file__, "--images", str(pair.num_images), "--peak"]
+        command = [sys.executable, __file__, *flags, "--images", str(pair.num_images), "--peak"]
         peaks = {
             name: float(subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout.split()[-1])
             for name in ("stock", "ours")
         }
     stock, ours = (f"{peaks[name] / 1024:.2f} GiB" for name in ("stock", "ours"))
-    label = "peak memory in addition to the model, step, 5 questions per image, fp32"
+    label = f"peak memory in addition to the model, step, 5 questions per image, {precision}"
     return [f"| {label} | {stock} | {ours} | {100 * peaks['ours'] / peaks['stock']:.0f} % |"]
 
 
@@ -317,40 +361,68 @@ def machine(device: torch.device) -> str:
     return f"{name}; {versions}; {date.today()}"
 
 
-def main() -> None:
+def blip_groups(pair: Pair, config: BlipConfig, quick: bool) -> dict[str, Callable[[], list[str]]]:
+    rounds = 1 if quick else 3
+    groups = {
+        "steps": lambda: steps(pair, config, rounds, (5,) if quick else (1, 5, 13)),
+        "frozen": lambda: frozen(pair, rounds),
+        "answers": lambda: answers(pair, rounds),
+        "images": lambda: image_decoding(config, rounds),
+        "memory": lambda: memory(pair, "fp32"),
+        "order": order,
+        "loading": loading,
+    }
+    if quick:
+        del groups["loading"]
+    return groups
+
+
+def blip2_groups(pair: Blip2Pair, quick: bool) -> dict[str, Callable[[], list[str]]]:
+    flags = ["--family", "blip-2", "--device", str(pair.device), *["--quick"] * quick]
+    return {
+        "steps": lambda: blip2_steps(pair, 1 if quick else 5),
+        "memory": lambda: memory(pair, "bf16", flags),
+        "weights": lambda: weights(pair),
+    }
+
+
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="Measure one round with one image and 5 questions.")
+    parser.add_argument("--family", choices=("blip", "blip-2"), default="blip", help="Default: blip.")
     parser.add_argument(
-        "--only", default="", help="Measure one group: steps, frozen, answers, images, memory, order or loading."
+        "--quick", action="store_true", help="One round, one image; blip: 5 questions only, blip-2: a tiny model."
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help="Measure one group: steps, frozen, answers, images, memory, order or loading; of blip-2 steps, memory or "
+        "weights.",
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="Default: cuda if there is a GPU, else cpu.")
-    parser.add_argument("--images", type=int, help="Images per batch. Default: 2, on CUDA 32.")
+    parser.add_argument(
+        "--images", type=int, help="Images per batch. Default: 2, with --quick or blip-2 1; on CUDA 32."
+    )
     parser.add_argument("--output", type=Path, help="File to write the table to as well.")
     parser.add_argument("--peak", choices=("stock", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments()
     if args.rows:
         print(memory_with_rows(args.rows))
         return
-    device, config = torch.device(args.device), blip_base()
-    images = args.images or (32 if device.type == "cuda" else 1 if args.quick else 2)
-    rounds = 1 if args.quick else 3
-    pair = Pair(config, device, images)
+    device, is_blip = torch.device(args.device), args.family == "blip"
+    images = args.images or (32 if device.type == "cuda" else 2 if is_blip and not args.quick else 1)
+    config = blip_base() if is_blip else tiny_blip2() if args.quick else blip2_opt_2_7b()
+    pair = (Pair if is_blip else Blip2Pair)(config, device, images)
     if args.peak:
         print(peak_memory(args.peak, pair))
         return
     pair.require_equal_losses()
-    groups = {
-        "steps": lambda: steps(pair, config, rounds, (5,) if args.quick else (1, 5, 13)),
-        "frozen": lambda: frozen(pair, rounds),
-        "answers": lambda: answers(pair, rounds),
-        "images": lambda: image_decoding(config, rounds),
-        "memory": lambda: memory(pair),
-        "order": order,
-    }
-    if not args.quick:
-        groups["loading"] = loading
+    groups = blip_groups(pair, config, args.quick) if is_blip else blip2_groups(pair, args.quick)
     lines = [
         f"{machine(device)}; images per batch: {images}",
         "",
