@@ -134,8 +134,8 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
     )
     generation_max_length: int | None = HfArg(
         default=None,
-        help="Maximum tokens of an answer or caption. For BLIP, the first, the last and a prompt count too. For others, "
-        "only new tokens count. Default: that of the authors.",
+        help="Maximum tokens of an answer or caption. For BLIP, the first, the last and a prompt count too. For "
+        "others, only new tokens count. Default: that of the authors.",
     )
     generation_num_beams: int | None = HfArg(
         default=None, help="Beams of beam search. Default: 3 for BLIP, otherwise 5."
