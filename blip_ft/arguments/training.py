@@ -368,8 +368,8 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         of_optim = ("adam_beta1", "adam_beta2", "adam_epsilon") if optim in NOT_ADAM else ()
         of_optim += ("optim_args",) if optim in ("adamw_torch", "adamw_torch_fused", "adafactor") else ()
         of_optim += () if optim.startswith(("galore", "apollo")) else ("optim_target_modules",)
-        # the Trainer sets both names, also from gradient_checkpointing, the older one
-        of_checkpointing = () if self.activation_checkpointing else ("activation_checkpointing_kwargs",)
+        # its newer name, activation_checkpointing, does not exist in transformers 5.17; the Trainer sets both
+        of_checkpointing = () if self.gradient_checkpointing else ("activation_checkpointing_kwargs",)
         of_trackio = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
         hub = () if self.push_to_hub else ("hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")
         by_step = {
