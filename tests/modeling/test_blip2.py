@@ -178,6 +178,32 @@ def test_image_states_and_query_states_take_the_place_of_pixel_values(golden, fa
 
 
 @every_family
+def test_activation_checkpointing_changes_no_gradient(golden, family):
+    model, batch = load(golden, family), make_batch(golden, family)
+    model.vision_model.requires_grad_(False)
+    wanted = gradients(model.train(), model(**batch).loss)
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    assert_same_gradients(gradients(model, model(**batch).loss), wanted)
+
+
+@every_family
+def test_inputs_that_do_not_belong_together_are_refused(golden, family):
+    model, batch = load(golden, family), make_batch(golden, family)
+    refused = {
+        "image_index": "Found 3 images and 5 texts: pass image_index",
+        "question_index": "Found 5 questions and 7 answers: pass question_index",
+    }
+    if family.startswith("instructblip"):
+        refused["qformer_input_ids"] = "InstructBLIP needs qformer_input_ids"
+    for name, message in refused.items():
+        with pytest.raises(ValueError, match=message):
+            model(**batch | {name: None})
+    with pytest.raises(ValueError, match="one entry for each of 5 texts, found 4"):
+        model(**batch | {"image_index": batch["image_index"][:4]})
+
+
+@every_family
 def test_the_image_matters(golden, family):
     model, batch = load(golden, family), make_batch(golden, family)
     loss = model(**batch).loss
@@ -402,6 +428,9 @@ def test_uint8_pixels_are_normalized_on_the_device(golden, family):
     floats = processor(list(pixels), return_tensors="pt", do_resize=False).pixel_values
     wanted = model(**batch | {"pixel_values": floats}).loss.item()
     assert model(**batch | {"pixel_values": pixels}).loss.item() == pytest.approx(wanted, abs=1e-5)
+    aligned = stock_batch(model, aligned_batch(golden, family))
+    losses = [model(**aligned | {"pixel_values": images[[0, 1, 2, 1]]}).loss.item() for images in (pixels, floats)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 @every_family
