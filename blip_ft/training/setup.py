@@ -100,6 +100,10 @@ def prepare_run(
     """
     data_args.check_streaming(training_args)
     checkpoint = prepare_output_dir(training_args, RECIPES[task], peft_args)
+    # Under ZeRO-3 transformers would shard weights while building a language model or loading: with a config whose
+    # batch sizes are not filled in yet, and before the changes of load_for_training, which need unsharded weights.
+    # DeepSpeed shards when training begins.
+    unset_hf_deepspeed_config()
     meta_model, processor = build_meta_model(task, model_args, peft_args, task_args, training_args)
     config = without_adapter(meta_model).config
     family = family_of(config)
@@ -225,9 +229,6 @@ def load_for_training(
     run_settings = settle_settings(
         setup.checkpoint, args, setup.other_args, {"train": train_rows, "eval": eval_rows}, setup.meta_model
     )
-    # Under ZeRO-3 transformers would shard the weights while loading them: with a config whose batch sizes are not
-    # filled in yet, and before the changes below, which need unsharded weights. DeepSpeed shards when training begins.
-    unset_hf_deepspeed_config()
     # The Trainer seeds later, when random weights (adapter, demo model, missing head) are already there.
     set_seed(args.seed)
     # BLIP-2 and InstructBLIP are mostly frozen: that part needs no float32. What is trained must not be rounded first
