@@ -187,7 +187,9 @@ class QFormerModel(ImageEncoder):
         Returns: (num_images, queries, width) for BLIP-2; (num_questions, queries, width) for InstructBLIP, whose
             Q-Former also reads the prompts. image_index: (num_questions,).
         """
-        image_states = image_states.to(self.query_tokens.dtype)
+        # query_tokens and word embeddings can be in float32 while the rest of the Q-Former is in float16
+        key = self.qformer.encoder.layer[0].crossattention.attention.key
+        image_states = _as_weight(image_states, key.weight)
         with _constant(self.qformer, self.query_tokens, image_states):
             if self.qformer_reads_prompts:
                 image_states = image_states[image_index]
