@@ -135,19 +135,26 @@ def _require_support(family: Family, task_args: Settings, args: BlipTrainingArgu
 def _texts_of(
     processor: ProcessorMixin, config: PreTrainedConfig, task_args: Settings, args: BlipTrainingArguments
 ) -> Texts | None:
-    """How the run reads and writes texts. Raises: ValueError if its lengths leave no room for a question or caption."""
+    """How the run reads and writes texts. Its prompt is written into task_args.
+
+    Without a given prompt it is that of the checkpoint's training, or the family's.
+
+    Raises: ValueError if the lengths leave no room for a question or a caption.
+    """
     trained = getattr(config, "prompt", None)
     if isinstance(task_args, VqaArguments):
         given = task_args.question_prompt
         texts = texts_of(processor, family_of(config), "vqa", trained if given is None else given)
         lengths = (task_args.max_question_tokens, task_args.max_answer_tokens, args.generation_max_length)
         texts.require_room_for_questions(*lengths)
+        task_args.question_prompt = texts.prompt
         return texts
     if isinstance(task_args, CaptioningArguments):
         given = task_args.prompt
         texts = texts_of(processor, family_of(config), "conditional_generation", trained if given is None else given)
         lengths = (task_args.max_caption_tokens, args.generation_max_length, task_args.generation_min_length)
         texts.require_room_for_captions(*lengths)
+        task_args.prompt = texts.prompt
         return texts
     return None
 
