@@ -55,6 +55,30 @@ def test_pipeline_groups_questions_when_asked(pipeline_settings):
     assert load_model(pipeline_settings["model_name_or_path"])["model"](**batch).loss > 0
 
 
+@pytest.mark.parametrize("name", ["blip2_opt", "blip2_t5", "instructblip_vicuna"])
+def test_pipeline_of_blip2_gives_the_same_loss_with_grouping_and_without(pipeline_settings, folder, golden, name):
+    write_metadata(folder, [{**row, "answers": row["answers"][:1]} for row in ROWS])
+    settings = pipeline_settings | {
+        "model_name_or_path": str(golden / name),
+        "eval_fraction": 0.67,
+        "per_device_train_batch_size": 1,
+    }
+    model = load_model(golden / name, device="cpu")["model"]
+    losses = []
+    for group in (True, False):
+        pipeline = DataPipeline({**settings, "group_questions": group, "question_prompt": "Q: {} A:"})
+        pipeline.setup()
+        (batch,) = pipeline.get_eval_dataloader()
+        images, rows = len(set(pipeline.eval_rows["image_id"][:])), len(pipeline.eval_rows)
+        assert len(batch["input_ids"]) == rows > images and len(batch["pixel_values"]) == (images if group else rows)
+        assert ("qformer_input_ids" in batch) == (name == "instructblip_vicuna")
+        assert pipeline.processor.tokenizer.decode(batch["input_ids"][0]).rstrip("<pad>/s").endswith("A:")
+        losses.append(model(**batch).loss.item())
+        train = next(iter(pipeline.get_train_dataloader()))
+        assert model(**train).loss.isfinite()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_pipeline_refuses_an_unknown_key(pipeline_settings):
     with pytest.raises(ValueError, match="Did you mean image_size"):
         DataPipeline({**pipeline_settings, "imagesize": 32})

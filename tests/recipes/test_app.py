@@ -9,16 +9,17 @@ import socket
 import subprocess
 import sys
 import time
+from html import escape
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
-from conftest import RECIPES
+from conftest import GOLDEN, RECIPES
 from PIL import Image
 from programs import free_port
 
-from blip_ft.arguments.families import BLIP
+from blip_ft.arguments.families import BLIP, family_of
 from blip_ft.data.images import open_image, resize_to_uint8
 from blip_ft.data.text_formats import texts_of
 from blip_ft.data.texts import encode_texts
@@ -91,6 +92,46 @@ def test_caption_goes_on_where_it_is_told_to_begin(try_image):
         html = run(f" {prompt}\n")
         assert f"<td>{f'{prompt} {text}'.strip()}</td><td>{score:.1%}" in html
     assert "The beginning of the caption is too long" in run("the dog " * 30)
+
+
+def load_for(task: str, name: str) -> tuple:
+    loaded = load_model(GOLDEN / name, task=task, device="cpu")
+    return loaded["model"], loaded["processor"]
+
+
+@pytest.mark.parametrize("name", ["blip2_opt", "instructblip_t5"])
+def test_questions_to_blip2_are_asked_in_the_prompt_of_the_model(app, images, name):
+    model, processor = load_for("vqa", name)
+    model.config.prompt = "Q: {} A:"
+    questions, image = ["what color is it ?", "is it a dog ?"], str(images / "good.png")
+    html = app["try_image"](app["PAGES"]["vqa"], model, processor, image, "\n".join(questions))
+    answers = inference.answer_questions(model, processor, [image] * 2, questions, num_beams=5)
+    for question, answer in zip(questions, answers, strict=True):
+        assert f"<td>{question}</td><td>{answer or '<em>(nothing)</em>'}</td>" in html
+    assert GOOD in html
+    assert GOOD in app["try_image"](app["PAGES"]["vqa"], model, processor, image, "what is it " * 900)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"), [("blip2_opt", "a photo of"), ("instructblip_vicuna", "A short image caption.")]
+)
+def test_page_for_captions_begins_with_the_prompt_of_the_model(app, images, name, prompt):
+    gr = pytest.importorskip("gradio")
+    model, processor = load_for("conditional_generation", name)
+    for trained, shown in ((None, prompt), ("a large dog ", "a large dog")):
+        model.config.prompt = trained
+        blocks = app["build_page"](name, model, processor)
+        (text,) = (block.value for block in blocks.blocks.values() if isinstance(block, gr.Textbox))
+        assert text == shown
+    page, image = app["PAGES"]["conditional_generation"], str(images / "good.png")
+    html = app["try_image"](page, model, processor, image, prompt)
+    texts = texts_of(processor, family_of(model.config), "conditional_generation")
+    most, least, penalty = (30, 8, 1.0) if name == "blip2_opt" else (80, 10, 1.5)  # of the family
+    generation = texts.generation(most, 5, min_length=least, repetition_penalty=penalty)
+    pixels = resize_to_uint8([open_image(image)], processor.image_processor)
+    (caption,), (probability,) = inference.caption(model, texts, pixels, generation)
+    assert f"<td>{escape(caption)}</td><td>{probability:.1%}" in html  # without the prompt
+    assert "too long" in app["try_image"](page, model, processor, image, "the dog " * 300)
 
 
 def test_texts_are_ranked_as_by_scoring_each_pair(try_image):

@@ -33,7 +33,7 @@ def test_questions_are_counted_by_row_image_length_type_and_answer(check, image_
     assert lines[-1] == "Training is possible, with at most 8 rows per step."
 
 
-@pytest.mark.parametrize("config", ["captioning_base_lora", "retrieval_base"])
+@pytest.mark.parametrize("config", ["captioning_base_lora", "captioning_blip2_coco", "retrieval_base"])
 def test_yaml_of_any_recipe_is_accepted_and_captions_are_counted(check, image_folder, config):
     path = RECIPES / "configs" / f"{config}.yaml"
     task = config.split("_")[0]
