@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import GOLDEN, RECIPES, history_of, predictions_of, results_of
 from peft import PeftModel
+from programs import run_ranks
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -259,3 +260,21 @@ def test_float16_with_t5_is_refused_before_the_model_loads(data_of, tmp_path, mo
         else:
             with pytest.raises(ValueError, match="T5 overflows in float16. Use --bf16"):
                 prepare_run("vqa", *arguments)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_and_predictions_of_one(recipe, data_of, uneven, tmp_path):
+    common = [*data_of("blip2_t5"), *uneven, "--num_train_epochs", "2", "--logging_steps", "1"]
+    common += ["--max_train_samples", "7", "--max_eval_samples", "7"]  # unevenly many for each process
+    one = recipe(*common, "--per_device_train_batch_size", "4", output_dir=tmp_path / "one")
+    share = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--use_cpu"]
+    words = [RECIPES / "vqa.py", *common, *share, "--dataloader_num_workers", "0", "--output_dir", tmp_path / "two"]
+    for code, errors in run_ranks(*words, folder=tmp_path):
+        assert code == 0, errors[-3000:]
+    for name in ("loss", "grad_norm"):
+        values = [[entry[name] for entry in history_of(tmp_path / run)] for run in ("one", "two")]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+    for line, other in zip(predictions_of(one), predictions_of(tmp_path / "two"), strict=True):
+        for name in ("loss", "probability"):
+            assert line.pop(name) == pytest.approx(other.pop(name), rel=1e-3)
+        assert line == other
