@@ -93,19 +93,6 @@ def test_each_kind_of_training_lowers_the_loss_and_writes_what_stock_loads(recip
         assert changed == trained | ({"language_model"} if kind == "whole" else set())
 
 
-@pytest.mark.parametrize("name", ["blip2_opt", "instructblip_vicuna"])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_few_bits_leave_what_reads_the_image_for_the_language_model(name, bits):
-    """A projection of 4 bits has a weight in uint8, to which the outputs of the Q-Former would be cast."""
-    model = load_model(GOLDEN / name, device="cpu", **{f"load_in_{bits}bit": True})["model"]
-    quantized = {key.split(".")[0] for key, module in model.named_modules() if "Linear" in type(module).__name__[:6]
-                 and type(module) is not torch.nn.Linear}  # fmt: skip
-    assert quantized == {"vision_model", "language_model"}
-    assert type(model.language_model.get_output_embeddings()) is torch.nn.Linear
-    whole = load_model(GOLDEN / name, device="cpu")["model"]
-    assert model.language_projection.weight.equal(whole.language_projection.weight)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stock_stops_at_the_end_of_an_answer_after_training(recipe, data_of, name):
     """The Trainer writes the tokenizer's end token into the config, and OPT's answers end with another one."""
