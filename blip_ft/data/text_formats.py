@@ -93,7 +93,11 @@ class PromptTexts:
         self.space = " " if family.end else ""  # OPT's tokens of words begin with their space
 
     def encode_questions(self, questions: Sequence[str], max_tokens: int) -> Tensors:
-        """input_ids and attention_mask (num_questions, prompt_length); for InstructBLIP also of its Q-Former."""
+        """input_ids and attention_mask (num_questions, prompt_length); for InstructBLIP also of its Q-Former.
+
+        A placeholder in a question, as LLaVA's data has it, is left out: the image comes before the prompt.
+        """
+        questions = [question.replace("<image>", "").strip() for question in questions]
         return encode_prompts(self.processor, fill_prompt(self.prompt, questions), max_tokens)
 
     def encode_answers(self, answers: Sequence[str], max_tokens: int) -> torch.Tensor:

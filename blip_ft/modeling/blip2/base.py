@@ -67,13 +67,8 @@ class QFormerModel(ImageEncoder):
         labels: torch.Tensor | None = None,
         question_index: torch.Tensor | None = None,
         answer_weights: torch.Tensor | None = None,
-        image_states: torch.Tensor | None = None,
-        query_states: torch.Tensor | None = None,
-        qformer_input_ids: torch.Tensor | None = None,
-        qformer_attention_mask: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Any,
+        **inputs: Any,
     ) -> Blip2ForConditionalGenerationModelOutput:
         """Compute the loss: weighted mean cross-entropy over the tokens of all answers, in float32.
 
@@ -95,38 +90,14 @@ class QFormerModel(ImageEncoder):
         Source: LAVIS models/blip2_models/blip2_opt.py forward, for one answer per question. With several, the loss is
             the expectation of LAVIS's random choice of an answer (datasets/coco_vqa_datasets.py).
         """
-        kwargs.pop("readable", None)  # the collator adds it for evaluation
+        inputs.pop("readable", None)  # the collator adds it for evaluation
+        inputs |= {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
         has_placeholders = self._has_placeholders(input_ids)
         require_answers(input_ids, labels, has_placeholders)
-        qformer = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
-        qformer = {name: tensor for name, tensor in qformer.items() if tensor is not None}
         if has_placeholders:
-            ours = (image_index, question_index, answer_weights, image_states, query_states)
-            if any(given is not None for given in ours):
-                raise ValueError(
-                    "input_ids with `<image>` need pixel_values, one image per row, and labels aligned with input_ids. "
-                    "Remove `<image>` to use image_index, question_index, answer_weights, image_states or query_states."
-                )
-            return self._forward_with_placeholders(
-                labels,
-                num_items_in_batch,
-                pixel_values=self.normalize(pixel_values),
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                interpolate_pos_encoding=interpolate_pos_encoding,
-                **qformer,
-                **kwargs,
-            )
-        read = self.encode_questions(
-            pixel_values,
-            image_states,
-            query_states,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            image_index=image_index,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            **qformer,
-        )
+            ours = {"image_index": image_index, "question_index": question_index, "answer_weights": answer_weights}
+            return self._forward_with_placeholders(labels, num_items_in_batch, **ours, **inputs)
+        read = self.encode_questions(**inputs, image_index=image_index)
         losses = self.answer_losses(read, labels, question_index)
         if answer_weights is not None:
             losses = losses * answer_weights
@@ -400,7 +371,14 @@ class QFormerModel(ImageEncoder):
         self, labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | float | None, **inputs: Any
     ) -> Blip2ForConditionalGenerationModelOutput:
         """The forward of transformers, with a loss that is divided by the target tokens of the whole step."""
+        ours = ("image_index", "question_index", "answer_weights", "image_states", "query_states")
+        if any(inputs.pop(name, None) is not None for name in ours):
+            raise ValueError(
+                "input_ids with `<image>` need pixel_values, one image per row, and labels aligned with input_ids. "
+                f"Remove `<image>` to use {', '.join(ours)}."
+            )
         self._require_placeholders(inputs["input_ids"])
+        inputs["pixel_values"] = self.normalize(inputs["pixel_values"])
         targets = labels
         if labels is not None and self.config.use_decoder_only_language_model:
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -54,57 +55,86 @@ def pack(
         question_index: (num_answers,).
         multiple: the length of the rows is a multiple of this number.
     """
-    device = input_ids.device
     lengths = attention_mask.sum(1)
-    counted = labels != IGNORED
-    read = counted.clone()
-    read[:, :-1] &= counted[:, 1:]  # a token is read if another one follows
-    read[:, -1] = False
-
-    question, place = attention_mask.nonzero(as_tuple=True)
-    answer, answer_place = read.nonzero(as_tuple=True)
-    token = torch.cat([input_ids[question, place], labels[answer, answer_place]])
-    position = torch.cat([place, lengths[question_index[answer]] + answer_place])
-    owner = torch.cat([question, question_index[answer]])
-    part = torch.cat([torch.full_like(question, NONE), answer])
-    row = row_of_question[owner]
-
-    order = torch.arange(len(token), device=device)
-    for key in (part, owner, row):  # the last sort decides first
-        order = order[key[order].argsort(stable=True)]
-    token, position, owner, part, row = (values[order] for values in (token, position, owner, part, row))
-    in_row = torch.bincount(row, minlength=num_rows)
-    column = torch.arange(len(token), device=device) - (in_row.cumsum(0) - in_row)[row]
-    length = prefix + int(in_row.max())
+    tokens = _list_tokens(row_of_question, lengths, input_ids, attention_mask, labels, question_index)
+    row, column = tokens.row, tokens.column
+    length = prefix + (int(column.max()) + 1 if len(column) else 0)
     length += -length % multiple
 
     def scatter(values: torch.Tensor, fill: int) -> torch.Tensor:
         return values.new_full((num_rows, length - prefix), fill).index_put((row, column), values)
 
     # padding asks a question that does not exist, so that it reads the prefix only: a row of False would give NaN
-    questions, answers = scatter(owner, NONE - 1), scatter(part, NONE)
-    is_prompt_end = (part == NONE) & (position == lengths[owner] - 1)
-    prompt_end = torch.full((len(input_ids),), -1, device=device)  # of an empty prompt: the prefix's last position
-    prompt_end[owner[is_prompt_end]] = column[is_prompt_end]
-    column_of_token = labels.new_zeros(labels.shape)
-    is_answer = part != NONE
-    column_of_token[part[is_answer], position[is_answer] - lengths[owner[is_answer]]] = column[is_answer]
-    predictor = torch.cat([prompt_end[question_index][:, None], column_of_token[:, :-1]], 1)
-
-    is_branched = max(row_of_question.bincount().max(), question_index.bincount().max()) > 1
-    starts = torch.arange(prefix, device=device).expand(num_rows, -1)
+    questions, answers = scatter(tokens.question, NONE - 1), scatter(tokens.answer, NONE)
+    is_branched = any(bool((index.bincount() > 1).any()) for index in (row_of_question, question_index))
+    starts = torch.arange(prefix, device=row.device).expand(num_rows, -1)
     no_question = torch.full_like(starts, NONE)
+    counted = labels != IGNORED
     return Packed(
-        input_ids=scatter(token, 0),
-        position_ids=torch.cat([starts, prefix + scatter(position, 0)], 1),
+        input_ids=scatter(tokens.id, 0),
+        position_ids=torch.cat([starts, prefix + scatter(tokens.position, 0)], 1),
         mask=(
             _branch_mask(torch.cat([no_question, questions], 1), torch.cat([no_question, answers], 1))
             if is_branched
             else torch.cat([torch.ones_like(starts), (questions >= 0).long()], 1)
         ),
         target_row=row_of_question[question_index][:, None].expand(labels.shape)[counted],
-        target_column=prefix + predictor[counted],
+        target_column=prefix + _predictors(tokens, lengths, labels, question_index)[counted],
     )
+
+
+class _Tokens(NamedTuple):
+    """The tokens of all rows, one after the other; each entry is (num_tokens,). answer: NONE in a prompt."""
+
+    id: torch.Tensor
+    position: torch.Tensor
+    question: torch.Tensor
+    answer: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+
+
+def _list_tokens(
+    row_of_question: torch.Tensor,
+    lengths: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    question_index: torch.Tensor,
+) -> _Tokens:
+    """lengths: (num_questions,) of the prompts. Other arguments as in pack."""
+    counted = labels != IGNORED
+    read = counted.clone()
+    read[:, :-1] &= counted[:, 1:]  # a token is read if another one follows
+    read[:, -1] = False
+    question, place = attention_mask.nonzero(as_tuple=True)
+    answer, answer_place = read.nonzero(as_tuple=True)
+    ids = torch.cat([input_ids[question, place], labels[answer, answer_place]])
+    position = torch.cat([place, lengths[question_index[answer]] + answer_place])
+    owner = torch.cat([question, question_index[answer]])
+    part = torch.cat([torch.full_like(question, NONE), answer])
+    row = row_of_question[owner]
+    order = torch.arange(len(ids), device=ids.device)
+    for key in (part, owner, row):  # the last sort decides first
+        order = order[key[order].argsort(stable=True)]
+    row = row[order]
+    in_row = row.bincount()
+    column = torch.arange(len(ids), device=ids.device) - (in_row.cumsum(0) - in_row)[row]
+    return _Tokens(ids[order], position[order], owner[order], part[order], row, column)
+
+
+def _predictors(
+    tokens: _Tokens, lengths: torch.Tensor, labels: torch.Tensor, question_index: torch.Tensor
+) -> torch.Tensor:
+    """(num_answers, answer_length), the column, without the prefix, whose state predicts each label."""
+    is_prompt_end = (tokens.answer == NONE) & (tokens.position == lengths[tokens.question] - 1)
+    prompt_end = torch.full_like(lengths, -1)  # of an empty prompt: the prefix's last position
+    prompt_end[tokens.question[is_prompt_end]] = tokens.column[is_prompt_end]
+    column_of_token = torch.zeros_like(labels)
+    is_answer = tokens.answer != NONE
+    place = tokens.position - lengths[tokens.question]
+    column_of_token[tokens.answer[is_answer], place[is_answer]] = tokens.column[is_answer]
+    return torch.cat([prompt_end[question_index][:, None], column_of_token[:, :-1]], 1)
 
 
 def _branch_mask(questions: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
