@@ -3,7 +3,7 @@
     python recipes/benchmark.py             everything, about fifteen minutes on two cores
     python recipes/benchmark.py --quick     less than three minutes: one round, one image, 5 questions
     python recipes/benchmark.py --only steps --output table.md
-    python recipes/benchmark.py --family blip-2    8 GiB of memory, about ten minutes on two cores
+    python recipes/benchmark.py --family blip-2    9 GiB of memory, about ten minutes on two cores
     python recipes/benchmark.py --family blip-2 --quick     seconds: a tiny model
 
 Both run in one process and take turns; the table has medians, with minimum and maximum in brackets. The models have the
@@ -380,7 +380,7 @@ def blip_groups(pair: Pair, config: BlipConfig, quick: bool) -> dict[str, Callab
 def blip2_groups(pair: Blip2Pair, quick: bool) -> dict[str, Callable[[], list[str]]]:
     flags = ["--family", "blip-2", "--device", str(pair.device), *["--quick"] * quick]
     return {
-        "steps": lambda: blip2_steps(pair, 1 if quick else 5),
+        "steps": lambda: blip2_steps(pair, 1 if quick else 3),
         "memory": lambda: memory(pair, "bf16", flags),
         "weights": lambda: weights(pair),
     }
