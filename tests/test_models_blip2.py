@@ -109,6 +109,31 @@ def test_language_model_that_is_not_supported_is_named(copied):
         load_model(str(folder))
 
 
+CONFIG_VALUES = [
+    ("blip2_opt", "num_query_tokens", "4"),
+    ("blip2_opt", "num_query_tokens", 5),
+    ("blip2_opt", "prompt", 3),
+    ("blip2_opt", "qformer_config", []),
+    ("blip2_opt", "text_config__vocab_size", 367),
+    ("blip2_opt", "text_config__hidden_size", 0),
+    ("blip2_t5", "text_config__decoder_start_token_id", None),
+    ("blip2_t5", "text_config__pad_token_id", 160),
+    ("instructblip_t5", "qformer_config__vocab_size", 100),
+    ("instructblip_vicuna", "qformer_config__num_attention_heads", 5),
+]
+
+
+@pytest.mark.parametrize(("family", "key", "value"), CONFIG_VALUES)
+def test_config_value_of_the_wrong_kind_is_one_message(copied, family, key, value):
+    path = copied(family) / "config.json"
+    content = json.loads(path.read_text())
+    *outer, last = key.split("__")
+    (content[outer[0]] if outer else content)[last] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="A value in config.json|described in its config.json|does not match its weig"):
+        load_model(str(path.parent))
+
+
 @every_family
 def test_counting_freezing_and_information_agree(golden, family, capsys):
     model = load_model(str(golden / family))["model"]

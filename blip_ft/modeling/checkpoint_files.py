@@ -34,7 +34,7 @@ ADAPTER_FILE = "adapter_config.json"
 # config entries of ours, which the config of an adapter's base does not have
 OWN_ENTRIES = ("question_start_token", "itm_start_token", "task", "prompt")
 
-# rows of an embedding beyond its vocabulary; T5 has 28, OPT 7, and the Hub has OPT with 38
+# rows of an embedding beyond its vocabulary: 28 in T5, 7 in OPT, more if it was padded to a multiple
 MOST_PADDING = 128
 
 PROCESSOR_FILES = f"{PROCESSOR_NAME}, tokenizer_config.json or tokenizer.json"
@@ -54,18 +54,23 @@ def read_config(name: str, kwargs: dict[str, Any]) -> PreTrainedConfig:
         raise ValueError(f"{name} is a checkpoint of type {found!r}. Supported: {known}.{own_code}")
     with blame_file(CONFIG_NAME, name):
         config = CONFIGS[found].from_pretrained(name, **kwargs)
-        _require_valid_entries(config)
     family_of(config)
+    with blame_file(CONFIG_NAME, name):
+        _require_valid_entries(config)
     return config
 
 
 def _require_valid_entries(config: PreTrainedConfig) -> None:
     """Raises: ValueError for an entry that would fail later."""
-    text = config.text_config
-    if not family_of(config).reads_prompts:
-        for key in ("bos_token_id", "pad_token_id", "sep_token_id"):
-            if not 0 <= getattr(text, key) < text.vocab_size:
-                raise ValueError(f"text_config.{key} must be a token id, 0 to {text.vocab_size - 1}")
+    text, family = config.text_config, family_of(config)
+    read = ("bos_token_id", "pad_token_id", "sep_token_id")
+    if family.reads_prompts:  # OPT's and Vicuna's tokens are those of the tokenizer
+        read = ("pad_token_id", "decoder_start_token_id") if family.language_model == "t5" else ()
+    for key in read:
+        if not 0 <= getattr(text, key) < text.vocab_size:
+            raise ValueError(f"text_config.{key} must be a token id, 0 to {text.vocab_size - 1}")
+    if not isinstance(getattr(config, "prompt", ""), str):
+        raise TypeError("prompt must be a string")
     for key in ("question_start_token", "itm_start_token"):
         if getattr(config, key, "cls") not in ("cls", "enc"):
             raise ValueError(f"{key} must be cls or enc")
@@ -146,7 +151,6 @@ def _require_rows(tokenizer: PreTrainedTokenizerBase, rows: int, name: str, part
     # the processor adds `<image>` to a tokenizer that lacks it, and nothing here reads that token
     words = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
     needed = max((*words, tokenizer.eos_token_id or 0)) + 1
-    # embeddings are padded to a multiple of at most 128 rows
     if not rows - MOST_PADDING < max(needed, len(tokenizer)) or needed > rows:
         raise ValueError(
             f"The tokenizer of {name} for the {part} does not match its weights: it has {len(tokenizer)} tokens, and "

@@ -1,13 +1,18 @@
 """What load_for_training returns for BLIP-2 and InstructBLIP."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from golden_blip2 import every_family, expected_of
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments
+from blip_ft.arguments.families import family_of
 from blip_ft.data.loading import load_splits
-from blip_ft.models import load_model
+from blip_ft.models import ModelLoader, load_model
+from blip_ft.training import setup
 from blip_ft.training.setup import load_for_training, prepare_run
 
 
@@ -20,11 +25,11 @@ def loaded_for_training(golden, image_folder, tmp_path):
         settings = {"use_cpu": True, "bf16": True, "per_device_train_batch_size": 8, "report_to": "none"}
         args = BlipTrainingArguments(output_dir=str(tmp_path / "run"), **settings)
         name = str(golden / family)
-        setup = prepare_run(
+        prepared = prepare_run(
             *("vqa", ModelArguments(model_name_or_path=name, **model_args), data_args, VqaArguments(), peft_args, args)
         )
-        rows, eval_rows, _ = load_splits("vqa", data_args, setup.bad_rows_file, args.seed)
-        return load_for_training(setup, rows, eval_rows)[0]
+        rows, eval_rows, _ = load_splits("vqa", data_args, prepared.bad_rows_file, args.seed)
+        return load_for_training(prepared, rows, eval_rows)[0]
 
     return load
 
@@ -75,3 +80,47 @@ def test_parts_of_a_part_can_be_frozen_with_bf16(golden, loaded_for_training):
     assert model.query_tokens.dtype == model.vision_model.encoder.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert model.vision_model.encoder.layers[1].mlp.fc1.weight.dtype == torch.float32
     train_step(golden, "blip2_opt", model)
+
+
+@every_family
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"answer_mode": "rank"}, "answer_mode rank is for BLIP. .*BLIP.* generates its answers; leave it out"),
+        ({"question_start_token": "enc"}, "question_start_token is for BLIP"),
+        ({"question_prompt": "Answer:"}, "question_prompt needs {} where the question goes, found 'Answer:'"),
+        ({"max_question_tokens": 4}, "max_question_tokens 4 leaves no room for a question"),
+        ({"label_smoothing": 0.1}, "label_smoothing and dropout are for BLIP; leave them out for"),
+        ({"image_size": 36}, "image_size must be a multiple of the patch size 8, found 36"),
+        ({"freeze": "text_decoder"}, "There is no part text_decoder. There are vision_model, qformer"),
+    ],
+)
+def test_what_the_families_cannot_do_is_refused_before_weights_load(
+    golden, family, given, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
+    model_args = {name: given[name] for name in ("label_smoothing", "image_size", "freeze") if name in given}
+    vqa_args = {name: value for name, value in given.items() if name not in model_args}
+    answer_list = tmp_path / "answers.txt"
+    answer_list.write_text("yes")
+    with pytest.raises(ValueError, match=message):
+        prepare_run(
+            "vqa",
+            ModelArguments(model_name_or_path=str(golden / family), **model_args),
+            DataArguments(dataset_name="somewhere"),
+            VqaArguments(**vqa_args, answer_list=str(answer_list) if "answer_mode" in given else None),
+            PeftArguments(),
+            BlipTrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none"),
+        )
+
+
+@every_family
+def test_float16_is_refused_with_t5_alone(golden, family):
+    loader = ModelLoader(str(golden / family))
+    family = family_of(loader._prepare()[1])
+    args = SimpleNamespace(fp16=True)
+    if family.language_model == "t5":
+        with pytest.raises(ValueError, match="T5 overflows in float16. Use --bf16 instead of --fp16"):
+            setup._require_support(family, VqaArguments(), args)
+    else:
+        setup._require_support(family, VqaArguments(), args)

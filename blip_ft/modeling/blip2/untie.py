@@ -15,7 +15,7 @@ def untie_head(model: PreTrainedModel) -> None:
     in each model that is not built by from_pretrained, and whenever tie_weights is called, as accelerate does for FSDP.
     """
     text = model.language_model
-    if getattr(text.config, "scale_decoder_outputs", True):
+    if text.config.model_type != "t5" or text.config.scale_decoder_outputs:
         return
     text._tied_weights_keys = {target: source for target, source in text._tied_weights_keys.items() if target != HEAD}
     text.all_tied_weights_keys.pop(HEAD, None)
