@@ -1,4 +1,4 @@
-"""Load, inspect, use and save BLIP models."""
+"""Load, inspect, use and save models of the BLIP family."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ logger = logging.getLogger(__name__)
 
 
 class ModelLoader:
-    """Load a BLIP checkpoint, a PEFT adapter with its base, or the small `demo` model, and the processor.
+    """Load a checkpoint of the BLIP family, a PEFT adapter with its base, or the small `demo` model, and the processor.
 
     Args:
         model_name: Hub id or folder of a checkpoint or a PEFT adapter, or `demo` for a small model with new weights.
@@ -101,7 +101,8 @@ class ModelLoader:
         allow_pickle: load a .bin file if there is no .safetensors file. It is loaded with weights_only.
         allow_new_weights: accept a checkpoint without some of the model's weights, which are then randomly initialized,
             or with weights that the model does not use, e.g. a checkpoint for another task.
-        image_size, label_smoothing, dropout: replace the values of the checkpoint's config.
+        image_size: replaces that of the checkpoint, whose position embeddings are resized.
+        label_smoothing, dropout: replace the values of the checkpoint's config. BLIP only.
         kwargs: passed to from_pretrained, e.g. revision, token, local_files_only.
     Raises: ValueError, which says what to check if loading fails.
     """
@@ -328,13 +329,15 @@ def load_model_from_path(
         model_class: a class of MODEL_REGISTRY, or the one in transformers of the same name. The result is always the
             class of blip_ft, a subclass that repairs faults of transformers 5.23.
         device: None uses the accelerator (CUDA, MPS, ...) if there is one, else the CPU.
-    Raises: ValueError for any other class, or if loading fails.
+    Raises: ValueError for any other class, for a checkpoint of another family, or if loading fails.
     """
-    if model_class.__name__ not in TASKS_OF_CLASS:
-        raise ValueError(f"model_class must be one of {', '.join(TASKS_OF_CLASS)}, found {model_class.__name__}.")
-    tasks = TASKS_OF_CLASS[model_class.__name__]
+    name = model_class.__name__
+    if name not in TASKS_OF_CLASS:
+        raise ValueError(f"model_class must be one of {', '.join(TASKS_OF_CLASS)}, found {name}.")
+    tasks = TASKS_OF_CLASS[name]
+    model_type = next(kind for kind, classes in MODEL_REGISTRY.items() if classes[tasks[0]].__name__ == name)
     task = tasks[0] if len(tasks) == 1 else None  # BLIP-2 and InstructBLIP: the config knows
-    return load_model(str(model_path), task=task, device=device, load_processor=False)["model"]
+    return load_model(str(model_path), model_type, task, device, load_processor=False)["model"]
 
 
 def generate_answer_blip(
@@ -346,6 +349,8 @@ def generate_answer_blip(
     num_beams: int = 3,
 ) -> str | list[str]:
     """Answer a question about an image. Lists give a list of answers, the same as one call for each pair.
+
+    BLIP-2 and InstructBLIP read each question in the prompt that they were trained with.
 
     Args:
         image: path, bytes, PIL image or array, or a list of these. One image is used for all questions of a list, and

@@ -206,6 +206,14 @@ def test_saved_model_loads_in_transformers_with_the_same_logits(golden, family, 
     assert again["tokenizer"]("is it a cat?").input_ids == loaded["tokenizer"]("is it a cat?").input_ids
 
 
+def test_class_of_another_family_is_refused(golden):
+    for family, other in (("blip2_opt", "instructblip_t5"), ("instructblip_t5", "blip2_opt")):
+        with pytest.raises(ValueError, match="has the model_type .* was asked for"):
+            load_model_from_path(golden / family, STOCK[other])
+    with pytest.raises(ValueError, match="has the model_type blip-2, and blip was asked for"):
+        load_model_from_path(golden / "blip2_opt", blip_ft.BlipForQuestionAnswering)
+
+
 @every_family
 def test_saved_processor_prepares_batches_on_which_transformers_answers_alike(golden, family, tmp_path):
     loaded = load_model(str(golden / family))

@@ -215,15 +215,6 @@ def require_positions(config: PreTrainedConfig, *with_lengths: Any) -> None:
             f"The checkpoint supports texts of at most {longest} tokens (max_position_embeddings in "
             f"{CONFIG_NAME}), found {', '.join(too_long)}. Set at most {longest}."
         )
-    given = {name: value or 0 for name, value in lengths}
-    question = given.get("max_question_tokens", 0)
-    answer = max(given.get("max_answer_tokens", 0), given.get("generation_max_length", 0))
-    # the positions of OPT are a table, which a longer text would leave
-    if family_of(config).language_model == "opt" and question + answer > longest:
-        raise ValueError(
-            f"{question} tokens of a question and {answer} of its answer exceed the {longest} positions of the "
-            "language model. Lower max_question_tokens, max_answer_tokens or generation_max_length."
-        )
 
 
 def base_of_adapter(

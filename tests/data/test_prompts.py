@@ -5,7 +5,6 @@ import shutil
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import golden_blip2
 import pytest
@@ -14,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from blip_ft.arguments.families import family_of
 from blip_ft.data.text_formats import texts_of
-from blip_ft.modeling.checkpoint_files import require_positions
 from blip_ft.models import ModelLoader, load_model
 
 
@@ -180,16 +178,6 @@ def test_prompts_that_cannot_work_are_refused(golden, family):
         texts.encode_questions(["is it a cat?"], 4)
     with pytest.raises(ValueError, match="question_prompt needs {} where the question goes, found 'Answer:'"):
         texts_of(loader.processor, family_of(config), "vqa", "Answer:")
-
-
-def test_question_and_answer_that_exceed_opts_positions_together_are_refused(golden):
-    config = ModelLoader(str(golden / "blip2_opt"))._prepare()[1]
-    require_positions(config, SimpleNamespace(max_question_tokens=100, max_answer_tokens=56))
-    for lengths in ({"max_answer_tokens": 57}, {"max_answer_tokens": 9, "generation_max_length": 57}):
-        with pytest.raises(ValueError, match="100 tokens of a question and 57 of its answer exceed the 156 positions"):
-            require_positions(config, SimpleNamespace(max_question_tokens=100, **lengths))
-    with pytest.raises(ValueError, match="found max_question_tokens 157. Set at most 156"):
-        require_positions(config, SimpleNamespace(max_question_tokens=157))
 
 
 RUNS_CODE = """
