@@ -176,9 +176,9 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
     ddp_find_unused_parameters: bool | None = False
     cache_image_features: bool = HfArg(
         default=False,
-        help="Cache features of a frozen vision encoder, or of a frozen BLIP-2 Q-Former. For vqa and captioning with "
-        "--freeze vision_model: each training image is encoded once, and the result is kept on disk for this and "
-        "later runs. Evaluation still encodes.",
+        help="Cache features of frozen image encoders. For vqa and captioning with --freeze vision_model: each "
+        "training image is encoded once, and the result is kept on disk for this and later runs. For BLIP-2 that of a "
+        "frozen Q-Former is kept. Evaluation still encodes.",
     )
     cache_dtype: Literal["bf16", "fp32"] = HfArg(
         default="bf16",
