@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECIPES, TASKS, history_of, predictions_of, results_of
+import transformers
+from conftest import GOLDEN, RECIPES, TASKS, history_of, predictions_of, results_of
 from peft import PeftModel
 from programs import Program, free_port, run_ranks
 from safetensors.torch import load_file
-from transformers.models.blip import modeling_blip
 
 from blip_ft.training import feature_cache
 from blip_ft.training.checkpoints import what_is_missing
@@ -30,6 +30,21 @@ RUNS = {
     "LoRA": ("vqa", ["--use_peft", "--lora_dropout", "0"]),
     "cached features": ("vqa", ["--freeze", "vision_model", "--cache_image_features", "--cache_dtype", "fp32"]),
 }
+# the golden models of BLIP-2 and InstructBLIP; RUNS without one have the checkpoint of their recipe
+MODELS = {
+    "BLIP-2": "blip2_opt",
+    "BLIP-2, nothing frozen": "blip2_opt",
+    "BLIP-2, LoRA": "blip2_opt",
+    "BLIP-2 with T5, nothing frozen": "blip2_t5",
+    "InstructBLIP, LoRA": "instructblip_vicuna",
+}
+for row, model in MODELS.items():
+    own = ["--use_peft", "--lora_dropout", "0"] if "LoRA" in row else []
+    own += ["--freeze", "none"] if "nothing frozen" in row else []
+    # a decay that shows which weights it takes
+    RUNS[row] = ("vqa", ["--model_name_or_path", str(GOLDEN / model), "--weight_decay", "0.5", *own])
+# their gradient is rounding, which Adam turns into steps as large as those of any weight; in qkv it is a third
+KEY_BIASES = ("qkv.bias", "key.bias", "k_proj.bias")
 # step 4 of 5 is the second step of an epoch, so a resumed run starts in the middle of an epoch
 STEPS = ["--max_steps", "5", "--save_strategy", "steps", "--save_steps", "3", "--logging_steps", "1"]
 STEPS += ["--load_best_model_at_end", "false"]
@@ -40,7 +55,9 @@ NOT_SUPPORTED = [("FSDP2", "retrieval"), ("ZeRO-3", "retrieval")]
 slow = pytest.mark.slow
 MATRIX = [
     pytest.param(engine, run, marks=[] if (engine, run) in QUICK else slow)
-    for QUICK in [{("DDP", "vqa"), ("ZeRO-2", "retrieval"), ("ZeRO-3", "vqa"), ("FSDP2", "captioning")}]
+    for QUICK in [
+        {("DDP", "vqa"), ("ZeRO-2", "retrieval"), ("ZeRO-3", "BLIP-2"), ("FSDP2", "captioning"), ("FSDP2", "BLIP-2")}
+    ]
     for engine in ("DDP", *CONFIGS)
     for run in RUNS
     if (engine, run) not in NOT_SUPPORTED
@@ -152,15 +169,21 @@ def test_engine_gives_the_numbers_of_one_process_and_resumes_bitwise(
         assert row["prediction"] == other["prediction"]
     assert {path.name for path in one.iterdir()} == {path.name for path in run.iterdir()}
 
-    stock = getattr(modeling_blip, TASKS[RUNS[name][0]].__name__)
+    base = GOLDEN / MODELS[name] if name in MODELS else checkpoints[RUNS[name][0]]
+    stock = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
     assert f"{stock.__name__}.from_pretrained" in (run / "README.md").read_text()
-    if name == "LoRA":
-        PeftModel.from_pretrained(stock.from_pretrained(checkpoints["vqa"]), run)
+    if name.endswith("LoRA"):
+        PeftModel.from_pretrained(stock.from_pretrained(base), run)
     else:
         _, info = stock.from_pretrained(run, output_loading_info=True)
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     # tied weights are saved once
-    assert weights_of(run).keys() == weights_of(one).keys()
+    weights, expected = weights_of(run), weights_of(one)
+    assert weights.keys() == expected.keys()
+    if name in MODELS:
+        # a wrong decay would change a norm's weight of 1 by 7e-3
+        different = {key for key in weights if not torch.allclose(weights[key], expected[key], rtol=0, atol=2e-5)}
+        assert not {key for key in different if not key.endswith(KEY_BIASES)}
 
     resumed = tmp_path / "resumed"
     shutil.copytree(run, resumed, ignore=shutil.ignore_patterns("checkpoint-5"))
