@@ -175,7 +175,7 @@ def test_prompts_that_cannot_work_are_refused(golden, family):
     config = loader._prepare()[1]
     texts = texts_of(loader.processor, family_of(config), "vqa")
     with pytest.raises(ValueError, match="max_question_tokens 4 leaves no room for a question"):
-        texts.encode_questions(["is it a cat?"], 4)
+        texts.require_room_for_questions(4, 10)
     with pytest.raises(ValueError, match="question_prompt needs {} where the question goes, found 'Answer:'"):
         texts_of(loader.processor, family_of(config), "vqa", "Answer:")
 

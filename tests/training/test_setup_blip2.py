@@ -86,7 +86,10 @@ def test_parts_of_a_part_can_be_frozen_with_bf16(golden, loaded_for_training):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"answer_mode": "rank"}, "answer_mode rank is for BLIP. .*BLIP.* generates its answers; leave it out"),
+        (
+            {"answer_mode": "rank"},
+            "answer_mode rank is for BLIP. .*BLIP.* generates its answers: leave out answer_mode",
+        ),
         ({"question_start_token": "enc"}, "question_start_token is for BLIP"),
         ({"question_prompt": "Answer:"}, "question_prompt needs {} where the question goes, found 'Answer:'"),
         ({"max_question_tokens": 4}, "max_question_tokens 4 leaves no room for a question"),
