@@ -111,6 +111,9 @@ class Prediction(Settings):
     _argument_group_name = "Prediction"
 
     model_name_or_path: str = HfArg(help="Hub id or folder of a checkpoint or PEFT adapter.")
+    task: Literal["vqa", "captioning"] | None = HfArg(
+        default=None, help="Task of a checkpoint of BLIP-2 or InstructBLIP. Default: that of its training, else vqa."
+    )
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of the checkpoint.")
     allow_pickle: bool = HfArg(default=False, help="Also load weights that exist only as .bin.")
     output_dir: str | None = HfArg(
@@ -184,7 +187,8 @@ def main() -> None:
     given_texts = read_text("texts", data_args.texts).splitlines() if data_args.texts else None
     state = PartialState(cpu=args.use_cpu)
     settings = {"revision": args.model_revision, "allow_pickle": args.allow_pickle, "merge": True}
-    loaded = load_model(args.model_name_or_path, device=state.device, **settings)
+    wanted = {"vqa": "vqa", "captioning": "conditional_generation"}.get(args.task)
+    loaded = load_model(args.model_name_or_path, task=wanted, device=state.device, **settings)
     model, processor = loaded["model"], loaded["processor"]
     task = task_of_model(model)
     require_settings_of_task(args, data_args, task)

@@ -131,6 +131,8 @@ class PromptTexts:
         """Arguments of generate. max_length: number of new tokens."""
         if "min_length" in settings:
             settings["min_new_tokens"] = settings.pop("min_length")
+        if num_beams == 1:
+            settings.pop("length_penalty", None)  # it compares beams
         # configs on the Hub name wrong tokens for Vicuna v1.1; its tokenizer is right
         tokens = {"eos_token_id": self.end_token_id, "pad_token_id": self.tokenizer.pad_token_id}
         return {"max_new_tokens": max_length, "num_beams": num_beams, "do_sample": False, **tokens, **settings}

@@ -58,6 +58,13 @@ def test_question_by_hand_and_the_caption_that_a_flag_asks_for(predict, image_fo
     assert line["question"] == "is it a dog ?" and 0 < line["probability"] <= 1
 
 
+def test_task_of_a_checkpoint_without_one_is_chosen_by_a_flag(predict, image_folder):
+    (line,) = predictions_of(
+        predict(GOLDEN / "blip2_opt", "--images", str(image_folder / "1.png"), "--task", "captioning", data=False)
+    )
+    assert "question" not in line and line["prediction"]
+
+
 MISTAKES = {
     "prompt of captions": (["--prompt", "a photo of"], "--prompt needs a checkpoint for conditional_generation"),
     "no place": (["--question_prompt", "Answer:"], "question_prompt needs {} where the question goes"),

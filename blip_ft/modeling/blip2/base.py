@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -307,12 +308,14 @@ class QFormerModel(ImageEncoder):
         column = torch.arange(length, device=read.input_ids.device) - (length - read.attention_mask.sum(1))[:, None]
         mask = (column >= 0).long()
         queries = read.queries[read.prefix_index]
-        return self.language_model.generate(
-            # without ids: a repetition penalty then sees the new tokens only, as in LAVIS
-            inputs_embeds=self._embed(queries, read.input_ids.gather(1, column.clamp(min=0))),
-            attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], 1),
-            **generate_kwargs,
-        )
+        with warnings.catch_warnings():
+            # without ids, the penalty sees the new tokens only, as in LAVIS
+            warnings.filterwarnings("ignore", "Passing `repetition_penalty` with `inputs_embeds`")
+            return self.language_model.generate(
+                inputs_embeds=self._embed(queries, read.input_ids.gather(1, column.clamp(min=0))),
+                attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], 1),
+                **generate_kwargs,
+            )
 
     @torch.no_grad()
     def sequence_probabilities(self, read: Prompts, ids: torch.Tensor, end: int) -> torch.Tensor:
