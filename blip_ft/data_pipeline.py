@@ -19,7 +19,7 @@ from blip_ft.data.images import encode_row_images
 from blip_ft.data.loading import load_captions, load_vqa
 from blip_ft.data.sampling import GroupedSampler
 from blip_ft.data.tables import Row, number_images
-from blip_ft.data.text_formats import texts_of
+from blip_ft.data.text_formats import texts_of_checkpoint
 from blip_ft.modeling.checkpoint_files import longest_text
 from blip_ft.models import ModelLoader
 
@@ -71,12 +71,10 @@ class DataPipeline:
             allow_pickle=self.model_args.allow_pickle,
         )
         _, config, _ = loader._prepare()
-        self.processor, family = loader.get_processor(), family_of(config)
-        fill_defaults(family, "vqa", longest_text(config), self.task_args)
-        given, args = self.task_args.question_prompt, self.training_args
-        self.texts = texts_of(
-            self.processor, family, "vqa", getattr(config, "prompt", None) if given is None else given
-        )
+        self.processor = loader.get_processor()
+        fill_defaults(family_of(config), "vqa", longest_text(config), self.task_args)
+        args = self.training_args
+        self.texts = texts_of_checkpoint(self.processor, config, "vqa", self.task_args.question_prompt)
         self.texts.require_room_for_questions(self.task_args.max_question_tokens, self.task_args.max_answer_tokens)
         self._shuffle = torch.Generator().manual_seed(args.seed)
         self._sampler = None

@@ -32,7 +32,7 @@ from blip_ft.arguments import Settings
 from blip_ft.arguments.families import family_of
 from blip_ft.cli import parse, start_recipe
 from blip_ft.data.images import IMAGE_FORMATS, longest_side, open_image, resize_to_uint8
-from blip_ft.data.text_formats import texts_of
+from blip_ft.data.text_formats import texts_of_checkpoint
 from blip_ft.data.texts import clean_caption, encode_texts
 from blip_ft.modeling import inference
 from blip_ft.modeling.checkpoint_files import longest_text
@@ -168,13 +168,12 @@ Rows = list[tuple[list[str], float]]
 def answer(model: Any, processor: ProcessorMixin, pixels: torch.Tensor, text: str) -> Rows:
     questions = lines_of(text)
     family = family_of(model.config)
-    texts = texts_of(processor, family, "vqa", getattr(model.config, "prompt", None))
+    texts = texts_of_checkpoint(processor, model.config, "vqa")
     room = MAX_ANSWER_TOKENS if family.reads_prompts else 0  # one network reads the question and its answer
     batch = texts.encode_questions(questions, longest_text(model.config) - room)
     batch |= {"pixel_values": pixels, "image_index": torch.zeros(len(questions), dtype=torch.long)}
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    defaults, penalties = family.defaults["vqa"], family.penalties.get("vqa", {})
-    generation = texts.generation(MAX_ANSWER_TOKENS, defaults["generation_num_beams"], **penalties)
+    generation = texts.generation(MAX_ANSWER_TOKENS, family.defaults["vqa"]["generation_num_beams"])
     answers = inference.answer(model, texts, inference.encode_questions(model, batch), generation)
     return [([question, text], score) for question, text, score in zip(questions, *answers, strict=True)]
 
@@ -182,7 +181,7 @@ def answer(model: Any, processor: ProcessorMixin, pixels: torch.Tensor, text: st
 def write_caption(model: Any, processor: ProcessorMixin, pixels: torch.Tensor, text: str) -> Rows:
     prompt, family = " ".join(text.split()), family_of(model.config)
     defaults = family.defaults["conditional_generation"]
-    texts = texts_of(processor, family, "conditional_generation", prompt)
+    texts = texts_of_checkpoint(processor, model.config, "conditional_generation", prompt)
     prompt_length = len(texts.encode_caption_prompts(1)["input_ids"][0])
     new_tokens = defaults["generation_max_length"] if family.reads_prompts else MAX_CAPTION_TOKENS
     if prompt_length + new_tokens > longest_text(model.config):
@@ -251,8 +250,7 @@ def build_page(name: str, model: Any, processor: ProcessorMixin) -> Any:
     task = task_of_model(model)
     page = PAGES[task]
     if task == "conditional_generation":
-        prompt = getattr(model.config, "prompt", None) or family_of(model.config).prompts[task]
-        page = page._replace(text=prompt.strip())
+        page = page._replace(text=texts_of_checkpoint(processor, model.config, task).prompt.strip())
     with gr.Blocks(title=page.heading, delete_cache=(SECONDS_KEPT, SECONDS_KEPT)) as blocks:
         gr.HTML(f"<h1>{page.heading}</h1><p>{escape(name)}</p>")
         with gr.Row():

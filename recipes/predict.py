@@ -41,7 +41,7 @@ from blip_ft.data.loading import load_to_predict
 from blip_ft.data.sampling import share_of_process
 from blip_ft.data.sources import list_images
 from blip_ft.data.tables import number_images, to_json, write_lines
-from blip_ft.data.text_formats import Texts, texts_of
+from blip_ft.data.text_formats import Texts, texts_of_checkpoint
 from blip_ft.data.texts import clean_caption, encode_texts
 from blip_ft.modeling import inference
 from blip_ft.modeling.checkpoint_files import longest_text, require_positions
@@ -229,10 +229,7 @@ def settle_texts(model: Any, processor: ProcessorMixin, args: Prediction, task: 
     Raises: ValueError if the prompt leaves no room for a question or a caption.
     """
     name = "question_prompt" if task == "vqa" else "prompt"
-    given = getattr(args, name)
-    texts = texts_of(
-        *(processor, family_of(model.config), task), getattr(model.config, "prompt", None) if given is None else given
-    )
+    texts = texts_of_checkpoint(processor, model.config, task, getattr(args, name))
     setattr(args, name, texts.prompt)
     if task == "conditional_generation":
         texts.require_room_for_captions(None, args.generation_max_length, args.generation_min_length)
@@ -282,8 +279,7 @@ def make_predict(
     features = inference.embed_texts(model, **tokens) if texts else None
 
     def answer(batch: dict[str, torch.Tensor]) -> list[Line]:
-        penalties = text_format.family.penalties.get("vqa", {})
-        generation = text_format.generation(args.generation_max_length, args.generation_num_beams, **penalties)
+        generation = text_format.generation(args.generation_max_length, args.generation_num_beams)
         answers = inference.answer(model, text_format, inference.encode_questions(model, batch), generation)
         return [{"prediction": text, "probability": number} for text, number in zip(*answers, strict=True)]
 

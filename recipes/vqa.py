@@ -64,7 +64,7 @@ def main() -> None:
     model, processor, run_settings = load_for_training(setup, train_rows, eval_rows)
     model.config.question_start_token = vqa_args.question_start_token
     limits = (training_args.generation_max_length, training_args.generation_num_beams)
-    generation = setup.texts.generation(*limits, **setup.family.penalties.get("vqa", {}))
+    generation = setup.texts.generation(*limits)
 
     def predict(model, batch, positions):
         read = inference.encode_questions(model, batch)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import BlipProcessor, InstructBlipProcessor, PreTrainedTokenizerBase, ProcessorMixin
 
-from blip_ft.arguments.families import BLIP, Family
+from blip_ft.arguments.families import BLIP, Family, family_of
 from blip_ft.data.texts import (
     IGNORED,
     decode_texts,
@@ -83,11 +83,13 @@ class PromptTexts:
 
     Args:
         prompt: text before an answer, {} stands for the question; or the text before every caption.
+        penalties: further arguments of generate.
     Source: LAVIS models/blip2_models/blip2_opt.py, blip2_t5.py and blip2_vicuna_instruct.py. Unlike it, a long prompt
         is truncated on the left in all families, so that it still ends as trained.
     """
 
-    def __init__(self, processor: ProcessorMixin, family: Family, prompt: str) -> None:
+    def __init__(self, processor: ProcessorMixin, family: Family, prompt: str, penalties: dict[str, float]) -> None:
+        self.penalties = penalties
         self.family, self.processor, self.tokenizer, self.prompt = family, processor, processor.tokenizer, prompt
         self.end_token_id = end_token_id(self.tokenizer, family)
         self.space = " " if family.end else ""  # OPT's tokens of words begin with their space
@@ -129,6 +131,7 @@ class PromptTexts:
 
     def generation(self, max_length: int, num_beams: int, **settings: Any) -> dict[str, Any]:
         """Arguments of generate. max_length: number of new tokens."""
+        settings = self.penalties | settings
         if "min_length" in settings:
             settings["min_new_tokens"] = settings.pop("min_length")
         if num_beams == 1:
@@ -168,7 +171,14 @@ def texts_of(processor: ProcessorMixin, family: Family, task: str, prompt: str |
     prompt = family.prompts[task] if prompt is None else prompt
     if task == "vqa" and "{}" not in prompt:
         raise ValueError(f"question_prompt needs {{}} where the question goes, found {prompt!r}.")
-    return PromptTexts(processor, family, prompt) if family.reads_prompts else BlipTexts(processor, prompt)
+    if family.reads_prompts:
+        return PromptTexts(processor, family, prompt, family.penalties.get(task, {}))
+    return BlipTexts(processor, prompt)
+
+
+def texts_of_checkpoint(processor: ProcessorMixin, config: Any, task: str, prompt: str | None = None) -> Texts:
+    """The texts of a checkpoint, given its config. prompt: None is that of its training, or else the family's."""
+    return texts_of(processor, family_of(config), task, getattr(config, "prompt", None) if prompt is None else prompt)
 
 
 def encode_prompts(processor: ProcessorMixin, prompts: Sequence[str], max_tokens: int) -> Tensors:

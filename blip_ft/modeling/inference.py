@@ -12,7 +12,7 @@ from transformers import ProcessorMixin
 
 from blip_ft.arguments.families import family_of
 from blip_ft.data.images import longest_side, open_image, resize_to_uint8
-from blip_ft.data.text_formats import Texts, texts_of
+from blip_ft.data.text_formats import Texts, texts_of_checkpoint
 from blip_ft.modeling.checkpoint_files import longest_text
 
 # what encode_questions of a model reads
@@ -215,8 +215,8 @@ def answer_questions(
     for position, key in enumerate(keys):
         asked.setdefault(key, []).append(position)
     family = family_of(model.config)
-    texts = texts_of(processor, family, "vqa", getattr(model.config, "prompt", None))
-    generation = texts.generation(max_length, num_beams, **family.penalties.get("vqa", {}))
+    texts = texts_of_checkpoint(processor, model.config, "vqa")
+    generation = texts.generation(max_length, num_beams)
     # BLIP's question and answer are read by two networks
     longest = longest_text(model.config) - (max_length if family.reads_prompts else 0)
     size = longest_side(processor.image_processor)

@@ -166,11 +166,9 @@ def store_images(
             # Quantized layers also have settings there, on the CPU, which NCCL does not send
             if tensor.device == model.device:
                 distributed.broadcast(tensor, 0)
-    shape = (model.vision_model.embeddings.num_positions, model.config.vision_config.hidden_size)
-    if level == "qformer":
-        shape = tuple(model.query_tokens.shape[1:])
     home = Path(HF_CACHE_HOME) / "blip_ft" / "image_features"
-    store = FeatureStore(home / _digest(model, level, processor, args), shape, DTYPES[args.cache_dtype])
+    digest, dtype = _digest(model, level, processor, args), DTYPES[args.cache_dtype]
+    store = FeatureStore(home / digest, _shape(model, level), dtype)
 
     hashes = ImageHashes()
     key_of, row_of_key = {}, {}
@@ -293,6 +291,13 @@ def _how_to_freeze(model: QFormerModel) -> str:
         f"Trained are {', '.join(trained)}. Add --freeze {','.join([*constant, *frozen])}, or --use_peft, which trains "
         "only an adapter on the language model."
     )
+
+
+def _shape(model: PreTrainedModel, level: Level) -> tuple[int, ...]:
+    """Of the features of one image."""
+    if level == "qformer":
+        return tuple(model.query_tokens.shape[1:])
+    return model.vision_model.embeddings.num_positions, model.config.vision_config.hidden_size
 
 
 def _weights(model: PreTrainedModel, level: Level) -> Iterator[tuple[str, torch.Tensor]]:

@@ -29,7 +29,7 @@ from blip_ft.arguments.families import RECIPES, Family, family_of, fill_defaults
 from blip_ft.data.sampling import require_whole_batch
 from blip_ft.data.streaming import StreamedRows
 from blip_ft.data.tables import CaptionRows
-from blip_ft.data.text_formats import Texts, texts_of
+from blip_ft.data.text_formats import Texts, texts_of_checkpoint
 from blip_ft.modeling.adapters import (
     add_lora,
     count_parameters,
@@ -141,17 +141,14 @@ def _texts_of(
 
     Raises: ValueError if the lengths leave no room for a question or a caption.
     """
-    trained = getattr(config, "prompt", None)
     if isinstance(task_args, VqaArguments):
-        given = task_args.question_prompt
-        texts = texts_of(processor, family_of(config), "vqa", trained if given is None else given)
+        texts = texts_of_checkpoint(processor, config, "vqa", task_args.question_prompt)
         lengths = (task_args.max_question_tokens, task_args.max_answer_tokens, args.generation_max_length)
         texts.require_room_for_questions(*lengths)
         task_args.question_prompt = texts.prompt
         return texts
     if isinstance(task_args, CaptioningArguments):
-        given = task_args.prompt
-        texts = texts_of(processor, family_of(config), "conditional_generation", trained if given is None else given)
+        texts = texts_of_checkpoint(processor, config, "conditional_generation", task_args.prompt)
         lengths = (task_args.max_caption_tokens, args.generation_max_length, task_args.generation_min_length)
         texts.require_room_for_captions(*lengths)
         task_args.prompt = texts.prompt

@@ -239,12 +239,8 @@ class QFormerModel(ImageEncoder):
             encoder_attention_mask=read.encoder_mask[question_index],
             use_cache=False,
         ).last_hidden_state
-        return states * self.language_model.model_dim**-0.5 if self._scales_decoder else states
-
-    @property
-    def _scales_decoder(self) -> bool:
         # T5 v1.0 ties its head to the embeddings and scales what it reads; Flan-T5 does neither
-        return getattr(self.language_model.config, "scale_decoder_outputs", False)
+        return states * self.language_model.model_dim**-0.5 if text.scale_decoder_outputs else states
 
     def _embed(self, queries: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """(rows, queries + length, width) of image prefixes (rows, queries, width) and tokens (rows, length)."""
