@@ -12,11 +12,14 @@ import gc
 import io
 import json
 import runpy
+import shutil
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import datasets.config
+import golden_blip2
 import pytest
 import torch
 from PIL import Image
@@ -78,6 +81,17 @@ def own_cache(monkeypatch, tmp_path):
 def golden() -> Path:
     """The original implementation's weights, inputs and results; see golden/README.md."""
     return GOLDEN
+
+
+@pytest.fixture
+def copied(golden, tmp_path):
+    """A golden checkpoint to change."""
+    return lambda name: Path(shutil.copytree(golden / name, tmp_path / name))
+
+
+@pytest.fixture
+def answers_of(golden, monkeypatch):
+    return partial(golden_blip2.answers_of, golden, monkeypatch)
 
 
 @pytest.fixture(scope="session")

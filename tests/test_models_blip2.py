@@ -2,11 +2,7 @@
 
 import copy
 import json
-import shutil
-from functools import partial
-from pathlib import Path
 
-import golden_blip2
 import pytest
 import torch
 from golden_blip2 import (
@@ -46,17 +42,6 @@ from blip_ft.models import (
     save_model,
     unfreeze_model,
 )
-
-
-@pytest.fixture
-def answers_of(golden, monkeypatch):
-    return partial(golden_blip2.answers_of, golden, monkeypatch)
-
-
-@pytest.fixture
-def copied(golden, tmp_path):
-    """A checkpoint to change."""
-    return lambda family: Path(shutil.copytree(golden / family, tmp_path / family))
 
 
 @every_family

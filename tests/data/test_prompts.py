@@ -3,10 +3,7 @@
 import json
 import shutil
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
 
-import golden_blip2
 import pytest
 from golden_blip2 import T5, change_json, every_family, expected_of, questions_of
 from safetensors.torch import load_file, save_file
@@ -14,17 +11,6 @@ from safetensors.torch import load_file, save_file
 from blip_ft.arguments.families import family_of
 from blip_ft.data.text_formats import texts_of
 from blip_ft.models import ModelLoader, load_model
-
-
-@pytest.fixture
-def answers_of(golden, monkeypatch):
-    return partial(golden_blip2.answers_of, golden, monkeypatch)
-
-
-@pytest.fixture
-def copied(golden, tmp_path):
-    """A checkpoint to change."""
-    return lambda family: Path(shutil.copytree(golden / family, tmp_path / family))
 
 
 @every_family

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 import transformers
+from golden_blip2 import DECODER_ONLY, expected_of
 from safetensors.torch import load_file
-from test_golden_blip2 import CLASSES, expected_of
+from test_golden_blip2 import CLASSES
 from torch.nn.utils.rnn import pad_sequence
 
-DECODER_ONLY = ("blip2_opt", "instructblip_vicuna")
 ANSWERS = ("labels", "question_index", "answer_weights")
 every_decoder_only_family = pytest.mark.parametrize("family", DECODER_ONLY)
 

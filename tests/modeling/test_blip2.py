@@ -16,8 +16,9 @@ from blip2_reference import (
     reference_loss,
     stock_batch,
 )
+from golden_blip2 import every_family
 from peft import LoraConfig, get_peft_model
-from test_golden_blip2 import CLASSES, every_family
+from test_golden_blip2 import CLASSES
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor
 

@@ -15,8 +15,8 @@ from blip2_reference import (
     stock_batch,
     stock_row,
 )
+from golden_blip2 import every_family, expected_of
 from safetensors.torch import load_file
-from test_golden_blip2 import every_family, expected_of
 from transformers import AutoProcessor
 
 

@@ -1,9 +1,8 @@
 """Compare BLIP-2 and InstructBLIP with numbers computed by LAVIS; see golden/BLIP2.md."""
 
-import json
-
 import pytest
 import torch
+from golden_blip2 import every_family, expected_of
 from safetensors.torch import load_file
 
 from blip_ft.modeling.blip2 import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration
@@ -15,7 +14,6 @@ CLASSES = {
     "instructblip_t5": InstructBlipForConditionalGeneration,
 }
 TASKS = ("vqa", "captioning")
-every_family = pytest.mark.parametrize("family", CLASSES)
 every_case = pytest.mark.parametrize(("family", "task"), [(family, task) for family in CLASSES for task in TASKS])
 
 
@@ -23,10 +21,6 @@ def load(golden, family):
     model = CLASSES[family].from_pretrained(golden / family)
     model.language_model.requires_grad_(False)  # as LAVIS
     return model.train()
-
-
-def expected_of(golden, family):
-    return json.loads((golden / family / "expected.json").read_text())
 
 
 def batch_of(golden, family, task, rows=slice(None)):
