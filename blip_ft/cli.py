@@ -406,6 +406,4 @@ def _unknown_key(key: str, parser: _Parser, where: str | Path) -> str:
     # below 0.75 difflib would suggest lora_r for lr
     nearest = [ALIASES[name]] if ALIASES.get(name) in known else difflib.get_close_matches(name, known, 1, cutoff=0.75)
     hint = f" Did you mean {nearest[0]}?" if nearest else f" {parser.prog} --help-all lists all keys."
-    if nearest == ["load_best_model_at_end"] and name in ALIASES:
-        hint = " There is no early stopping; --load_best_model_at_end keeps the best checkpoint."
     return f"{where} has the unknown key {key.split('=')[0].lstrip('-')!r}.{hint}"

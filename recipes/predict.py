@@ -69,7 +69,7 @@ class Data(DataArguments):
         **dict.fromkeys(
             (
                 *("train_split", "eval_fraction", "max_train_samples", "check_images", "max_bad_fraction"),
-                *("streaming", "shuffle_buffer", "group_questions", "allow_image_overlap"),
+                *("streaming", "shuffle_buffer", "group_questions", "allow_image_overlap", "augment", "flip"),
             ),
             "Leave it out: nothing is trained.",
         ),

@@ -92,6 +92,17 @@ class DataArguments(Settings):
         help="Keep all texts of an image in one batch. By default true for vqa and captioning, false otherwise.",
     )
 
+    augment: bool = HfArg(
+        default=False,
+        help="Train on a random view of each image, as the original. It is cropped, flipped, changed by RandAugment. "
+        "Each epoch has other views. Evaluation reads whole images.",
+    )
+    flip: bool = HfArg(
+        default=True,
+        help="With --augment, flip half of the views. Turn it off for documents, signs, and answers that say left or "
+        "right.",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dataset_name and self.questions_file:
@@ -127,6 +138,7 @@ class DataArguments(Settings):
         return {
             **({} if of_hub else {"dataset_config": "without a data set of the Hub"}),
             **({} if self.streaming else {"shuffle_buffer": "without --streaming"}),
+            **({} if self.augment else {"flip": "without --augment"}),
             **({"eval_fraction": "beside other data to evaluate on"} if any(to_evaluate) else {}),
             **({"eval_fraction": "with the demo's data"} if self.dataset_name == "demo" else {}),
         }
@@ -149,6 +161,13 @@ class DataArguments(Settings):
                 raise ValueError(f"{name} has no effect with --streaming. {way_out}")
         if self.streaming and training_args.cache_image_features:
             raise ValueError("cache_image_features needs all images before training. Leave out --streaming.")
+        if self.streaming and training_args.cosine_per_epoch:
+            raise ValueError("A stream has no epochs: cosine_per_epoch does not work with --streaming. Leave it out.")
+        if self.augment and training_args.cache_image_features:
+            raise ValueError(
+                "cache_image_features keeps the features of one view of each image, and --augment makes others in each "
+                "epoch. Leave out one of the two."
+            )
 
     @property
     def hub_id(self) -> str | None:

@@ -31,6 +31,11 @@ class ModelArguments(Settings):
     dropout: float | None = HfArg(
         default=None, help="Dropout of text states and attention. Paper: 0.1. Default: the checkpoint's, 0 on the Hub."
     )
+    drop_path: float | None = HfArg(
+        default=None,
+        help="Stochastic depth of BLIP's vision model, rising from 0 to this rate in the last layer. Paper: 0.1 for "
+        "vqa and large models. Default: the checkpoint's, 0 on the Hub.",
+    )
     freeze: str | None = HfArg(
         default=None,
         help="Modules to freeze, separated by commas, or none. E.g. vision_model,text_encoder.encoder.layer.0. "

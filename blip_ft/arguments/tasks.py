@@ -24,6 +24,11 @@ class VqaArguments(Settings):
         help="Text to read, with {} for the question. `Question: {} Short answer:` for BLIP-2, "
         "`Question: {} Short Answer:` for InstructBLIP, {} for BLIP. Default: as the model was trained.",
     )
+    clean_questions: bool | None = HfArg(
+        default=None,
+        help="Clean questions as the original. Lowercase, without most punctuation, at most 50 words. Default: as the "
+        "model was trained, or false.",
+    )
     max_question_tokens: int | None = HfArg(
         default=None, help="Truncate longer questions with their prompt. Default: 35, BLIP-2 32, InstructBLIP 128."
     )

@@ -92,7 +92,8 @@ HELP_TEXTS = {
 HELP_GROUPS = {
     "Training": (
         *("output_dir", "do_train", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
-        *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
+        *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "cosine_per_epoch", "warmup_steps"),
+        "weight_decay",
         *("max_grad_norm", "bf16", "gradient_checkpointing", "cache_image_features", "cache_dtype", "cache_limit_gb"),
         *("dataloader_num_workers", "use_cpu", "seed", "skip_dry_run", "resume_from_checkpoint"),
         "allow_changed_settings",
@@ -100,7 +101,7 @@ HELP_GROUPS = {
     "Evaluation, checkpoints and logs": (
         *("per_device_eval_batch_size", "generation_max_length", "generation_num_beams", "eval_strategy", "eval_steps"),
         *("eval_on_start", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end"),
-        *("metric_for_best_model", "logging_steps", "sample_steps", "report_to"),
+        *("metric_for_best_model", "early_stopping_patience", "logging_steps", "sample_steps", "report_to"),
     ),
     "Hub": ("push_to_hub", "hub_model_id", "hub_private_repo"),
 }
@@ -152,6 +153,10 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         default=0.0, help="Maximum gradient norm; 0: no clipping. As the paper; the summed loss has norms over 10."
     )
     lr_scheduler_type: str = "cosine"
+    cosine_per_epoch: bool = HfArg(
+        default=False,
+        help="Cosine learning rate that is constant within an epoch, without warmup, as the original.",
+    )
     logging_steps: float = 50
     logging_nan_inf_filter: bool = False  # it would hide them, and wait for the device in each step
     eval_strategy: str | None = HfArg(
@@ -166,6 +171,11 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         # as the originals: CIDEr-D for captions, mean recall for retrieval
         help="End with the best checkpoint, not the last. Each checkpoint is evaluated. On for captioning and "
         "retrieval, off for vqa, as the originals.",
+    )
+    early_stopping_patience: int | None = HfArg(
+        default=None,
+        help="Stop after this number of evaluations in a row without a better metric_for_best_model. Turns on "
+        "load_best_model_at_end.",
     )
     dataloader_num_workers: int = HfArg(
         default_factory=lambda: min(4, os.cpu_count() or 1),
@@ -206,6 +216,7 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
     def __post_init__(self) -> None:
         self.output_dir_was_given = self.output_dir is not None
         self.strategy_was_given = bool(self.eval_strategy or self.save_strategy)
+        self.load_best_model_at_end |= self.early_stopping_patience is not None
         self._settle_strategies()
         self.check_values()
         self.require_effect()
@@ -371,6 +382,7 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         # its newer name, activation_checkpointing, does not exist in transformers 5.17; the Trainer sets both
         of_checkpointing = () if self.gradient_checkpointing else ("activation_checkpointing_kwargs",)
         of_trackio = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+        of_schedule = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps") if self.cosine_per_epoch else ()
         hub = () if self.push_to_hub else ("hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")
         by_step = {
             f"{what}_steps": f"without --{what}_strategy steps"
@@ -382,6 +394,7 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
             **dict.fromkeys(hub, "without --push_to_hub"),
             **dict.fromkeys(of_checkpointing, "without --activation_checkpointing"),
             **dict.fromkeys(() if "trackio" in self.report_to else of_trackio, "without --report_to trackio"),
+            **dict.fromkeys(of_schedule, "beside --cosine_per_epoch"),
             **dict.fromkeys(of_optim, f"beside --optim {optim}"),
             **by_step,
             **({"eval_delay": "without --eval_strategy epoch or steps"} if self.eval_strategy == "no" else {}),
