@@ -22,6 +22,11 @@ def as_gpu(self, *args, init=PartialState.__init__, **kwargs):
 
 
 PartialState.__init__ = as_gpu
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    import deepspeed
+
+    # its reductions over shared memory are compiled on first use, which takes two minutes; gloo reduces without them
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 if "LAUNCHED_WITH" in os.environ:
     # what the launcher has set, for a test that starts the same without it
     Path(os.environ["LAUNCHED_WITH"]).write_text(json.dumps(dict(os.environ)))
