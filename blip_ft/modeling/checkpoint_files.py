@@ -169,16 +169,26 @@ def build_on_meta(task: str, config: PreTrainedConfig, name: str) -> PreTrainedM
             f"{', '.join(MODEL_REGISTRY[config.model_type])}."
         )
     with blame_file(CONFIG_NAME, name), torch.device("meta"), torch.no_grad():
-        model = MODEL_REGISTRY[config.model_type][task](config).eval()
-        side = config.vision_config.image_size
-        images = model.encode_images(torch.empty(1, 3, side, side, dtype=torch.uint8)).last_hidden_state
-        ids = torch.zeros(1, 2, dtype=torch.long)
-        if family_of(config).reads_prompts and not model.qformer_reads_prompts:  # a text mask fails on meta
-            model.encode_queries(images, torch.zeros(1, dtype=torch.long))
-        for part, module in model.named_children():
-            if part in ("text_encoder", "text_decoder"):
-                module(input_ids=ids, encoder_hidden_states=images)
+        described = task, config.to_json_string(use_diff=False)
+        model = MODEL_REGISTRY[config.model_type][task](config)
+        if described not in _CALLED:
+            _call_on_meta(model.eval())
+            _CALLED.add(described)
     return model.train()
+
+
+# task and config of models that _call_on_meta could call: a recipe builds its model twice, and the call takes longer
+_CALLED: set[tuple[str, str]] = set()
+
+
+def _call_on_meta(model: PreTrainedModel) -> None:
+    side, ids = model.config.vision_config.image_size, torch.zeros(1, 2, dtype=torch.long)
+    images = model.encode_images(torch.empty(1, 3, side, side, dtype=torch.uint8)).last_hidden_state
+    if family_of(model.config).reads_prompts and not model.qformer_reads_prompts:  # a text mask fails on meta
+        model.encode_queries(images, torch.zeros(1, dtype=torch.long))
+    for part, module in model.named_children():
+        if part in ("text_encoder", "text_decoder"):
+            module(input_ids=ids, encoder_hidden_states=images)
 
 
 def task_of_config(config: PreTrainedConfig) -> str:

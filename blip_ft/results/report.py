@@ -6,11 +6,12 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from PIL import Image
 
 from blip_ft.results.curves import draw_curves
@@ -48,10 +49,8 @@ def write_report(
     """
     cards = _cards(samples, open_image)
     shown = [card["sample"] for card in cards]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     curves, narrow_curves = (draw_curves(log_history, columns) for columns in (2, 1))
-    page = template.render(
+    page = _template().render(
         title=title,
         scores=scores,
         baselines=baselines or {},
@@ -68,6 +67,12 @@ def write_report(
     )
     # JSON can contain a lone surrogate, which UTF-8 cannot encode
     path.write_text(page, encoding="utf-8", errors="replace")
+
+
+@cache  # a recipe writes two reports, the first one in its dry run
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
 
 
 def _cards(samples: Sequence[Sample], open_image: Callable[[int], Image.Image]) -> list[dict[str, Any]]:
