@@ -102,7 +102,8 @@ class ModelLoader:
         allow_new_weights: accept a checkpoint without some of the model's weights, which are then randomly initialized,
             or with weights that the model does not use, e.g. a checkpoint for another task.
         image_size: replaces that of the checkpoint, whose position embeddings are resized.
-        label_smoothing, dropout: replace the values of the checkpoint's config. BLIP only.
+        label_smoothing, dropout, drop_path: replace the values of the checkpoint's config. BLIP only. drop_path is the
+            stochastic depth of the vision model in training, the rate of its last layer.
         kwargs: passed to from_pretrained, e.g. revision, token, local_files_only.
     Raises: ValueError, which says what to check if loading fails.
     """
@@ -127,6 +128,7 @@ class ModelLoader:
         image_size: int | None = None,
         label_smoothing: float | None = None,
         dropout: float | None = None,
+        drop_path: float | None = None,
         **kwargs: Any,
     ) -> None:
         if load_in_8bit and load_in_4bit:
@@ -144,7 +146,8 @@ class ModelLoader:
         self.dtype = to_dtype(dtype or torch_dtype) if dtype or torch_dtype else None
         self.device_map, self.merge = device_map, merge
         self.allow_pickle, self.allow_new_weights = allow_pickle, allow_new_weights
-        self.image_size, self.label_smoothing, self.dropout = image_size, label_smoothing, dropout
+        self.image_size, self.label_smoothing = image_size, label_smoothing
+        self.dropout, self.drop_path = dropout, drop_path
         if trust_remote_code:
             logger.warning("trust_remote_code has no effect: code of a checkpoint is never run.")
         self.kwargs = {**kwargs, "trust_remote_code": False}
@@ -222,13 +225,15 @@ class ModelLoader:
     def _update(self, config: PreTrainedConfig) -> None:
         """Write the values that the caller or the adapter set into the config."""
         text, family = config.text_config, family_of(config)
-        if family.reads_prompts and (self.label_smoothing or self.dropout is not None):
-            raise ValueError(f"label_smoothing and dropout are for BLIP; leave them out for {family.name}.")
+        if family.reads_prompts and (self.label_smoothing or (self.dropout, self.drop_path) != (None, None)):
+            raise ValueError(f"label_smoothing, dropout and drop_path are for BLIP; leave them out for {family.name}.")
         if self.label_smoothing is not None and not family.reads_prompts:
             # the decoder reads it from text_config when it is built; config.label_smoothing has no effect
             text.label_smoothing = float(self.label_smoothing)
         if self.dropout is not None and not family.reads_prompts:
             text.hidden_dropout_prob = text.attention_probs_dropout_prob = float(self.dropout)
+        if self.drop_path is not None:
+            config.vision_config.drop_path = float(self.drop_path)
         for key, value in self.own_entries.items():
             setattr(config, key, value)
 

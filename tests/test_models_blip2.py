@@ -67,8 +67,8 @@ def test_another_type_or_task_is_refused_before_weights_load(golden, family, mon
         load_model(folder, model_type="blip")
     with pytest.raises(ValueError, match="not supported for image_text_retrieval; supported: vqa, conditional_gen"):
         load_model(folder, task="image_text_retrieval")
-    for setting in ({"label_smoothing": 0.1}, {"dropout": 0.1}):
-        with pytest.raises(ValueError, match="label_smoothing and dropout are for BLIP; leave them out"):
+    for setting in ({"label_smoothing": 0.1}, {"dropout": 0.1}, {"drop_path": 0.0}):
+        with pytest.raises(ValueError, match="label_smoothing, dropout and drop_path are for BLIP; leave them"):
             load_model(folder, **setting)
     with pytest.raises(ValueError, match="image_size must be a multiple of the patch size 8, found 36"):
         load_model(folder, image_size=36)

@@ -69,6 +69,8 @@ def _require_valid_entries(config: PreTrainedConfig) -> None:
     for key in read:
         if not 0 <= getattr(text, key) < text.vocab_size:
             raise ValueError(f"text_config.{key} must be a token id, 0 to {text.vocab_size - 1}")
+    if not 0 <= getattr(config.vision_config, "drop_path", 0.0) < 1:
+        raise ValueError("vision_config.drop_path must be between 0 and 1, 1 excluded")
     if not isinstance(getattr(config, "prompt", ""), str):
         raise TypeError("prompt must be a string")
     for key in ("question_start_token", "itm_start_token"):

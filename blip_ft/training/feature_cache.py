@@ -266,7 +266,8 @@ def require_constant_features(model: PreTrainedModel) -> Level:
             f"cache_image_features needs a vision model that does not change, but {len(trained)} of its weights are "
             f"trained, e.g. {trained[0]}. {_how_to_freeze(model) if has_qformer else 'Add --freeze vision_model.'}"
         )
-    # that of BLIP only: frozen parts of a model with a Q-Former are always in evaluation mode
+    # that of BLIP only: frozen parts of a model with a Q-Former are always in evaluation mode. Stochastic depth is off
+    # in frozen layers and needs no check
     if any(module.p > 0 for module in vision.modules() if isinstance(module, nn.Dropout)):
         raise ValueError(
             "cache_image_features needs features that are the same in every epoch, but the vision model of the "

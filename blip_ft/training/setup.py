@@ -182,6 +182,7 @@ def build_meta_model(
         image_size=model_args.image_size,
         label_smoothing=model_args.label_smoothing,
         dropout=model_args.dropout,
+        drop_path=model_args.drop_path,
         revision=model_args.model_revision,
         allow_pickle=model_args.allow_pickle,
     )
@@ -247,6 +248,7 @@ def load_for_training(
         image_size=model_args.image_size,
         label_smoothing=model_args.label_smoothing,
         dropout=model_args.dropout,
+        drop_path=model_args.drop_path,
         revision=model_args.model_revision,
         allow_pickle=model_args.allow_pickle,
         allow_new_weights=model_args.allow_new_weights,

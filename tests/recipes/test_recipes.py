@@ -309,8 +309,9 @@ def test_evaluation_without_a_readable_image_scores_nothing_and_ends(recipe, dat
 
 def test_model_flags_are_stored_in_the_checkpoint(recipe, data):
     flags = ["--image_size", "48", "--dropout", "0.2", "--label_smoothing", "0.3", "--question_start_token", "enc"]
+    flags += ["--drop_path", "0.1"]
     config = json.loads((recipe(*data, *flags, "--max_steps", "1") / "config.json").read_text())
-    assert config["vision_config"]["image_size"] == 48
+    assert config["vision_config"]["image_size"] == 48 and config["vision_config"]["drop_path"] == 0.1
     assert config["text_config"]["hidden_dropout_prob"] == config["text_config"]["attention_probs_dropout_prob"] == 0.2
     assert config["text_config"]["label_smoothing"] == 0.3
     assert config["question_start_token"] == "enc"

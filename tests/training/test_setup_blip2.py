@@ -93,7 +93,7 @@ def test_parts_of_a_part_can_be_frozen_with_bf16(golden, loaded_for_training):
         ({"question_start_token": "enc"}, "question_start_token is for BLIP"),
         ({"question_prompt": "Answer:"}, "question_prompt needs {} where the question goes, found 'Answer:'"),
         ({"max_question_tokens": 4}, "max_question_tokens 4 leaves no room for a question"),
-        ({"label_smoothing": 0.1}, "label_smoothing and dropout are for BLIP; leave them out for"),
+        ({"label_smoothing": 0.1}, "label_smoothing, dropout and drop_path are for BLIP; leave them out for"),
         ({"image_size": 36}, "image_size must be a multiple of the patch size 8, found 36"),
         ({"freeze": "text_decoder"}, "There is no part text_decoder. There are vision_model, qformer"),
     ],

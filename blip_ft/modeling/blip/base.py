@@ -10,6 +10,7 @@ from transformers.models.blip import modeling_blip
 from blip_ft.data.texts import IGNORED
 from blip_ft.modeling.blip.attention import fuse_attention
 from blip_ft.modeling.blip.contrastive import Contrastive
+from blip_ft.modeling.blip.drop_path import set_drop_path
 from blip_ft.modeling.vision import ImageEncoder
 
 
@@ -26,6 +27,8 @@ class BlipBase(ImageEncoder):
     def __init__(self, config: BlipConfig) -> None:
         super().__init__(config)
         fuse_attention(self)
+        # an entry of ours, which stock transformers keeps and does not read
+        set_drop_path(self.vision_model, getattr(config.vision_config, "drop_path", 0.0))
 
     def _encode_or_reuse(
         self,

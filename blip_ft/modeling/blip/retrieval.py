@@ -106,11 +106,13 @@ class BlipForImageTextRetrieval(BlipBase, modeling_blip.BlipForImageTextRetrieva
                 "The loss needs a queue and momentum weights: set model.contrastive = Contrastive(model) before "
                 "training, or leave out image_ids to get scores only."
             )
-        # the model's own dropout is active here, as in the original. Do not swap parameter.data instead: autocast would
-        # keep using its cached casts of the model's weights
+        # the model's own dropout and stochastic depth are active here, as in the original; a layer drops only if its
+        # weights require a gradient. Do not swap parameter.data instead: autocast would keep using its cached casts of
+        # the model's weights
+        momentum_weights = self.contrastive.momentum_weights.items()
         keys = functional_call(
             self,
-            {name: weight.to(self.dtype) for name, weight in self.contrastive.momentum_weights.items()},
+            {name: weight.to(self.dtype).detach().requires_grad_() for name, weight in momentum_weights},
             (pixel_values, input_ids, attention_mask),
             {"use_itm_head": False, "interpolate_pos_encoding": interpolate_pos_encoding},
         )
