@@ -22,7 +22,6 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from blip_ft.arguments.families import family_of
 from blip_ft.data.batches import Batch, match_rows
 from blip_ft.data.sampling import GroupedSampler, share_of_process
 from blip_ft.data.streaming import StreamedRows
@@ -56,7 +55,7 @@ from blip_ft.training.engines import (
     shard_embeddings_with_head,
     unsharded_weight,
 )
-from blip_ft.training.hub import PushingTrainer
+from blip_ft.training.optimization import OptimizingTrainer
 from blip_ft.training.progress import ProgressLog
 from blip_ft.training.run_settings import SETTINGS_FILE
 from blip_ft.training.signals import Signals, StopCallback, block_sigterm, ignore_signals_in_worker, unblock_sigterm
@@ -79,7 +78,7 @@ Collect = Callable[[Predict, str], list[dict[str, Any] | None]]
 Evaluate = Callable[[Dataset, Collect], tuple[list[dict[str, Any] | None], dict[str, float]]]
 
 
-class BlipTrainer(PushingTrainer):
+class BlipTrainer(OptimizingTrainer):
     """Trains on batches grouped by image, with the loss of one large batch, and evaluates text.
 
     Args:
@@ -143,11 +142,6 @@ class BlipTrainer(PushingTrainer):
         if self.args.sample_steps and predict and describe:
             self.add_callback(SampleCallback(self, predict, describe))
         self.add_callback(StopCallback(self))  # last, so that a checkpoint includes the effects of the others
-
-    @property
-    def blip(self) -> torch.nn.Module:
-        """The BLIP model without the wrappers of DDP and PEFT; it includes the layers of an adapter."""
-        return without_adapter(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     @contextmanager
     def unsharded_model(self) -> Iterator[torch.nn.Module]:
@@ -288,36 +282,6 @@ class BlipTrainer(PushingTrainer):
             logs |= dict(zip(LOSS_PARTS, parts, strict=True))
             self.loss_parts.clear()
         super().log(logs, *args, **kwargs)
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """As the originals: all parameters of BLIP (train_vqa.py), no biases and norms in LAVIS (blip2.py)."""
-        names = [name for name, _ in model.named_parameters()]
-        if not family_of(self.blip.config).reads_prompts:
-            return names
-        return [name for name in names if model.get_parameter(name).dim() > 1 and not name.endswith(".bias")]
-
-    @contextmanager
-    def _temperature_in_model(self) -> Iterator[None]:
-        """Register the temperature of retrieval as a parameter. It is trained, but is not part of the model."""
-        blip = self.blip
-        if blip.contrastive is None or "temperature" in blip._parameters:
-            yield
-            return
-        blip.register_parameter("temperature", blip.contrastive.temperature)
-        yield
-        del blip.temperature
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        with self._temperature_in_model():
-            return super().create_optimizer(*args, **kwargs)
-
-    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
-        with self._temperature_in_model():
-            return super()._clip_grad_norm(model)
-
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float:
-        with self._temperature_in_model():
-            return super()._get_grad_norm(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
