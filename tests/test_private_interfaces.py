@@ -79,6 +79,7 @@ def test_private_methods_that_we_override_are_listed_and_have_as_many_parameters
 
 def test_private_attributes_exist():
     assert "self._train_batch_size = " in inspect.getsource(Trainer.__init__)
+    assert "if self._created_lr_scheduler:" in inspect.getsource(Trainer)
     assert "self.push_in_progress = " in inspect.getsource(Trainer.init_hf_repo) and PushInProgress().jobs == []
     assert DataLoaderShard([1]).base_dataloader is not None
     assert TensorBoardCallback().tb_writer is None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
@@ -55,7 +56,7 @@ from blip_ft.training.engines import (
     shard_embeddings_with_head,
     unsharded_weight,
 )
-from blip_ft.training.optimization import OptimizingTrainer
+from blip_ft.training.optimization import OptimizingTrainer, cosine_per_epoch
 from blip_ft.training.progress import ProgressLog
 from blip_ft.training.run_settings import SETTINGS_FILE
 from blip_ft.training.signals import Signals, StopCallback, block_sigterm, ignore_signals_in_worker, unblock_sigterm
@@ -196,11 +197,21 @@ class BlipTrainer(OptimizingTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupedSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        global_batch = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.sampler = GroupedSampler(number_images(rows), global_batch, seed, self.group)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.sampler = GroupedSampler(number_images(rows), self.rows_a_step, seed, self.group)
         return self.sampler
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of an optimizer step, over all processes."""
+        return self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        if self.args.cosine_per_epoch and self.lr_scheduler is None:
+            steps_per_epoch = len(self.sampler) // self.rows_a_step
+            self.lr_scheduler = cosine_per_epoch(optimizer or self.optimizer, num_training_steps, steps_per_epoch)
+            self._created_lr_scheduler = True  # otherwise the Trainer would keep it for the next train()
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor | None:
         """The divisor of a step's loss. The Trainer would count label tokens; the model knows what its mean is over."""
