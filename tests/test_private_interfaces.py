@@ -34,6 +34,11 @@ METHODS = {
         "_move_model_to_device": ["model", "device"],
         "_prepare_inputs": ["inputs"],
         "_push_from_checkpoint": ["checkpoint_folder"],
+        "_run_epoch": [
+            *("model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial"),
+            *("ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained"),
+            "steps_trained_in_current_epoch",
+        ],
         "_save": ["output_dir", "state_dict"],
         "_save_checkpoint": ["model", "trial"],
         "_save_optimizer_and_scheduler": ["output_dir"],

@@ -348,9 +348,11 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         if self.eval_strategy == "no" or not (together or self.save_strategy == "best"):
             evaluated = f"{self.eval_strategy}{f' ({self.eval_steps})' if by_steps else ''}"
             saved = f"{self.save_strategy}{f' ({self.save_steps})' if self.save_strategy == 'steps' else ''}"
+            stops = self.early_stopping_patience is not None
             raise ValueError(
-                "load_best_model_at_end needs checkpoints that are both evaluated and saved. Found eval_strategy "
-                f"{evaluated} and save_strategy {saved}. Set only one of the two, and the other follows; or add "
+                f"{'early_stopping_patience' if stops else 'load_best_model_at_end'} needs checkpoints that are both "
+                f"evaluated and saved. Found eval_strategy {evaluated} and save_strategy {saved}. Set only one of the "
+                f"two, and the other follows; or {'leave out --early_stopping_patience and ' if stops else ''}add "
                 "--load_best_model_at_end false to end with the last weights."
             )
 

@@ -1,4 +1,4 @@
-"""Callbacks of the Trainer: momentum weights, streams, curves, sample predictions and trackers."""
+"""Callbacks of the Trainer: momentum weights, streams, early stopping, curves, sample predictions and trackers."""
 
 from __future__ import annotations
 
@@ -95,6 +95,40 @@ class BestCallback(TrainerCallback):
         state.best_model_checkpoint = str(best) if is_there else None
         if not is_there:
             state.best_metric = state.best_global_step = None
+
+
+class StopEarlyCallback(TrainerCallback):
+    """Stops after early_stopping_patience evaluations in a row without a better metric_for_best_model.
+
+    It counts as transformers' EarlyStoppingCallback, but in the log, which each checkpoint includes: a resumed run
+    continues the count, and a run that had stopped does not train again. transformers 5.23 forgets the count, or
+    restores it together with the flags of the interrupted run (restore_callback_states_from_checkpoint).
+    """
+
+    def on_train_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = evaluations_since_best(args, state) >= args.early_stopping_patience
+
+    def on_evaluate(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= evaluations_since_best(args, state) >= args.early_stopping_patience
+
+    def on_train_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step < state.max_steps and state.is_world_process_zero:
+            logger.info(
+                "Stopped early at step %d of %d: %d evaluations in a row without a better %s.",
+                *(state.global_step, state.max_steps, args.early_stopping_patience, args.metric_for_best_model),
+            )
+
+
+def evaluations_since_best(args: BlipTrainingArguments, state: Any) -> int:
+    """The number of evaluations after the first one with the best metric_for_best_model, 0 if there is none yet."""
+    name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    best, since = None, 0
+    for value in (entry[name] for entry in state.log_history if name in entry):
+        if best is None or (value > best if args.greater_is_better else value < best):
+            best, since = value, 0
+        else:
+            since += 1
+    return since
 
 
 class CurvesCallback(TrainerCallback):

@@ -39,10 +39,13 @@ def best_step_of(trainer: BlipTrainer) -> int | None:
 
 
 def describe_choice(trainer: BlipTrainer, best_step: int | None, data_args: DataArguments) -> str:
-    last = trainer.state.global_step
+    last, planned, patience = trainer.state.global_step, trainer.state.max_steps, trainer.args.early_stopping_patience
     if best_step is None:
         return f"the last, step {last}; not chosen by a score"
-    return f"step {best_step} of {last}, the best by {trainer.best_metric} on {data_args.held_out}"
+    chosen = f"step {best_step} of {last}, the best by {trainer.best_metric} on {data_args.held_out}"
+    if patience and last < planned:
+        chosen += f"; stopped early at step {last} of {planned}, after {patience} evaluations without a better score"
+    return chosen
 
 
 def name_baseline(score: str) -> str:

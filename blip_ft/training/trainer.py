@@ -36,6 +36,7 @@ from blip_ft.training.callbacks import (
     CurvesCallback,
     EpochCallback,
     SampleCallback,
+    StopEarlyCallback,
     StreamCallback,
     TrackerCallback,
     write_curves,
@@ -133,6 +134,8 @@ class BlipTrainer(OptimizingTrainer):
             if self.pop_callback(shown):
                 self.add_callback(ProgressLog())
         self.add_callback(BestCallback())
+        if self.args.early_stopping_patience:
+            self.add_callback(StopEarlyCallback())
         self.add_callback(EpochCallback(self))
         self.add_callback(ContrastiveCallback(self))
         self.add_callback(CurvesCallback())
@@ -239,6 +242,12 @@ class BlipTrainer(OptimizingTrainer):
             return super().train(*args, **kwargs)
         finally:  # also if the run is interrupted
             write_curves(self.args, self.state)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.control.should_training_stop:  # a run that had stopped early; the Trainer would train one more step
+            unblock_sigterm()  # as the first step does
+            return
+        super()._run_epoch(**kwargs)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: Batch, return_outputs: bool = False, **kwargs: Any
