@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import ProcessorMixin
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments
 from blip_ft.arguments.families import family_of, fill_defaults
 from blip_ft.cli import parse
+from blip_ft.data.augmentation import Augmentation, build_augmentation
 from blip_ft.data.collators import VqaCollator
 from blip_ft.data.images import encode_row_images
 from blip_ft.data.loading import load_captions, load_vqa
@@ -35,13 +37,29 @@ class _NextEpochSampler(GroupedSampler):
         return iter(order)
 
 
+class _CountedPasses(Sampler[int]):
+    """The order of another sampler. Each pass over it starts the next epoch of the augmentation."""
+
+    def __init__(self, sampler: Sampler[int], augmentation: Augmentation) -> None:
+        self.sampler, self.augmentation, self.passes = sampler, augmentation, 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.augmentation.set_epoch(self.passes)
+        self.passes += 1
+        return iter(self.sampler)
+
+
 class DataPipeline:
     """Data loaders for your own training loop, configured by the same YAML as a recipe's --config.
 
     Batches have pixel_values (rows, 3, height, width), input_ids and attention_mask (rows, question_length), and labels
     (rows, answer_length) of the most frequent answer, with -100 on padding; for InstructBLIP also qformer_input_ids and
     qformer_attention_mask. Questions of BLIP-2 and InstructBLIP stand in their prompt. With `group_questions: true`,
-    they are the batches of VqaCollator, with each image only once.
+    they are the batches of VqaCollator, with each image only once. With `augment: true`, each pass over the training
+    loader has other views of the images.
 
     Args:
         config: path of the YAML file, or its content.
@@ -77,16 +95,24 @@ class DataPipeline:
         self.texts = texts_of_checkpoint(self.processor, config, "vqa", self.task_args.question_prompt)
         self.texts.require_room_for_questions(self.task_args.max_question_tokens, self.task_args.max_answer_tokens)
         self._shuffle = torch.Generator().manual_seed(args.seed)
-        self._sampler = None
+        self._sampler = RandomSampler(self.train_rows, generator=self._shuffle)
         if self.data_args.group_questions:
             images = number_images(self.train_rows)
             self._sampler = _NextEpochSampler(images, args.per_device_train_batch_size, args.seed)
+        self._augmentation = build_augmentation(self.data_args, args)
+        if self._augmentation:
+            self._sampler = _CountedPasses(self._sampler, self._augmentation)
 
     def get_train_dataloader(self) -> DataLoader:
         """All training rows, in a new random order each epoch. With grouping, only whole batches."""
         self._require_setup()
-        order = {"sampler": self._sampler} if self._sampler else {"shuffle": True, "generator": self._shuffle}
-        return self._loader(self.train_rows, self.training_args.per_device_train_batch_size, **order)
+        return self._loader(
+            self.train_rows,
+            self.training_args.per_device_train_batch_size,
+            self._augmentation,
+            sampler=self._sampler,
+            generator=None if self.data_args.group_questions else self._shuffle,
+        )
 
     def get_eval_dataloader(self) -> DataLoader:
         """All evaluation rows, in the order of the data."""
@@ -97,21 +123,24 @@ class DataPipeline:
         if self.processor is None:
             raise ValueError("Call setup() first: it reads the rows and loads the processor.")
 
-    def _loader(self, rows: Dataset, batch_size: int, **kwargs: Any) -> DataLoader:
+    def _loader(
+        self, rows: Dataset, batch_size: int, augmentation: Augmentation | None = None, **kwargs: Any
+    ) -> DataLoader:
         limits = (self.task_args.max_question_tokens, self.task_args.max_answer_tokens)
-        grouped = VqaCollator(self.processor, *limits, texts=self.texts)
+        grouped = VqaCollator(self.processor, *limits, texts=self.texts, augmentation=augmentation)
+        pairs = partial(self._collate_pairs, augmentation=augmentation)
         return DataLoader(
             rows,
             batch_size,
-            collate_fn=grouped if self.data_args.group_questions else self._collate_pairs,
+            collate_fn=grouped if self.data_args.group_questions else pairs,
             num_workers=self.training_args.dataloader_num_workers,
             **kwargs,
         )
 
-    def _collate_pairs(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+    def _collate_pairs(self, rows: list[Row], augmentation: Augmentation | None) -> dict[str, torch.Tensor]:
         answers = [max(row["answers"], key=row["answers"].count) for row in rows]  # on a tie, max returns the first
         task, image_processor = self.task_args, self.processor.image_processor
-        images = encode_row_images(rows, image_processor)
+        images = encode_row_images(rows, image_processor, augmentation)
         pixels = images["pixel_values"][images["image_index"]]
         mean, std = (
             torch.tensor(values).view(3, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)

@@ -19,6 +19,7 @@ from transformers.hf_argparser import HfArg
 
 from blip_ft.arguments import BlipTrainingArguments, CaptioningArguments, DataArguments, ModelArguments, PeftArguments
 from blip_ft.cli import parse, start_recipe
+from blip_ft.data.augmentation import build_augmentation
 from blip_ft.data.collators import CaptionCollator, ImageCollator
 from blip_ft.data.loading import load_splits
 from blip_ft.metrics.captions import CaptionScores, caption_exact_match, caption_rouge_l
@@ -78,7 +79,11 @@ def main() -> None:
         model,
         training_args,
         data_collator=CaptionCollator(
-            processor, caption_args.max_caption_tokens, caption_args.clean_captions, texts=setup.texts
+            processor,
+            caption_args.max_caption_tokens,
+            caption_args.clean_captions,
+            texts=setup.texts,
+            augmentation=build_augmentation(data_args, training_args),
         ),
         eval_collator=ImageCollator(processor),
         train_dataset=train_rows,

@@ -27,6 +27,7 @@ from blip_ft.arguments import (
     RetrievalArguments,
 )
 from blip_ft.cli import parse, start_recipe
+from blip_ft.data.augmentation import build_augmentation
 from blip_ft.data.collators import ImageCollator, RetrievalCollator
 from blip_ft.data.loading import load_splits
 from blip_ft.data.texts import clean_caption, encode_texts
@@ -82,7 +83,12 @@ def main() -> None:
     trainer = BlipTrainer(
         model,
         training_args,
-        data_collator=RetrievalCollator(processor, retrieval_args.max_caption_tokens, retrieval_args.clean_captions),
+        data_collator=RetrievalCollator(
+            processor,
+            retrieval_args.max_caption_tokens,
+            retrieval_args.clean_captions,
+            augmentation=build_augmentation(data_args, training_args),
+        ),
         eval_collator=ImageCollator(processor),
         train_dataset=train_rows,
         eval_dataset=eval_rows,

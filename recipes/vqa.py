@@ -12,7 +12,7 @@ The loss is that of the originals. BLIP: for each question, the sum over its ans
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from transformers.hf_argparser import HfArg
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments, ModelArguments, PeftArguments, VqaArguments
 from blip_ft.cli import parse, read_text, start_recipe
+from blip_ft.data.augmentation import build_augmentation
 from blip_ft.data.collators import VqaCollator
 from blip_ft.data.loading import load_splits
 from blip_ft.data.tables import values_of
@@ -80,12 +81,12 @@ def main() -> None:
         results = zip(answers, probabilities, losses, items, strict=True)
         return [dict(zip(names, values, strict=True)) for values in results]
 
+    collator = VqaCollator(processor, vqa_args.max_question_tokens, vqa_args.max_answer_tokens, texts=setup.texts)
     trainer = BlipTrainer(
         model,
         training_args,
-        data_collator=VqaCollator(
-            processor, vqa_args.max_question_tokens, vqa_args.max_answer_tokens, texts=setup.texts
-        ),
+        data_collator=replace(collator, augmentation=build_augmentation(data_args, training_args)),
+        eval_collator=collator,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=processor,

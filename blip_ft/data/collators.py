@@ -12,6 +12,7 @@ import torch
 from transformers import BlipProcessor, ProcessorMixin
 
 from blip_ft.arguments.families import BLIP
+from blip_ft.data.augmentation import Augmentation
 from blip_ft.data.images import encode_row_images
 from blip_ft.data.text_formats import Texts, texts_of
 from blip_ft.data.texts import clean_caption, encode_texts
@@ -31,6 +32,7 @@ class VqaCollator:
     Args:
         look_up: used instead of encode_row_images.
         texts: None is BLIP's.
+        augmentation: draws the views of images, for training.
     """
 
     processor: ProcessorMixin
@@ -38,12 +40,14 @@ class VqaCollator:
     max_answer_tokens: int = 30
     look_up: LookUp | None = None
     texts: Texts | None = None
+    augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
         self.texts = self.texts or texts_of(self.processor, BLIP, "vqa")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        images = self.look_up(rows) if self.look_up else encode_row_images(rows, self.processor.image_processor)
+        image_processor = self.processor.image_processor
+        images = self.look_up(rows) if self.look_up else encode_row_images(rows, image_processor, self.augmentation)
         answers, question_index, weights = [], [], []
         for index, (row, readable) in enumerate(zip(rows, images["readable"].tolist(), strict=True)):
             for answer, count in Counter(row["answers"]).items():
@@ -68,6 +72,7 @@ class CaptionCollator:
     Args:
         look_up: used instead of encode_row_images.
         texts: None is BLIP's, with its prompt.
+        augmentation: draws the views of images.
     Source: BLIP models/blip.py BLIP_Decoder.forward.
     """
 
@@ -76,12 +81,14 @@ class CaptionCollator:
     clean: bool = True
     look_up: LookUp | None = None
     texts: Texts | None = None
+    augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
         self.texts = self.texts or texts_of(self.processor, BLIP, "conditional_generation")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        images = self.look_up(rows) if self.look_up else encode_row_images(rows, self.processor.image_processor)
+        image_processor = self.processor.image_processor
+        images = self.look_up(rows) if self.look_up else encode_row_images(rows, image_processor, self.augmentation)
         captions = [clean_caption(row["caption"]) if self.clean else row["caption"] for row in rows]
         return {**images, **self.texts.encode_captions(captions, self.max_tokens, images["readable"])}
 
@@ -94,20 +101,24 @@ class RetrievalCollator:
 
     Returns pixel_values (I, 3, H, W) uint8; image_index (C,); image_ids (I,) int64, the same in all batches and runs;
     input_ids and attention_mask (C, L).
+
+    Args:
+        augmentation: draws the views of images.
     Raises: ValueError if no image of the batch can be read.
     """
 
     processor: BlipProcessor
     max_tokens: int = 35
     clean: bool = True
+    augmentation: Augmentation | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        images = encode_row_images(rows, self.processor.image_processor)
+        images = encode_row_images(rows, self.processor.image_processor, self.augmentation)
         if not images["readable"].all():
             rows = [row for row, readable in zip(rows, images["readable"].tolist(), strict=True) if readable]
             if not rows:
                 raise ValueError("No image of a batch can be read any more. Check that the files still exist.")
-            images = encode_row_images(rows, self.processor.image_processor)
+            images = encode_row_images(rows, self.processor.image_processor, self.augmentation)
         captions = [clean_caption(row["caption"]) if self.clean else row["caption"] for row in rows]
         image_ids = dict.fromkeys(row["image_id"] for row in rows)
         digests = [hashlib.sha1(image_id.encode()).digest() for image_id in image_ids]

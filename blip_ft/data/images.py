@@ -16,6 +16,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BlipImageProcessor
 
+from blip_ft.data.augmentation import Augmentation
+
 logger = logging.getLogger(__name__)
 
 # Pillow reads forty more formats, and starts Ghostscript for EPS: a data set must not decide which program runs
@@ -145,24 +147,36 @@ def resize_to_uint8(images: Sequence[Image.Image], image_processor: BlipImagePro
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
 
 
-def encode_row_images(rows: Sequence[dict[str, Any]], image_processor: BlipImageProcessor) -> dict[str, torch.Tensor]:
+def encode_row_images(
+    rows: Sequence[dict[str, Any]], image_processor: BlipImageProcessor, augmentation: Augmentation | None = None
+) -> dict[str, torch.Tensor]:
     """Encode the images of rows with image and image_id, each only once. An unreadable image becomes a gray one.
 
+    Args:
+        augmentation: draws a random view of each image, which its rows share. Rows of a stream have an epoch of their
+            own; the others are in that of the augmentation.
     Returns pixel_values (I, 3, H, W) uint8; image_index (rows,); readable (rows,), False for the gray images.
     """
     first_row: dict[str, dict] = {}
     for row in rows:
         first_row.setdefault(row["image_id"], row)
     position = {image_id: index for index, image_id in enumerate(first_row)}
+    size = (image_processor.size["width"], image_processor.size["height"])
+    # a crop of an image that was decoded at half its size would be enlarged
+    enough = longest_side(image_processor) * (2 if augmentation else 1)
     images, unreadable = [], set()
     for image_id, row in first_row.items():
         try:
-            images.append(open_image(row["image"], longest_side(image_processor)))
+            image = open_image(row["image"], enough)
         # decoders raise many classes on broken input: OSError, SyntaxError, ValueError, struct.error, zlib.error
         except Exception as error:
             logger.warning("image %s cannot be read and is replaced by a gray image: %s", image_id, error)
-            images.append(Image.new("RGB", (1, 1), (128, 128, 128)))
+            image = Image.new("RGB", (1, 1), (128, 128, 128))
             unreadable.add(image_id)
+        if augmentation and image_id not in unreadable:
+            view = augmentation.draw(image_id, image.size, row.get("epoch"))
+            image = view.apply(image, size, image_processor.resample)
+        images.append(image)
     return {
         "pixel_values": resize_to_uint8(images, image_processor),
         "image_index": torch.tensor([position[row["image_id"]] for row in rows]),

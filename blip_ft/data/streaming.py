@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from itertools import chain, count, groupby, islice
+from itertools import count, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
     All processes and workers together read each row once per pass over the source. If the Hub has a number of files
     that divides evenly among them, each reads its own files; otherwise each reads all rows and keeps every n-th image.
     Rows that cannot be used are skipped, and listed in bad_rows_file during the first pass. The order depends only on
-    the seed and the numbers of processes and workers.
+    the seed and the numbers of processes and workers. Each row has the number of its pass as `epoch`, for Augmentation.
 
     The trainer sets process, num_processes, batch_size and first_batch. Batches of this process before first_batch are
     read and skipped, and none of their images is decoded.
@@ -52,7 +52,7 @@ class StreamedRows(torch.utils.data.IterableDataset):
         # the loader takes batches from its workers in turn, starting with worker 0
         number = (number + self.first_batch) % workers
         shard, num_shards = self.process * workers + number, self.num_processes * workers
-        rows = chain.from_iterable(self.read_pass(epoch, shard, num_shards) for epoch in count())
+        rows = ({**row, "epoch": epoch} for epoch in count() for row in self.read_pass(epoch, shard, num_shards))
         batches_before = len(range(number, self.first_batch, workers))
         return islice(rows, batches_before * self.batch_size, None)
 

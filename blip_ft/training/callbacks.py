@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class EpochCallback(TrainerCallback):
-    """Sets the epoch of the sampler, which determines the order of the rows.
+    """Sets the epoch of the sampler and of the augmentation: the order of the rows, and the views of their images.
 
     If several processes resume in the middle of an epoch, the data loader has two wrappers, and transformers 5.23 and
     accelerate 1.15 do not reach the sampler: it would repeat the order of the first epoch.
@@ -42,8 +42,11 @@ class EpochCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch = int(state.epoch)
         if self.trainer.sampler:
-            self.trainer.sampler.set_epoch(int(state.epoch))
+            self.trainer.sampler.set_epoch(epoch)
+        if augmentation := self.trainer.data_collator.augmentation:
+            augmentation.set_epoch(epoch)
 
 
 class ContrastiveCallback(TrainerCallback):
