@@ -1,5 +1,7 @@
 """The guide's module: DataPipeline gives batches for your own training loop, and rows are loaded."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from PIL import Image
@@ -105,6 +107,29 @@ def test_pipeline_with_a_new_loader_per_epoch_shuffles_again(pipeline_settings, 
     pipeline.setup()
     first, second = ([batch["input_ids"].tolist() for batch in pipeline.get_train_dataloader()] for _ in range(2))
     assert first != second
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("group", [True, False])
+def test_pipeline_augments_training_images_anew_in_each_pass_and_no_evaluation(
+    pipeline_settings, folder, group, workers
+):
+    Image.effect_noise((30, 20), 100).save(folder / ROWS[0]["file_name"])
+    few = {"eval_split": "test", "group_questions": group, "per_device_train_batch_size": 1}
+    write_metadata(folder, [{**ROWS[0], "answers": ["dog"], "split": split} for split in ("train", "test")])
+    seen = {}
+    for augment in (True, False):
+        settings = {**pipeline_settings, **few, "augment": augment, "dataloader_num_workers": workers}
+        settings.pop("eval_fraction")
+        pipeline = DataPipeline({**settings, "allow_image_overlap": True})
+        pipeline.setup()
+        loader = pipeline.get_train_dataloader()
+        passes = [*loader, *loader, *pipeline.get_train_dataloader(), *pipeline.get_eval_dataloader()]
+        seen[augment] = [batch["pixel_values"] for batch in passes]
+    whole = seen[False][0]
+    assert all(torch.equal(pixels, whole) for pixels in (*seen[False], seen[True][-1])) and len(seen[True]) == 4
+    for one, other in combinations((*seen[True][:3], whole), 2):
+        assert not torch.equal(one, other)
 
 
 def test_pipeline_pixels_equal_those_of_the_processor(pipeline_settings, processor, folder):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from blip_ft.arguments import DataArguments
 from blip_ft.data import schema, sources
+from blip_ft.data.augmentation import Augmentation
 from blip_ft.data.collators import CaptionCollator, VqaCollator
 from blip_ft.data.loading import load_captions, load_vqa
 
@@ -62,6 +63,19 @@ def test_a_pass_gives_every_row_once_and_images_together(folder, num_shards):
     first, second = (questions(rows.read_pass(epoch, 0, num_shards)) for epoch in (0, 1))
     assert sorted(first) == sorted(second) and first != second
     assert first == questions(stream(folder).read_pass(0, 0, num_shards)) != sorted(first)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_a_stream_have_other_views_in_each_pass(folder, processor, workers):
+    Image.effect_noise((8, 8), 100).save(folder / "0.png")
+    rows = stream(folder, ROWS[:6])
+    augmentation = Augmentation(0)
+    collate = VqaCollator(processor, augmentation=augmentation)
+    loader = DataLoader(rows, 3, collate_fn=lambda rows: (rows[0], collate(rows)["pixel_values"]), num_workers=workers)
+    passes = [pixels for row, pixels in islice(loader, 6) if row["image_id"] == "0.png"]
+    expected = [collate([{**row, "epoch": epoch} for row in rows.first_rows()])["pixel_values"] for epoch in range(3)]
+    assert len(passes) == 3 and not torch.equal(passes[0], passes[1])
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(passes, expected, strict=True))
 
 
 def batches_of(rows, workers, number):
@@ -192,13 +206,14 @@ def flags(checkpoints, image_folder):
     return of
 
 
-@pytest.mark.parametrize("task", ["vqa", "captioning"])
+@pytest.mark.parametrize("task", ["vqa", "captioning --augment"])
 def test_resumed_run_of_a_stream_equals_the_unbroken_one(recipe, flags, tmp_path, task):
-    whole = recipe(*flags(task), output_dir=tmp_path / "whole", task=task)
+    task, *augment = task.split()
+    whole = recipe(*flags(task), *augment, output_dir=tmp_path / "whole", task=task)
     cut = shutil.copytree(whole, tmp_path / "cut")
     for step in (4, 6):
         shutil.rmtree(cut / f"checkpoint-{step}")
-    recipe(*flags(task), "--resume_from_checkpoint", "last", output_dir=cut, task=task)
+    recipe(*flags(task), *augment, "--resume_from_checkpoint", "last", output_dir=cut, task=task)
     a, b = load_file(whole / "model.safetensors"), load_file(cut / "model.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
     logs = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in (whole, cut)]

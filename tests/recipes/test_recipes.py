@@ -93,9 +93,10 @@ def test_temperature_is_trained_and_saved_with_the_checkpoint(recipe, data_of):
 
 
 # in retrieval accumulation changes the loss, because the negatives are in the batch
-@pytest.mark.parametrize("task", ["vqa", "captioning"])
+@pytest.mark.parametrize("task", ["vqa", "captioning", "vqa --augment"])
 def test_accumulation_gives_the_losses_and_gradient_norms_of_the_one_big_batch(recipe, data_of, tmp_path, task):
-    common = [*data_of(task), "--max_steps", "4", "--logging_steps", "1", "--lr_scheduler_type", "constant"]
+    task, *augment = task.split()
+    common = [*data_of(task), *augment, "--max_steps", "4", "--logging_steps", "1", "--lr_scheduler_type", "constant"]
     one = history_of(recipe(*common, output_dir=tmp_path / "one", task=task))
     flags = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
     four = history_of(recipe(*common, *flags, output_dir=tmp_path / "four", task=task))
@@ -103,13 +104,14 @@ def test_accumulation_gives_the_losses_and_gradient_norms_of_the_one_big_batch(r
         assert [entry[name] for entry in four] == pytest.approx([entry[name] for entry in one], rel=1e-4)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, "captioning --augment"])
 def test_two_processes_give_the_losses_and_predictions_of_one(recipe, data_of, tmp_path, task):
+    task, *augment = task.split()
     # retrieval draws negatives in each process, so only the evaluation is the same
     rate = ["--learning_rate", "0"] if task == "retrieval" else []
     # the last batch is dropped, and two processes evaluate different numbers of rows
     odd = ["--max_train_samples", "7", "--max_eval_samples", "3" if task == "retrieval" else "7"]
-    common = [*data_of(task), *rate, *odd, "--num_train_epochs", "3", "--logging_steps", "1"]
+    common = [*data_of(task), *augment, *rate, *odd, "--num_train_epochs", "3", "--logging_steps", "1"]
     one = recipe(*common, "--per_device_train_batch_size", "4", output_dir=tmp_path / "one", task=task)
     # with accumulation for the tasks in which it is exact
     share = ["2"] if task == "retrieval" else ["1", "--gradient_accumulation_steps", "2"]
@@ -324,9 +326,10 @@ def test_ranking_answers_only_from_the_list(recipe, data, tmp_path):
     assert {json.loads(line)["prediction"] for line in lines} <= {"red", "green", "two"}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, "retrieval --augment"])
 def test_resumed_run_equals_unbroken_run(recipe, data_of, tmp_path, task):
-    common = [*data_of(task), "--num_train_epochs", "4", "--per_device_train_batch_size", "4"]
+    task, *augment = task.split()
+    common = [*data_of(task), *augment, "--num_train_epochs", "4", "--per_device_train_batch_size", "4"]
     common += ["--save_strategy", "steps", "--save_steps", "3", "--save_total_limit", "9"]
     whole = recipe(*common, output_dir=tmp_path / "whole", task=task)
     cut = shutil.copytree(whole, tmp_path / "cut")
@@ -368,6 +371,7 @@ MISTAKES = {
     "freeze all": (["--freeze", "vision_model,text_encoder,text_decoder"], "Everything is frozen"),
     "batch too large": (["--per_device_train_batch_size", "64"], "Choose at most 8"),
     "rank without list": (["--answer_mode", "rank"], "--answer_mode rank --answer_list FILE"),
+    "cache of views": (["--augment", "--cache_image_features"], "Leave out one of the two"),
     "cache without freeze": (["--cache_image_features"], "Add --freeze vision_model"),
     "odd size": (["--image_size", "50"], "multiple of the patch size 8"),
     "empty batch": (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1"),

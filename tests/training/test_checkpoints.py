@@ -36,6 +36,7 @@ KINDS = {
         ["--num_train_epochs", "12", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
         + ["--use_peft", "--lora_dropout", "0.1"],
     ),
+    "augment": ("vqa", ["--num_train_epochs", "6", "--per_device_train_batch_size", "2", "--augment"]),
     "queue": ("retrieval", ["--num_train_epochs", "12", "--per_device_train_batch_size", "4", "--queue_size", "24"]),
 }
 
@@ -106,13 +107,13 @@ def kill_and_go_on(recipe, flags_of, tmp_path, kind: str, kills: int) -> None:
     assert not (cut / "_saving").exists()
 
 
-@pytest.mark.parametrize("kind", ["full", "lora, accumulation"])
+@pytest.mark.parametrize("kind", ["augment", "lora, accumulation"])
 def test_killed_twice_at_random_moments_it_ends_as_the_unbroken_run(recipe, flags_of, tmp_path, kind):
     kill_and_go_on(recipe, flags_of, tmp_path, kind, kills=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "kills"), [("full", 7), ("lora, accumulation", 7), ("queue", 6)])
+@pytest.mark.parametrize(("kind", "kills"), [("full", 4), ("augment", 4), ("lora, accumulation", 6), ("queue", 6)])
 def test_killed_at_twenty_random_moments_it_ends_as_the_unbroken_runs(recipe, flags_of, tmp_path, kind, kills):
     kill_and_go_on(recipe, flags_of, tmp_path, kind, kills)
 
@@ -167,9 +168,10 @@ def test_worker_ends_by_its_parent_only(recipe, flags_of, monkeypatch):
     assert ends == [None, 0]
 
 
-def test_stopped_run_goes_on_to_the_end_of_the_unbroken_one(recipe, flags_of, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["full", "augment"])
+def test_stopped_run_goes_on_to_the_end_of_the_unbroken_one(recipe, flags_of, tmp_path, monkeypatch, kind):
     """Stopped in this process after its third step, in the middle of an epoch, where nothing was to be saved."""
-    task, flags = flags_of("full")
+    task, flags = flags_of(kind)
     flags = [*flags, "--save_steps", "5", "--eval_strategy", "steps", "--eval_steps", "3"]
     whole = recipe(*flags, output_dir=tmp_path / "whole", task=task)
 
