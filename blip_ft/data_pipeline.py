@@ -92,7 +92,8 @@ class DataPipeline:
         self.processor = loader.get_processor()
         fill_defaults(family_of(config), "vqa", longest_text(config), self.task_args)
         args = self.training_args
-        self.texts = texts_of_checkpoint(self.processor, config, "vqa", self.task_args.question_prompt)
+        given = (self.task_args.question_prompt, self.task_args.clean_questions)
+        self.texts = texts_of_checkpoint(self.processor, config, "vqa", *given)
         self.texts.require_room_for_questions(self.task_args.max_question_tokens, self.task_args.max_answer_tokens)
         self._shuffle = torch.Generator().manual_seed(args.seed)
         self._sampler = RandomSampler(self.train_rows, generator=self._shuffle)

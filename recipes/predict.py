@@ -133,6 +133,7 @@ class Prediction(Settings):
     question_prompt: str | None = HfArg(
         default=None, help="Text that the model reads, with {} for the question. Default: as in training."
     )
+    clean_questions: bool | None = HfArg(default=None, help="Clean questions as the original. Default: as in training.")
     max_question_tokens: int | None = HfArg(
         default=None, help="Truncate longer questions. Default: that of the model's recipe."
     )
@@ -171,7 +172,8 @@ class Prediction(Settings):
 # setting -> the tasks that read it; all tasks read the other settings
 OF_TASKS = {
     **dict.fromkeys(
-        ("question", "question_column", "answer_column", "max_question_tokens", "question_prompt"), ("vqa",)
+        ("question", "question_column", "answer_column", "max_question_tokens", "question_prompt", "clean_questions"),
+        ("vqa",),
     ),
     "caption_column": ("conditional_generation", "image_text_retrieval"),
     **dict.fromkeys(("prompt", "generation_min_length", "repetition_penalty"), ("conditional_generation",)),
@@ -229,7 +231,7 @@ def settle_texts(model: Any, processor: ProcessorMixin, args: Prediction, task: 
     Raises: ValueError if the prompt leaves no room for a question or a caption.
     """
     name = "question_prompt" if task == "vqa" else "prompt"
-    texts = texts_of_checkpoint(processor, model.config, task, getattr(args, name))
+    texts = texts_of_checkpoint(processor, model.config, task, getattr(args, name), args.clean_questions)
     setattr(args, name, texts.prompt)
     if task == "conditional_generation":
         texts.require_room_for_captions(None, args.generation_max_length, args.generation_min_length)

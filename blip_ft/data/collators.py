@@ -28,6 +28,8 @@ class VqaCollator:
     Returns pixel_values (I, 3, H, W) uint8; input_ids and attention_mask (Q, Lq); image_index (Q,);
     labels (A, La); question_index (A,); answer_weights (A,): count / number of that question's answers; readable (Q,).
     Answers to an unreadable image have weight 0. For InstructBLIP also qformer_input_ids and qformer_attention_mask.
+    The column `weight` multiplies answer_weights. For BLIP-2 and InstructBLIP there are then also answer_shares (A,),
+    the weights without it.
 
     Args:
         look_up: used instead of encode_row_images.
@@ -48,14 +50,17 @@ class VqaCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         image_processor = self.processor.image_processor
         images = self.look_up(rows) if self.look_up else encode_row_images(rows, image_processor, self.augmentation)
-        answers, question_index, weights = [], [], []
+        answers, question_index, shares, weights = [], [], [], []
         for index, (row, readable) in enumerate(zip(rows, images["readable"].tolist(), strict=True)):
             for answer, count in Counter(row["answers"]).items():
                 answers.append(answer)
                 question_index.append(index)
-                weights.append(count / len(row["answers"]) if readable else 0.0)
+                shares.append(count / len(row["answers"]) if readable else 0.0)
+                weights.append(shares[-1] * row.get("weight", 1.0))
+        has_shares = "weight" in rows[0] and self.texts.family.reads_prompts
         return {
             **images,
+            **({"answer_shares": torch.tensor(shares)} if has_shares else {}),
             **self.texts.encode_questions([row["question"] for row in rows], self.max_question_tokens),
             "labels": self.texts.encode_answers(answers, self.max_answer_tokens),
             "question_index": torch.tensor(question_index),

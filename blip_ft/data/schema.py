@@ -27,9 +27,12 @@ HUB_CACHES = (HF_DATASETS_CACHE, HF_HUB_CACHE)
 
 COCO_FILE = re.compile(r"COCO_(\w+)_\d{12}\.jpg")
 
+OPTIONAL_COLUMNS = ("question_id", "answer_type", "weight")
+
 VQA_FEATURES = {
     **{name: Value("string") for name in ("question", "question_id", "answer_type")},
     "answers": List(Value("string")),
+    "weight": Value("float64"),
 }
 
 
@@ -52,11 +55,11 @@ class Schema:
         _require_columns(required, columns)
         if self.id_column != "image_id":
             _require_columns({"image_id_column": self.id_column}, columns)
-        self.has_type = "answer_type" in columns
+        self.has_type, self.has_weight = "answer_type" in columns, "weight" in columns
         self.images: dict[str, int] = {}  # image_id of the source -> hash of the path or content that it stands for
         self.in_place = False  # whether the images stay in the table that they came in
         self.features = Features({"image": Image(decode=False), "image_id": Value("string"), **self._text_features()})
-        self.needed = {self.image_column, self.id_column, *self.text_columns.values(), "question_id", "answer_type"}
+        self.needed = {self.image_column, self.id_column, *self.text_columns.values(), *OPTIONAL_COLUMNS}
 
     def _text_columns(self, args: DataArguments, columns: list[str]) -> dict[str, str]:
         """The columns that are needed: argument -> the column that it names."""
@@ -108,7 +111,8 @@ class VqaSchema(Schema):
         return {"question_column": args.question_column, "answer_column": answer_column}
 
     def _text_features(self) -> dict[str, Any]:
-        return {name: feature for name, feature in VQA_FEATURES.items() if name != "answer_type" or self.has_type}
+        optional = {"answer_type": self.has_type, "weight": self.has_weight}
+        return {name: feature for name, feature in VQA_FEATURES.items() if optional.get(name, True)}
 
     def _texts(self, row: Row, position: int) -> tuple[Row, str | None]:
         question, reason = row.get(self.text_columns["question_column"]), None
@@ -125,6 +129,11 @@ class VqaSchema(Schema):
         }
         if self.has_type:
             texts["answer_type"] = _as_id(row.get("answer_type")) or "unknown"
+        if self.has_weight:
+            weight = _as_weight(row.get("weight"))
+            texts["weight"] = 1.0 if weight is None else weight
+            if weight is None and not reason:
+                reason = "weight is not a finite number of at least 0"
         return texts, reason
 
 
@@ -314,6 +323,19 @@ def _as_id(value: Any) -> str | None:
     if not isinstance(value, (str, int, float)) or value == "":
         return None
     return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def _as_weight(value: Any) -> float | None:
+    """A row's weight: 1 for an empty cell, None for a value that is not a finite number of at least 0."""
+    if value is None or value == "":
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
+    try:
+        weight = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return weight if 0 <= weight < math.inf else None
 
 
 def _as_texts(value: Any, name: str) -> list[str]:

@@ -19,6 +19,10 @@ from blip_ft.data.images import IMAGE_FORMATS
 from blip_ft.data.tables import Row, RowsOfFile, Table, iterate_rows, store_on_disk
 from blip_ft.data.text_files import parse_json, read_csv, read_json_lines
 
+# the column `dataset` of the original's vqa_train.json, vqa_val.json, vqa_test.json and vg_qa.json -> weight of a row
+# Source: BLIP data/vqa_dataset.py __getitem__
+ORIGINAL_WEIGHTS = {"vqa": 1.0, "vg": 0.2}
+
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -144,6 +148,9 @@ def _read_json(path: Path) -> list[Row]:
             f'{path} must be a list of objects, {{"data": [...]}} with such a list, COCO captions or Karpathy\'s '
             "splits."
         )
+    if all(row.get("dataset") in ORIGINAL_WEIGHTS and "question" in row for row in rows):
+        for row in rows:  # in place: there are a million
+            row.setdefault("weight", ORIGINAL_WEIGHTS[row["dataset"]])
     return rows
 
 

@@ -11,6 +11,7 @@ from transformers import BlipProcessor, InstructBlipProcessor, PreTrainedTokeniz
 from blip_ft.arguments.families import BLIP, Family, family_of
 from blip_ft.data.texts import (
     IGNORED,
+    clean_question,
     decode_texts,
     encode_labels,
     encode_prompt,
@@ -29,16 +30,19 @@ class BlipTexts:
 
     Args:
         prompt: text of a question, {} stands for the question; or the beginning of every caption.
+        clean_questions: whether questions are cleaned before they are read.
     """
 
     family = BLIP
 
-    def __init__(self, processor: BlipProcessor, prompt: str) -> None:
-        self.tokenizer, self.prompt = processor.tokenizer, prompt
+    def __init__(self, processor: BlipProcessor, prompt: str, clean_questions: bool) -> None:
+        self.tokenizer, self.prompt, self.clean_questions = processor.tokenizer, prompt, clean_questions
         self.end_token_id: int = self.tokenizer.sep_token_id
 
     def encode_questions(self, questions: Sequence[str], max_tokens: int) -> Tensors:
         """input_ids and attention_mask, (num_questions, question_length), truncated to max_tokens."""
+        if self.clean_questions:
+            questions = [clean_question(question) for question in questions]
         return encode_texts(fill_prompt(self.prompt, questions), self.tokenizer, max_tokens)
 
     def encode_answers(self, answers: Sequence[str], max_tokens: int) -> torch.Tensor:
@@ -84,12 +88,20 @@ class PromptTexts:
     Args:
         prompt: text before an answer, {} stands for the question; or the text before every caption.
         penalties: further arguments of generate.
+        clean_questions: whether questions are cleaned before they are put into the prompt.
     Source: LAVIS models/blip2_models/blip2_opt.py, blip2_t5.py and blip2_vicuna_instruct.py. Unlike it, a long prompt
         is truncated on the left in all families, so that it still ends as trained.
     """
 
-    def __init__(self, processor: ProcessorMixin, family: Family, prompt: str, penalties: dict[str, float]) -> None:
-        self.penalties = penalties
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        family: Family,
+        prompt: str,
+        penalties: dict[str, float],
+        clean_questions: bool,
+    ) -> None:
+        self.penalties, self.clean_questions = penalties, clean_questions
         self.family, self.processor, self.tokenizer, self.prompt = family, processor, processor.tokenizer, prompt
         self.end_token_id = end_token_id(self.tokenizer, family)
         self.space = " " if family.end else ""  # OPT's tokens of words begin with their space
@@ -100,6 +112,8 @@ class PromptTexts:
         A placeholder in a question, as LLaVA's data has it, is left out: the image comes before the prompt.
         """
         questions = [question.replace("<image>", "").strip() for question in questions]
+        if self.clean_questions:
+            questions = [clean_question(question) for question in questions]
         return encode_prompts(self.processor, fill_prompt(self.prompt, questions), max_tokens)
 
     def encode_answers(self, answers: Sequence[str], max_tokens: int) -> torch.Tensor:
@@ -163,7 +177,9 @@ class PromptTexts:
 Texts = BlipTexts | PromptTexts
 
 
-def texts_of(processor: ProcessorMixin, family: Family, task: str, prompt: str | None = None) -> Texts:
+def texts_of(
+    processor: ProcessorMixin, family: Family, task: str, prompt: str | None = None, clean_questions: bool = False
+) -> Texts:
     """The texts of a family for one task. prompt: None is the family's.
 
     Raises: ValueError if the prompt of questions has no place for the question.
@@ -172,13 +188,28 @@ def texts_of(processor: ProcessorMixin, family: Family, task: str, prompt: str |
     if task == "vqa" and "{}" not in prompt:
         raise ValueError(f"question_prompt needs {{}} where the question goes, found {prompt!r}.")
     if family.reads_prompts:
-        return PromptTexts(processor, family, prompt, family.penalties.get(task, {}))
-    return BlipTexts(processor, prompt)
+        return PromptTexts(processor, family, prompt, family.penalties.get(task, {}), clean_questions)
+    return BlipTexts(processor, prompt, clean_questions)
 
 
-def texts_of_checkpoint(processor: ProcessorMixin, config: Any, task: str, prompt: str | None = None) -> Texts:
-    """The texts of a checkpoint, given its config. prompt: None is that of its training, or else the family's."""
-    return texts_of(processor, family_of(config), task, getattr(config, "prompt", None) if prompt is None else prompt)
+def texts_of_checkpoint(
+    processor: ProcessorMixin,
+    config: Any,
+    task: str,
+    prompt: str | None = None,
+    clean_questions: bool | None = None,
+) -> Texts:
+    """The texts of a checkpoint, given its config.
+
+    Args:
+        prompt: None is that of its training, or else the family's.
+        clean_questions: None is as in its training, or else False.
+    """
+    if prompt is None:
+        prompt = getattr(config, "prompt", None)
+    if clean_questions is None:
+        clean_questions = getattr(config, "clean_questions", False)
+    return texts_of(processor, family_of(config), task, prompt, clean_questions)
 
 
 def encode_prompts(processor: ProcessorMixin, prompts: Sequence[str], max_tokens: int) -> Tensors:

@@ -12,6 +12,8 @@ IGNORED = -100  # label of a position without a target
 
 MAX_CAPTION_WORDS = 30
 
+MAX_QUESTION_WORDS = 50
+
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask, (num_texts, longest): [CLS] ... [SEP], truncated to max_tokens."""
@@ -92,3 +94,14 @@ def clean_caption(caption: str) -> str:
     Source: BLIP data/utils.py pre_caption.
     """
     return " ".join(re.sub(r"[.!\"()*#:;~]", " ", caption.lower()).split()[:MAX_CAPTION_WORDS])
+
+
+def clean_question(question: str) -> str:
+    """Lowercase, remove each of . ! " ( ) * # : ; ~ and spaces at the end, and keep the first MAX_QUESTION_WORDS words.
+
+    Unlike in clean_caption, what is removed leaves no space, and spaces in a row are kept: `3.5` becomes 35.
+
+    Source: BLIP data/utils.py pre_question; LAVIS processors/blip_processors.py BlipQuestionProcessor is the same.
+    """
+    words = re.sub(r"[.!\"()*#:;~]", "", question.lower()).rstrip(" ").split(" ")
+    return " ".join(words[:MAX_QUESTION_WORDS])

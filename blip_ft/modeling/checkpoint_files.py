@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_FILE = "adapter_config.json"
 
 # config entries of ours, which the config of an adapter's base does not have
-OWN_ENTRIES = ("question_start_token", "itm_start_token", "task", "prompt")
+OWN_ENTRIES = ("question_start_token", "itm_start_token", "task", "prompt", "clean_questions")
 
 # rows of an embedding beyond its vocabulary: 28 in T5, 7 in OPT, more if it was padded to a multiple
 MOST_PADDING = 128
@@ -73,6 +73,8 @@ def _require_valid_entries(config: PreTrainedConfig) -> None:
         raise ValueError("vision_config.drop_path must be between 0 and 1, 1 excluded")
     if not isinstance(getattr(config, "prompt", ""), str):
         raise TypeError("prompt must be a string")
+    if not isinstance(getattr(config, "clean_questions", False), bool):
+        raise TypeError("clean_questions must be true or false")
     for key in ("question_start_token", "itm_start_token"):
         if getattr(config, key, "cls") not in ("cls", "enc"):
             raise ValueError(f"{key} must be cls or enc")

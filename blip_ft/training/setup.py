@@ -135,17 +135,18 @@ def _require_support(family: Family, task_args: Settings, args: BlipTrainingArgu
 def _texts_of(
     processor: ProcessorMixin, config: PreTrainedConfig, task_args: Settings, args: BlipTrainingArguments
 ) -> Texts | None:
-    """How the run reads and writes texts. Its prompt is written into task_args.
+    """How the run reads and writes texts. Its prompt and clean_questions are written into task_args.
 
-    Without a given prompt it is that of the checkpoint's training, or the family's.
+    Without a given value they are those of the checkpoint's training, or the family's prompt and False.
 
     Raises: ValueError if the lengths leave no room for a question or a caption.
     """
     if isinstance(task_args, VqaArguments):
-        texts = texts_of_checkpoint(processor, config, "vqa", task_args.question_prompt)
+        given = (task_args.question_prompt, task_args.clean_questions)
+        texts = texts_of_checkpoint(processor, config, "vqa", *given)
         lengths = (task_args.max_question_tokens, task_args.max_answer_tokens, args.generation_max_length)
         texts.require_room_for_questions(*lengths)
-        task_args.question_prompt = texts.prompt
+        task_args.question_prompt, task_args.clean_questions = texts.prompt, texts.clean_questions
         return texts
     if isinstance(task_args, CaptioningArguments):
         texts = texts_of_checkpoint(processor, config, "conditional_generation", task_args.prompt)
@@ -274,8 +275,11 @@ def load_for_training(
 
 
 def _write_texts(model: PreTrainedModel, texts: Texts) -> None:
-    """Write the prompt into the config, and for stock transformers the token that ends an answer."""
+    """Write prompt and clean_questions into the config, and for stock transformers the token that ends an answer."""
     model.config.prompt = texts.prompt
+    # False is written over the True of the weights it starts from, which an adapter's base still has
+    if texts.clean_questions != getattr(model.config, "clean_questions", False):
+        model.config.clean_questions = texts.clean_questions
     if texts.family.reads_prompts:
         end, eos = texts.end_token_id, texts.tokenizer.eos_token_id
         # the Trainer would replace OPT's end token by that of its tokenizer, which ends no answer, but keeps a list

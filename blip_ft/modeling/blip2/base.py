@@ -82,16 +82,20 @@ class QFormerModel(ImageEncoder):
             labels: (num_answers, answer_length), answers with their end token; -100 on padding.
             question_index: (num_answers,), the prompt of each answer. None: one answer per prompt.
             answer_weights: (num_answers,). None: each weight is 1.
+            answer_shares: (num_answers,), the weights by which tokens are counted. Default: answer_weights. With the
+                weights of whole rows in answer_weights only, a row of weight 0.2 has a fifth of its gradient, even
+                where all rows of a step have this weight.
             image_states: (num_images, patches + 1, width), from encode_images, instead of pixel_values.
             query_states: (num_images, queries, width), from encode_queries, instead of pixel_values. BLIP-2 only.
             qformer_input_ids, qformer_attention_mask: (num_questions, length), the prompts for InstructBLIP's Q-Former.
-            num_items_in_batch: sum over answers of weight x tokens, over accumulation and processes. Default: those of
+            num_items_in_batch: sum over answers of share x tokens, over accumulation and processes. Default: those of
                 this batch.
         Raises: ValueError if labels repeat the prompt, or a row has another number of placeholders than queries.
         Source: LAVIS models/blip2_models/blip2_opt.py forward, for one answer per question. With several, the loss is
             the expectation of LAVIS's random choice of an answer (datasets/coco_vqa_datasets.py).
         """
         inputs.pop("readable", None)  # the collator adds it for evaluation
+        shares = inputs.pop("answer_shares", answer_weights)
         inputs |= {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
         has_placeholders = self._has_placeholders(input_ids)
         require_answers(input_ids, labels, has_placeholders)
@@ -103,13 +107,13 @@ class QFormerModel(ImageEncoder):
         if answer_weights is not None:
             losses = losses * answer_weights
         if num_items_in_batch is None:
-            num_items_in_batch = count_tokens(labels, answer_weights)
+            num_items_in_batch = count_tokens(labels, shares)
         return Blip2ForConditionalGenerationModelOutput(loss=losses.sum() / num_items_in_batch)
 
     @staticmethod
     def loss_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """(num_questions,) weighted number of tokens of each question's answers, by whose sum the loss is divided."""
-        tokens = (batch["labels"] != IGNORED).sum(1) * batch["answer_weights"]
+        tokens = (batch["labels"] != IGNORED).sum(1) * batch.get("answer_shares", batch["answer_weights"])
         return tokens.new_zeros(len(batch["input_ids"])).index_add(0, batch["question_index"], tokens)
 
     def encode_questions(
