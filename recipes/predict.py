@@ -12,35 +12,28 @@ The checkpoint determines the task. Writes predictions.jsonl and report.html, sc
 and bad_rows.jsonl if an image cannot be read. To resume a run that was stopped, start the same command again.
 """
 
-import hashlib
-import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 from transformers.hf_argparser import HfArg
 
-from blip_ft.arguments import DataArguments, Settings, changed_settings
+from blip_ft.arguments import Settings, changed_settings
 from blip_ft.arguments.families import family_of, fill_defaults
+from blip_ft.arguments.images import ImageArguments
 from blip_ft.cli import parse, read_text, start_recipe
-from blip_ft.data.batches import match_rows
-from blip_ft.data.checks import why_unreadable
 from blip_ft.data.images import encode_row_images, open_image
 from blip_ft.data.loading import load_to_predict
 from blip_ft.data.sampling import share_of_process
 from blip_ft.data.sources import list_images
-from blip_ft.data.tables import number_images, to_json, write_lines
+from blip_ft.data.tables import number_images, to_json
 from blip_ft.data.text_formats import Texts, texts_of_checkpoint
 from blip_ft.data.texts import clean_caption, encode_texts
 from blip_ft.modeling import inference
@@ -48,6 +41,7 @@ from blip_ft.modeling.checkpoint_files import longest_text, require_positions
 from blip_ft.modeling.registry import task_of_model
 from blip_ft.models import load_model
 from blip_ft.results import predictions
+from blip_ft.results.parts import Line, Predict, predict_batches, report_unreadable, require_readable, settings_of
 from blip_ft.results.report import THUMBNAIL_PIXELS, write_report
 from blip_ft.training.signals import explain_lost_worker
 
@@ -55,29 +49,13 @@ logger = logging.getLogger("blip_ft.predict")
 
 SHOWN = 10  # predictions on the screen
 
-Line = dict[str, Any]
-# from a batch to the line of each of its rows, as in results/predictions.py
-Predict = Callable[[dict[str, torch.Tensor]], list[Line]]
+# settings that a resumed run may change
+FREE = ("output_dir", "format", "per_device_eval_batch_size", "dataloader_num_workers", "use_cpu")
 
 
 @dataclass
-class Data(DataArguments):
+class Data(ImageArguments):
     """Which images, and the names of their columns."""
-
-    _needs_annotations = False
-    without_effect = {
-        **dict.fromkeys(
-            (
-                *("train_split", "eval_fraction", "max_train_samples", "check_images", "max_bad_fraction"),
-                *("streaming", "shuffle_buffer", "group_questions", "allow_image_overlap", "augment", "flip"),
-            ),
-            "Leave it out: nothing is trained.",
-        ),
-        **dict.fromkeys(("eval_dataset_name", "test_dataset_name"), "Give that data as --dataset_name."),
-        "test_split": "Give that split as --eval_split.",
-        "eval_questions_file": "Give that file as --questions_file.",
-        "eval_annotations_file": "Give that file as --annotations_file.",
-    }
 
     help_texts = {
         "questions_file": "Official VQA v2 questions JSON to answer.",
@@ -85,7 +63,6 @@ class Data(DataArguments):
         "eval_split": "Split to predict on. Default: all rows.",
         "max_eval_samples": "Predict on the first N rows only.",
     }
-    images: list[str] | None = HfArg(default=None, help="Images and folders of images, instead of dataset_name.")
     question: str | None = HfArg(default=None, help="Question about every image, instead of the data's questions.")
     texts: str | None = HfArg(
         default=None, help="File of texts to rank for each image, one per line. Default: the data's captions."
@@ -93,15 +70,8 @@ class Data(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if sum(map(bool, (self.images, self.dataset_name, self.questions_file))) != 1:
-            raise ValueError("Choose the images by exactly one of --images, --dataset_name and --questions_file.")
         if self.question is not None and not self.question.strip():
             raise ValueError('--question is empty. Give --question "what is it?", or leave it out.')
-
-    def unread(self) -> dict[str, str]:
-        columns = ("image_column", "image_id_column", "question_column", "answer_column", "caption_column")
-        of_data = (*columns, "image_folder", "eval_split", "max_eval_samples")
-        return super().unread() | dict.fromkeys(of_data if self.images else (), "beside --images")
 
 
 @dataclass
@@ -201,17 +171,23 @@ def main() -> None:
     ids = predictions.official_ids(args.format, task, rows) if args.format else []
     texts = texts_to_rank(given_texts, rows) if task == "image_text_retrieval" else []
 
-    folder, done = predictions.settle_folder(args.output_dir, settings_of(args, data_args, rows, texts))
-    if done:
-        logger.info("Resuming in %s: %d rows are done.", folder, len(done))
+    read = [texts, *(rows[name][:] for name in ("image_id", "question") if name in rows.column_names)]
+    settings = settings_of((data_args, args), FREE, [args.model_name_or_path], read)
+    folder, done = predictions.OUTPUT.settle_folder(args.output_dir, settings)
     share = share_of_process(number_images(rows), state.process_index, state.num_processes, done)
+    size = args.per_device_eval_batch_size
+    batches = [share[start : start + size] for start in range(0, len(share), size)]
+    encode = partial(
+        collate, processor=processor, text_format=text_format, max_question_tokens=args.max_question_tokens
+    )
     with torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16), torch.no_grad():
         predict = make_predict(model, processor, args, task, text_format, texts)
+        lines = predict_batches(rows, batches, encode, predict, args.dataloader_num_workers)
         with explain_lost_worker(lambda: "Start the same command again: it resumes."):
-            predictions.append_part(folder, predict_rows(rows, share, predict, processor, args, text_format))
+            predictions.OUTPUT.append_part(folder, lines)
     state.wait_for_everyone()
     if state.is_main_process:
-        predicted = predictions.read_parts(folder)
+        predicted = predictions.OUTPUT.read_parts(folder)
         lines = predictions.build_lines(rows, [predicted[position] for position in range(len(rows))])
         write_results(folder, args, data_args, rows, lines, bad_rows, task, ids)
 
@@ -268,7 +244,7 @@ def texts_to_rank(given: list[str] | None, rows: Dataset) -> list[str]:
 def make_predict(
     model: Any, processor: ProcessorMixin, args: Prediction, task: str, text_format: Texts | None, texts: list[str]
 ) -> Predict:
-    """The function that predicts for a batch.
+    """The function that predicts for a batch, as in results/predictions.py.
 
     The probability of an answer or caption is that of its tokens (inference.answer). The score of a text is cosine +
     matching logit; it has no bounds, and can only be compared between texts for one image.
@@ -280,12 +256,12 @@ def make_predict(
     tokens = encode_texts(cleaned, tokenizer, args.max_caption_tokens) if texts else {}
     features = inference.embed_texts(model, **tokens) if texts else None
 
-    def answer(batch: dict[str, torch.Tensor]) -> list[Line]:
+    def answer(batch: dict[str, torch.Tensor], positions: list[int]) -> list[Line]:
         generation = text_format.generation(args.generation_max_length, args.generation_num_beams)
         answers = inference.answer(model, text_format, inference.encode_questions(model, batch), generation)
         return [{"prediction": text, "probability": number} for text, number in zip(*answers, strict=True)]
 
-    def caption(batch: dict[str, torch.Tensor]) -> list[Line]:
+    def caption(batch: dict[str, torch.Tensor], positions: list[int]) -> list[Line]:
         generation = text_format.generation(
             *(args.generation_max_length, args.generation_num_beams),
             min_length=args.generation_min_length,
@@ -294,7 +270,7 @@ def make_predict(
         captions = inference.caption(model, text_format, batch["pixel_values"], generation)
         return [{"prediction": text, "probability": number} for text, number in zip(*captions, strict=True)]
 
-    def rank(batch: dict[str, torch.Tensor]) -> list[Line]:
+    def rank(batch: dict[str, torch.Tensor], positions: list[int]) -> list[Line]:
         ranked = inference.rank_texts(model, batch["pixel_values"], features, **tokens, k=args.k_test)
         best = [
             [{"text": texts[place], "score": score} for place, score in ranking[: args.top_texts]] for ranking in ranked
@@ -314,50 +290,6 @@ def collate(
     return batch
 
 
-def predict_rows(
-    rows: Dataset,
-    share: list[int],
-    predict: Predict,
-    processor: ProcessorMixin,
-    args: Prediction,
-    text_format: Texts | None,
-) -> Iterator[dict[int, Line]]:
-    """Yield, for each batch, the lines of its rows by position."""
-    state = PartialState()
-    loader = DataLoader(
-        Subset(rows, share),
-        args.per_device_eval_batch_size,
-        collate_fn=partial(
-            collate, processor=processor, text_format=text_format, max_question_tokens=args.max_question_tokens
-        ),
-        num_workers=args.dataloader_num_workers,
-    )
-    # whether a row is the first one of its image; rows of one image are adjacent
-    is_first = np.diff(number_images(rows)[share], prepend=-1) != 0
-    hidden = None if state.is_local_main_process else True  # None: shown in a terminal only
-    with tqdm(total=int(is_first.sum()), unit=" images", disable=hidden) as progress:
-        for batch, here, readable in match_rows(loader, share):
-            lines = predict({name: tensor.to(state.device) for name, tensor in batch.items()})
-            yield {
-                position: line if good else predictions.UNREADABLE
-                for position, line, good in zip(here, lines, readable, strict=True)
-            }
-            progress.update(int(is_first[: len(here)].sum()))
-            is_first = is_first[len(here) :]
-
-
-def settings_of(args: Prediction, data_args: Data, rows: Dataset, texts: list[str]) -> Line:
-    """Settings that must be equal for a run to resume another one."""
-    free = ("output_dir", "format", "per_device_eval_batch_size", "dataloader_num_workers", "use_cpu")
-    read = [texts, *(rows[name][:] for name in ("image_id", "question") if name in rows.column_names)]
-    weights = Path(args.model_name_or_path).glob("*.safetensors")
-    return {
-        **{name: value for name, value in {**asdict(data_args), **asdict(args)}.items() if name not in free},
-        "weights": sorted(file.stat().st_mtime_ns for file in weights),
-        "rows": hashlib.sha1(json.dumps(read).encode()).hexdigest(),
-    }
-
-
 def write_results(
     folder: Path,
     args: Prediction,
@@ -372,10 +304,7 @@ def write_results(
 
     Raises: ValueError, after writing all of them, if no image could be read.
     """
-    for position, line in enumerate(lines):
-        if "unreadable_image" in line:
-            reason = why_unreadable(rows[position]["image"]) or "the image could not be read at first, but now it can"
-            bad_rows.append({"split": "eval", "image_id": line["image_id"], "reason": reason})
+    report_unreadable(rows, lines, bad_rows, folder)
     lines, scores = predictions.grade(lines, task)
     name = data_args.dataset_name or data_args.questions_file or ", ".join(data_args.images)
     write_report(
@@ -388,21 +317,14 @@ def write_results(
     if scores:
         (folder / "scores.json").write_text(to_json(scores, indent=2) + "\n", encoding="utf-8")
         logger.info("Scores: %s", to_json(scores, indent=2))
-    if bad_rows:
-        write_lines(folder / "bad_rows.jsonl", bad_rows)
-        logger.warning("%d rows have no prediction: %s", len(bad_rows), folder / "bad_rows.jsonl")
     if args.format:
         results = predictions.official_results(args.format, ids, lines)
         (folder / "results.json").write_text(to_json(results), encoding="utf-8")
-    predictions.finish(folder, lines)
+    predictions.OUTPUT.finish(folder, lines)
     more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     logger.info("Predicted:\n%s%s", "\n".join(map(in_words, lines[:SHOWN])), more)
-    logger.info("%d predictions: %s, report: %s", len(lines), folder / predictions.FILE, folder / "report.html")
-    if all("unreadable_image" in line for line in lines):
-        raise ValueError(
-            f"None of the {len(lines)} images can be read. The first one: {bad_rows[-len(lines)]['reason']}\n"
-            "Check image_column, image_folder and the files."
-        )
+    logger.info("%d predictions: %s, report: %s", len(lines), folder / predictions.OUTPUT.file, folder / "report.html")
+    require_readable(rows, lines)
 
 
 def in_words(line: Line) -> str:

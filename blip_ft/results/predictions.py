@@ -1,4 +1,4 @@
-"""predictions.jsonl: its lines, their scores, and how recipes/predict.py writes and resumes it.
+"""predictions.jsonl: its lines, and their scores.
 
 Training runs and recipes/predict.py write the same format, one JSON object per row of the data, in its order:
 
@@ -15,33 +15,23 @@ Training runs and recipes/predict.py write the same format, one JSON object per 
     unreadable_image
                     true if the image cannot be read; probability, score, texts and loss are missing then
 
-recipes/predict.py appends predictions batch by batch, and each process writes its own file, so that a stopped run can
-resume.
+results/parts.py writes it in recipes/predict.py, and resumes a stopped run.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 
-from blip_ft.data.tables import to_json, write_lines
 from blip_ft.metrics.captions import CaptionScores, caption_exact_match, caption_rouge_l
 from blip_ft.metrics.vqa import VqaAccuracy, answer_type, vqa_accuracy
-from blip_ft.results.files import claim, decided_by_main, is_free, numbered_folders, require_claim
+from blip_ft.results.parts import UNREADABLE, Line, Output
 from blip_ft.results.samples import Sample
 
-Line = dict[str, Any]
-
-FILE = "predictions.jsonl"
-
-SETTINGS_FILE = "predict_settings.json"
+OUTPUT = Output("predict", "predictions.jsonl")
 
 # --format -> its task; the column with the ids that the evaluation server uses, and the number in one; the server's
 # name for a prediction
@@ -51,8 +41,6 @@ FORMATS = {
     # also matches a file: COCO_val2014_000000000042.jpg is 42
     "coco": ("conditional_generation", "image_id", r"(?:.*\D)?(\d+)(?:\.\w+)?", "caption"),
 }
-
-UNREADABLE: Line = {"prediction": "", "unreadable_image": True}
 
 
 def build_lines(rows: Dataset, results: Sequence[Line | None]) -> list[Line]:
@@ -91,70 +79,6 @@ def samples_of(lines: Iterable[Line]) -> list[Sample]:
     ]
 
 
-def settle_folder(given: str | None, settings: Line) -> tuple[Path, set[int]]:
-    """The folder to write to, and the positions of the rows that an unfinished run has predicted there.
-
-    The default is outputs/predict, or the next free one of outputs/predict-2, -3, ... No other program can write to
-    the folder until this process ends.
-
-    Args:
-        settings: a run can resume another one only if all of these are equal.
-    Raises: ValueError, in all processes, if the folder contains anything but such a run, or is in use.
-    """
-
-    def settle() -> tuple[Path, set[int]]:
-        folder = _choose_folder(given, settings)
-        write_lines(folder / SETTINGS_FILE, [settings])
-        return folder, set(read_parts(folder))
-
-    return decided_by_main(settle)
-
-
-def _choose_folder(given: str | None, settings: Line) -> Path:
-    if given:
-        require_claim(Path(given))
-        if found := _what_is_in_the_way(Path(given), settings):
-            raise ValueError(f"output_dir {given} contains {found}. Choose another --output_dir, or remove it.")
-        return Path(given)
-    for folder in numbered_folders("predict"):
-        # checked again after claim(), when no other program can write there
-        if not _what_is_in_the_way(folder, settings) and claim(folder) and not _what_is_in_the_way(folder, settings):
-            return folder
-
-
-def _what_is_in_the_way(folder: Path, settings: Line) -> str | None:
-    if is_free(folder):
-        return None
-    if not (folder / SETTINGS_FILE).is_file() or (folder / FILE).exists():
-        return "other files"
-    earlier = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    other = [name for name in settings if earlier.get(name) != settings[name]]
-    return f"an unfinished run with different settings: {', '.join(other)}" if other else None
-
-
-def append_part(folder: Path, batches: Iterable[dict[int, Line]]) -> None:
-    """Write the predictions of this process, with their positions, after each batch."""
-    with (folder / f"predictions.part{PartialState().process_index}.jsonl").open("a", encoding="utf-8") as file:
-        for batch in batches:
-            for position, line in batch.items():
-                file.write(to_json({"position": position, **line}, ensure_ascii=False) + "\n")
-            file.flush()
-
-
-def read_parts(folder: Path) -> dict[int, Line]:
-    """Position -> what all processes have written. A last line that a kill has cut is removed from its file."""
-    lines = {}
-    for path in folder.glob("predictions.part*.jsonl"):
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            path.write_bytes(whole)
-        for text in whole.splitlines():
-            line = json.loads(text)
-            lines[line.pop("position")] = line
-    return lines
-
-
 def grade(lines: Sequence[Line], task: str) -> tuple[list[Line], dict[str, float]]:
     """The lines, with an accuracy or rouge_l if they have references; and the scores of those lines, in percent."""
     references_name = "answers" if task == "vqa" else "captions"
@@ -183,13 +107,6 @@ def grade(lines: Sequence[Line], task: str) -> tuple[list[Line], dict[str, float
     of_known = iter(grades)
     graded = [line | next(of_known) if references_name in line else line for line in lines]
     return graded, {**scores, "scored_rows": len(known)}
-
-
-def finish(folder: Path, lines: list[Line]) -> None:
-    """Write predictions.jsonl, and remove the files that only an unfinished run needs."""
-    write_lines(folder / FILE, lines)
-    for path in (*folder.glob("predictions.part*.jsonl"), folder / SETTINGS_FILE):
-        path.unlink()
 
 
 def official_ids(form: str, task: str, rows: Dataset) -> list[int]:

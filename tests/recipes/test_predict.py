@@ -19,7 +19,7 @@ from blip_ft.modeling import inference
 from blip_ft.modeling.adapters import add_lora
 from blip_ft.models import generate_answer_blip, load_model, save_model
 from blip_ft.results.files import claim, release_folders
-from blip_ft.results.predictions import append_part, read_parts, settle_folder
+from blip_ft.results.predictions import OUTPUT
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_folder_in_which_another_predict_is_writing_is_refused_or_passed_over(
         predict("vqa", *flags)
     assert "is in use by another program that is still running" in caplog.messages[-1]
     assert claim(Path("outputs/predict"))
-    folder, done = settle_folder(None, {})
+    folder, done = OUTPUT.settle_folder(None, {})
     assert (folder, done) == (Path("outputs/predict-2"), set())
     release_folders()
     assert not Path("outputs/predict").exists() and folder.exists()
@@ -308,8 +308,8 @@ def test_rows_of_all_splits_are_taken_with_a_word(image_folder, caplog):
 
 def test_lines_are_read_back_whatever_their_texts_hold(tmp_path):
     lines = {5: {"prediction": "a\u2028b\x85c\r\nd"}, 2: {"prediction": "🙂"}}
-    append_part(tmp_path, [{5: lines[5]}, {2: lines[2]}])
-    assert read_parts(tmp_path) == lines
+    OUTPUT.append_part(tmp_path, [{5: lines[5]}, {2: lines[2]}])
+    assert OUTPUT.read_parts(tmp_path) == lines
 
 
 def test_pickled_weights_are_taken_where_that_is_said(predict, image_folder, checkpoint, tmp_path, caplog):
