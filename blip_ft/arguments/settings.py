@@ -17,12 +17,16 @@ TOKENS = (3, 512)  # at least the first token, a word and [SEP]; at most BERT's 
 # setting -> smallest and largest value, in every program
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
-        ("label_smoothing", "dropout", "drop_path", "max_bad_fraction", "lora_dropout", "momentum", "alpha"), SHARE
+        (
+            *("label_smoothing", "dropout", "drop_path", "max_bad_fraction", "lora_dropout", "momentum", "alpha"),
+            *("threshold", "keep_share"),
+        ),
+        SHARE,
     ),
     **dict.fromkeys(
         (
             *("image_size", "lora_alpha", "max_train_samples", "max_eval_samples", "shuffle_buffer"),
-            *("k_test", "top_texts", "per_device_train_batch_size", "per_device_eval_batch_size"),
+            *("k_test", "top_texts", "num_captions", "per_device_train_batch_size", "per_device_eval_batch_size"),
             *("gradient_accumulation_steps", "generation_num_beams", "save_total_limit", "early_stopping_patience"),
         ),
         AT_LEAST_ONE,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import ProcessorMixin
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    ProcessorMixin,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from blip_ft.arguments.families import family_of
 from blip_ft.data.images import longest_side, open_image, resize_to_uint8
@@ -68,6 +75,88 @@ def caption(
     prompts = texts.encode_caption_prompts(len(pixel_values))
     prompts = {name: tensor.to(pixel_values.device) for name, tensor in prompts.items()}
     return answer(model, texts, encode_questions(model, {"pixel_values": pixel_values, **prompts}), generation)
+
+
+class SeededChoice(LogitsProcessor):
+    """Draw the next token of each row, and rule out all others, so that greedy search takes it.
+
+    With do_sample, generate draws for all rows of a batch from one generator, so that a text depends on the others.
+
+    Args:
+        draws: (rows, steps), 0 to 1, 1 excluded: one for each token to draw.
+    """
+
+    def __init__(self, draws: torch.Tensor) -> None:
+        self.draws, self.step = draws, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        probabilities, tokens = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        sums = probabilities.cumsum(-1)
+        # below the last sum, even if rounding makes the product equal to it: no token of probability 0 is drawn
+        limit = (self.draws[:, self.step, None] * sums[:, -1:]).minimum(sums[:, -1:].nextafter(sums.new_zeros(())))
+        chosen = tokens.gather(1, (sums <= limit).sum(1, keepdim=True))
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+def sampling(seed: int, image_ids: Sequence[str], number: int, steps: int, device: torch.device) -> LogitsProcessorList:
+    """For generate with do_sample=False: `number` rows for each image, drawn by seed, image_id and number alone.
+
+    generate applies it after its own repetition penalty and minimum length.
+
+    Args:
+        steps: the largest number of tokens that are generated.
+    Source: BLIP models/blip.py BLIP_Decoder.generate with sample=True: top_p 0.9, and top_k 50, which was the default
+        of transformers then.
+    """
+    keys = [f"{seed} {copy} {image_id}" for image_id in image_ids for copy in range(number)]
+    digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+    draws = [np.random.default_rng(int.from_bytes(digest, "big")).random(steps, dtype=np.float32) for digest in digests]
+    choice = SeededChoice(torch.from_numpy(np.stack(draws)).to(device))
+    return LogitsProcessorList([TopKLogitsWarper(50), TopPLogitsWarper(0.9), choice])
+
+
+def caption_several(
+    model: torch.nn.Module, texts: Texts, pixel_values: torch.Tensor, generation: dict[str, Any], number: int
+) -> list[list[str]]:
+    """Generate `number` captions for each image, which is encoded once.
+
+    Args:
+        pixel_values: (num_images, 3, height, width).
+        generation: from texts.generation.
+    """
+    image_states = model.encode_images(pixel_values).last_hidden_state.repeat_interleave(number, 0)
+    prompts = texts.encode_caption_prompts(len(image_states))
+    prompts = {name: tensor.to(pixel_values.device) for name, tensor in prompts.items()}
+    read = encode_questions(model, {"image_states": image_states, **prompts})
+    captions = texts.decode(model.generate_answers(read, **generation))
+    return [captions[start : start + number] for start in range(0, len(captions), number)]
+
+
+def match_texts(
+    model: torch.nn.Module,
+    pixel_values: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    image_index: torch.Tensor,
+    texts_at_once: int = 256,
+) -> list[float]:
+    """The probability, 0 to 1, that each text describes its image, by the matching head.
+
+    Args:
+        pixel_values: (num_images, 3, height, width). Each image is encoded once for all its texts.
+        input_ids, attention_mask: (num_texts, length).
+        image_index: (num_texts,), the image of each text.
+        texts_at_once: limits the memory.
+    Source: BLIP models/blip_itm.py, match_head "itm".
+    """
+    image_states = model.encode_images(pixel_values).last_hidden_state
+    scores: list[float] = []
+    for part in zip(*(tensor.split(texts_at_once) for tensor in (input_ids, attention_mask, image_index)), strict=True):
+        ids, mask, index = (tensor.to(model.device) for tensor in part)
+        states = model.encode_pairs(image_states, ids, mask, index)
+        scores += model.itm_head(states[:, 0]).float().softmax(-1)[:, 1].tolist()
+    return scores
 
 
 def rank_pairs(

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -139,6 +140,17 @@ def settings_of(arguments: Sequence[Any], free: Sequence[str], checkpoints: Iter
         "weights": sorted(file.stat().st_mtime_ns for file in weights),
         "rows": hashlib.sha1(json.dumps(rows).encode()).hexdigest(),
     }
+
+
+def share_of_batches(num_rows: int, batch_size: int, done: set[int]) -> list[list[int]]:
+    """The batches that this process predicts, without those that are done.
+
+    A row is in the same batch for any number of processes and in a resumed run, so that its numbers are the same.
+    """
+    state = PartialState()
+    batches = [list(range(start, min(start + batch_size, num_rows))) for start in range(0, num_rows, batch_size)]
+    missing = [batch for batch in batches if not done.issuperset(batch)]
+    return [missing[number] for number in np.array_split(range(len(missing)), state.num_processes)[state.process_index]]
 
 
 def predict_batches(

@@ -7,11 +7,10 @@ import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from blip_ft.results.curves import draw_curves
@@ -47,10 +46,12 @@ def write_report(
         open_image: returns the RGB image of a sample, given its position; called only for the samples on the page.
         log_history: as in trainer_state.json.
     """
-    cards = _cards(samples, open_image)
-    shown = [card["sample"] for card in cards]
+    shown = choose_samples(samples)
     curves, narrow_curves = (draw_curves(log_history, columns) for columns in (2, 1))
-    page = _template().render(
+    write_page(
+        path,
+        "report.html",
+        *(samples, shown, open_image),
         title=title,
         scores=scores,
         baselines=baselines or {},
@@ -59,26 +60,54 @@ def write_report(
         curves_on_a_phone=narrow_curves and _data_uri(narrow_curves, "png"),
         predictions=Counter(sample.prediction for sample in samples),
         confusions=_confusions(samples),
-        verdicts=[name for name in ("wrong", "right") if any(sample.verdict == name for sample in shown)],
-        kinds=sorted({sample.kind for sample in shown} - {""}),
-        bands=[band for band in BANDS if any(sample.band == band for sample in shown)],
-        cards=cards,
+        verdicts=[name for name in ("wrong", "right") if any(samples[place].verdict == name for place in shown)],
+        bands=[band for band in BANDS if any(samples[place].band == band for place in shown)],
+    )
+
+
+def write_page(
+    path: Path,
+    template: str,
+    samples: Sequence[Sample],
+    shown: Sequence[int],
+    open_image: Callable[[int], Image.Image],
+    **values: Any,
+) -> None:
+    """Write one HTML file that needs no network.
+
+    Args:
+        template: a file of this folder.
+        shown: positions of the samples on the page, in their order.
+        open_image: as in write_report.
+        values: what else the template reads.
+    """
+    page = _environment().get_template(template).render(
+        cards=_cards(samples, shown, open_image),
+        kinds=sorted({samples[place].kind for place in shown} - {""}),
         total=len(samples),
+        **values,
     )
     # JSON can contain a lone surrogate, which UTF-8 cannot encode
     path.write_text(page, encoding="utf-8", errors="replace")
 
 
-@cache  # a recipe writes two reports, the first one in its dry run
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
+@cache  # a recipe writes two reports, the first one in its dry run; each template is compiled once
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader(__package__, ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
-def _cards(samples: Sequence[Sample], open_image: Callable[[int], Image.Image]) -> list[dict[str, Any]]:
+def _cards(
+    samples: Sequence[Sample], shown: Sequence[int], open_image: Callable[[int], Image.Image]
+) -> list[dict[str, Any]]:
     """The samples to show, each with its thumbnail, its references as (text, count), and its numbers in words."""
     cards, room = [], MAX_THUMBNAIL_BYTES
-    for position in choose_samples(samples):
+    for position in shown:
         sample, thumbnail = samples[position], ""
         if sample.readable and room > 0:
             thumbnail = _thumbnail(open_image(position))
