@@ -29,7 +29,6 @@ from blip_ft.data.streaming import StreamedRows
 from blip_ft.data.tables import number_images
 from blip_ft.data.texts import IGNORED
 from blip_ft.modeling.adapters import without_adapter
-from blip_ft.modeling.weight_checks import is_finite
 from blip_ft.training.callbacks import (
     BestCallback,
     ContrastiveCallback,
@@ -46,14 +45,12 @@ from blip_ft.training.checkpoints import (
     explain_other_run,
     explain_unreadable,
     finish_checkpoint,
-    newest_checkpoint,
     remove_old_checkpoints,
 )
 from blip_ft.training.engines import (
     SHARDED,
     engine_of,
     layers_to_shard,
-    local_part,
     shard_embeddings_with_head,
     unsharded_weight,
 )
@@ -65,8 +62,6 @@ from blip_ft.training.signals import Signals, StopCallback, block_sigterm, ignor
 logger = logging.getLogger(__name__)
 
 CONTRASTIVE_FILE = "contrastive.safetensors"
-
-NEVER = torch.iinfo(torch.long).max  # a step that no run reaches
 
 LOSS_PARTS = ("loss_itc", "loss_itm", "in_batch_accuracy")  # logged with the loss of retrieval
 
@@ -129,7 +124,6 @@ class BlipTrainer(OptimizingTrainer):
         self.building: str | None = None  # folder of a checkpoint that is being written
         self.has_targets = False  # whether a batch had a token to learn
         self.loss_parts: list[torch.Tensor] = []  # LOSS_PARTS (3,) of each step since the last log
-        self.first_bad_step = torch.tensor(NEVER)  # first step of this process with a loss that is not finite
         for shown in (ProgressCallback, PrinterCallback):
             if self.pop_callback(shown):
                 self.add_callback(ProgressLog())
@@ -256,43 +250,6 @@ class BlipTrainer(OptimizingTrainer):
         if "loss_itc" in outputs and model.training:
             self.loss_parts.append(torch.stack([outputs[name].float() for name in LOSS_PARTS]).detach())
         return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        # kept on the device: reading the value here would wait for the device in each step
-        self.first_bad_step = self.first_bad_step.to(loss.device)
-        step = torch.full_like(self.first_bad_step, self.state.global_step + 1)
-        self.first_bad_step = torch.where(loss.isfinite(), self.first_bad_step, self.first_bad_step.minimum(step))
-        return loss
-
-    def require_finite(self, weights: bool) -> None:
-        """Stop all processes together if a loss since the start, or a trained weight now, is NaN or infinite.
-
-        A collective, which waits for the device once. It is called when the loss is logged, and with weights, which
-        reads each trained weight, before an evaluation, a checkpoint and the final save.
-        Raises: ValueError with the step, the last complete checkpoint, and what to try.
-        """
-        step, device = self.state.global_step, self.args.device
-        with self._temperature_in_model():
-            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad and weights]
-        finite = [is_finite(local_part(parameter)).to(device) for parameter in trained]
-        is_good = torch.stack(finite).all() if finite else torch.tensor(True, device=device)
-        found = torch.stack([self.first_bad_step.to(device), torch.where(is_good, NEVER, step)])
-        # (processes, 2)
-        loss_step, weights_step = self.accelerator.gather(found[None]).amin(0).tolist()
-        if loss_step == weights_step == NEVER:
-            return
-        args, last = self.args, newest_checkpoint(Path(self.args.output_dir))
-        is_loss = loss_step <= weights_step
-        raise ValueError(
-            f"Training stopped: the {'loss' if is_loss else 'weights'} of step {min(loss_step, weights_step)} "
-            f"{'is' if is_loss else 'are'} not finite (NaN or infinity). That state is not saved; "
-            f"{f'{last} is the last complete checkpoint' if last else 'no checkpoint had been written'}. "
-            f"Start again with a lower --learning_rate (now {args.learning_rate:g})"
-            + ("" if args.max_grad_norm else ", or with --max_grad_norm 1")
-            + (", or with --bf16 instead of --fp16" if args.fp16 else "")
-            + "."
-        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
