@@ -28,6 +28,8 @@ def recipe_classes(name):
     program = runpy.run_path(str(RECIPES / f"{name}.py"))
     if name == "predict":
         return (program["Prediction"], program["Data"])
+    if name == "bootstrap":
+        return (program["Bootstrap"], program["Data"])
     if name == "app":
         return (program["App"],)
     if name == "check_data":
@@ -275,7 +277,7 @@ OFTEN_SET = {
 }
 
 
-@pytest.mark.parametrize("name", ["vqa", "captioning", "retrieval", "predict", "app", "check_data"])
+@pytest.mark.parametrize("name", ["vqa", "captioning", "retrieval", "predict", "bootstrap", "app", "check_data"])
 def test_help_is_short_and_has_every_flag_of_ours_and_help_all_has_all(name, capsys, caplog, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     caplog.set_level("INFO")
@@ -305,7 +307,7 @@ def test_flag_is_shown_with_its_default(capsys):
     assert '\n  --prompt "a picture of "' in shown_by("--help", [edited], capsys)
 
 
-@pytest.mark.parametrize("name", ["vqa", "captioning", "retrieval", "predict", "app", "check_data"])
+@pytest.mark.parametrize("name", ["vqa", "captioning", "retrieval", "predict", "bootstrap", "app", "check_data"])
 def test_each_help_text_can_be_read_alone(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     shown = shown_by("--help", recipe_classes(name), capsys)

@@ -81,11 +81,15 @@ def write_page(
         open_image: as in write_report.
         values: what else the template reads.
     """
-    page = _environment().get_template(template).render(
-        cards=_cards(samples, shown, open_image),
-        kinds=sorted({samples[place].kind for place in shown} - {""}),
-        total=len(samples),
-        **values,
+    page = (
+        _environment()
+        .get_template(template)
+        .render(
+            cards=_cards(samples, shown, open_image),
+            kinds=sorted({samples[place].kind for place in shown} - {""}),
+            total=len(samples),
+            **values,
+        )
     )
     # JSON can contain a lone surrogate, which UTF-8 cannot encode
     path.write_text(page, encoding="utf-8", errors="replace")

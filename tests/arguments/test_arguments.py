@@ -19,6 +19,7 @@ from blip_ft.arguments import (
 )
 from blip_ft.cli import parse
 from blip_ft.training.hub import PushingTrainer
+from blip_ft.training.optimization import OptimizingTrainer
 from blip_ft.training.trainer import BlipTrainer
 
 
@@ -81,9 +82,9 @@ def names_read_by(name: str) -> set[str]:
     own = RECIPES.parent / "blip_ft"
     package = [path for path in own.rglob("*.py") if path.parent.name != "arguments" and path.stem != "cli"]
     read = set().union(*map(names_read, [RECIPES / f"{name}.py", *package]))
-    if name == "predict":
+    if name in ("predict", "bootstrap"):
         return read
-    overrides = vars(BlipTrainer).keys() | vars(PushingTrainer).keys()
+    overrides = vars(BlipTrainer).keys() | vars(OptimizingTrainer).keys() | vars(PushingTrainer).keys()
     of_trainer = {name for name in overrides if callable(getattr(BlipTrainer, name))}
     # those call the Trainer's own
     of_trainer -= {
@@ -93,6 +94,8 @@ def names_read_by(name: str) -> set[str]:
         "compute_loss",
         "log",
         "create_optimizer",
+        "create_scheduler",
+        "_run_epoch",
         "_save_checkpoint",
     }
     of_trainer -= {
@@ -115,7 +118,7 @@ def names_read_by(name: str) -> set[str]:
 CHECKED_ALONE = {"answer_mode"}
 
 
-@pytest.mark.parametrize("name", ["vqa", "captioning", "retrieval", "predict"])
+@pytest.mark.parametrize("name", ["vqa", "captioning", "retrieval", "predict", "bootstrap"])
 def test_every_setting_is_read_or_refused(name):
     """A setting that a later version of transformers brings is met here too."""
     read = names_read_by(name)
@@ -133,13 +136,14 @@ NO_WORDS = {
 }
 
 
-@pytest.mark.parametrize("name", ["vqa", "retrieval", "predict"])
+@pytest.mark.parametrize("name", ["vqa", "retrieval", "predict", "bootstrap"])
 def test_each_setting_without_effect_is_refused_and_not_in_help(name, tmp_path, capsys):
     classes = recipe_classes(name)
     with pytest.raises(SystemExit):
         parse(*classes, argv=["--help"])
     shown = capsys.readouterr().out.split()
-    needed = ["--model_name_or_path", "x", "--dataset_name", "x", "--eval_split", "test"]
+    model = "--filter" if name == "bootstrap" else "--model_name_or_path"
+    needed = [model, "x", "--dataset_name", "x", "--eval_split", "test"]
     hidden = {setting: part for part in classes for setting in part.without_effect}
     assert hidden
     for setting, part in hidden.items():
