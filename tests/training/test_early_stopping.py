@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TASKS, results_of
+from conftest import RECIPES, TASKS, results_of
+from programs import run_ranks
 from safetensors.torch import load_file
 from test_checkpoints import assert_same_end, last_step
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
@@ -136,3 +137,14 @@ def test_patience_turns_evaluation_on_or_says_what_it_needs(flags):
         return
     with pytest.raises(ValueError, match="early_stopping_patience needs checkpoints .* leave out --early_stopping_pat"):
         BlipTrainingArguments(early_stopping_patience=1, use_cpu=True, output_dir="x", **flags)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_train_nothing_when_they_resume(data_of, tmp_path):
+    words = [RECIPES / "vqa.py", *data_of("vqa"), *FLAGS, "--per_device_train_batch_size", "4"]
+    words += ["--learning_rate", "0", "--output_dir", tmp_path / "run", "--use_cpu", "--dataloader_num_workers", "0"]
+    for more in ([], ["--resume_from_checkpoint", "last"]):  # no score can get better than the first
+        for code, errors in run_ranks(*words, *more, folder=tmp_path / "said"):
+            assert code == 0, errors[-3000:]
+        assert last_step(tmp_path / "run") == state_of(tmp_path / "run")["global_step"] == 3
+        assert results_of(tmp_path / "run")["checkpoint"].startswith("step 1 of 3, the best by loss")
