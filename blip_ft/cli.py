@@ -154,6 +154,8 @@ class _Parser(HfArgumentParser):
         super()._add_dataclass_arguments(dataclass_type)
         for action in self._actions[before:]:
             action.help = _help_of(action, dataclass_type)
+            if action.type is string_to_bool:  # also of a flag whose default is None
+                action.nargs, action.const = "?", True
 
     def print_help_if_asked(self, flags: Sequence[str]) -> None:
         """Print help and exit, before files are read or values are checked."""
@@ -203,7 +205,7 @@ class _Parser(HfArgumentParser):
 
 
 HOW_TO_READ = (
-    "Each flag is followed by its default, or by N, TEXT, BOOL or choices. A flag followed by nothing turns something "
+    "Each flag is followed by its default, or by N, TEXT or choices. A flag followed by nothing turns something "
     "on; true or false may follow. YAML files have the same names without dashes."
 )
 
@@ -219,7 +221,7 @@ class _Formatter(argparse.HelpFormatter):
         if value is None and action.nargs in (0, "?"):
             return flag
         if value is None:
-            value = {int: "N", float: "N", string_to_bool: "BOOL"}.get(action.type, action.metavar or "TEXT")
+            value = {int: "N", float: "N"}.get(action.type, action.metavar or "TEXT")
             value = "|".join(map(str, action.choices)) if action.choices and len(action.choices) < 10 else value
         return f"{flag} {value}" + (" ..." if action.nargs == "+" else "")
 
