@@ -12,6 +12,7 @@ given. The exit code is 0 if a recipe would train. With --streaming, the whole d
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -98,6 +99,8 @@ def main() -> None:
 
     print(f"\nrecipes/{task}.py would read these rows of {data_args.label}:\n")
     print_counts({"train": train, "evaluate": held_out})
+    if len(data_args.sources()) > 1:
+        print_sources(train, data_args.sources())
     print_questions(train) if task == "vqa" else print_captions(train)
     print_first_rows(train)
     batch_size = training_args.per_device_train_batch_size or BATCH_SIZES[task]
@@ -142,6 +145,15 @@ def print_counts(parts: dict[str, Dataset | CaptionRows]) -> None:
         print(f"{name:12}{len(rows):10}{len(np.unique(number_images(rows))):10}")
 
 
+def print_sources(rows: Dataset | CaptionRows, sources: Iterable[str]) -> None:
+    """The share of each source in the rows to train on; image ids begin with its name."""
+    ids = rows.images["image_id"][:] if isinstance(rows, CaptionRows) else rows["image_id"][:]
+    ids = [ids[image] for image in rows.image_index] if isinstance(rows, CaptionRows) else ids
+    print_shares(
+        "\nsources to train on", Counter({name: sum(i.startswith(f"{name}:") for i in ids) for name in sources})
+    )
+
+
 def print_questions(rows: Dataset) -> None:
     answers = rows["answers"][:]
     texts = {"question": rows["question"][:], "answer": [answer for given in answers for answer in given]}
@@ -149,6 +161,8 @@ def print_questions(rows: Dataset) -> None:
     types = rows["answer_type"][:] if "answer_type" in rows.column_names else map(answer_type, answers)
     print_shares("\nanswer types", Counter(types))
     print_shares("most frequent answers", Counter(map(most_frequent_answer, answers)))
+    if "weight" in rows.column_names:
+        print_shares("weights of rows", Counter(rows["weight"][:]))
 
 
 def print_captions(rows: CaptionRows) -> None:

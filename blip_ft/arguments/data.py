@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +22,12 @@ class DataArguments(Settings):
     _argument_group_name = "Data"
     _needs_annotations = True  # False for prediction
 
-    dataset_name: str | None = HfArg(
+    # lists for the parser; of a list with one entry, __post_init__ keeps the entry, a string
+    dataset_name: list[str] | None = HfArg(
         default=None,
         help="Data: `demo`, a Hub id, a folder or a file. A folder contains images and "
         "metadata.jsonl/csv/parquet, or was written by save_to_disk; a json, jsonl, csv or parquet file has "
-        "a column of image paths.",
+        "a column of image paths. The rows of several are mixed.",
     )
     eval_dataset_name: str | None = HfArg(
         default=None, help="Data to evaluate on. Same kinds as dataset_name. Default: dataset_name."
@@ -36,8 +37,10 @@ class DataArguments(Settings):
     annotations_file: str | None = HfArg(default=None, help="Official VQA v2 annotations JSON to train on.")
     eval_questions_file: str | None = HfArg(default=None, help="Official VQA v2 questions JSON to evaluate on.")
     eval_annotations_file: str | None = HfArg(default=None, help="Official VQA v2 annotations JSON to evaluate on.")
-    image_folder: str | None = HfArg(
-        default=None, help="Folder that image paths are relative to. Default: that of the data file."
+    image_folder: list[str] | None = HfArg(
+        default=None,
+        help="Folder that image paths are relative to. Default: that of the data file. For several dataset_name, one "
+        "for all, or one for each; other data to evaluate or test on is then in the first.",
     )
     train_split: str = HfArg(
         default="train", help="Split to train on. In files, a column `split` gives each row's split."
@@ -105,6 +108,7 @@ class DataArguments(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_sources()
         if self.dataset_name and self.questions_file:
             raise ValueError("dataset_name and questions_file are mutually exclusive. Give one of them.")
         if self.eval_dataset_name and not self.dataset_name:
@@ -131,8 +135,52 @@ class DataArguments(Settings):
         if self.eval_questions_file and not self.questions_file:
             raise ValueError("eval_questions_file requires questions_file. For other data, use eval_dataset_name.")
 
+    def _check_sources(self) -> None:
+        """Turn lists of one into strings. Raises: ValueError for names and folders that do not work together."""
+        self.dataset_name, self.image_folder = _only_one(self.dataset_name), _only_one(self.image_folder)
+        names, folders = _as_list(self.dataset_name), _as_list(self.image_folder)
+        if len(folders) > 1 and len(folders) != len(names):
+            raise ValueError(
+                f"image_folder takes one folder for all data, or one for each dataset_name; found {len(folders)} "
+                f"folders for {len(names)}."
+            )
+        if len(names) < 2:
+            return
+        if not self._needs_annotations:
+            raise ValueError(f"Predictions are for one dataset_name, found {', '.join(names)}. Predict for each.")
+        if "demo" in names:
+            raise ValueError(
+                "The demo's data is not mixed with other data. Leave out `demo`, or the other dataset_name."
+            )
+        if self.streaming:
+            raise ValueError("One dataset_name can be streamed; several are mixed without --streaming.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"dataset_name has the same data twice: {', '.join(names)}. Give each once.")
+
+    def sources(self) -> dict[str, DataArguments]:
+        """A name for each source of dataset_name -> the arguments that read it alone. The name of a single one is "".
+
+        A name has no folders, so that data may be moved; the second of equal names is e.g. `train.json-2`.
+        """
+        names, folders = _as_list(self.dataset_name), _as_list(self.image_folder)
+        if len(names) < 2:
+            return {"": self}
+        if len(folders) < 2:
+            folders = [self.image_folder] * len(names)
+        found: dict[str, DataArguments] = {}
+        for name, folder in zip(names, folders, strict=True):
+            source, number = Path(name).name, 2
+            while source in found:
+                source, number = f"{Path(name).name}-{number}", number + 1
+            found[source] = replace(self, dataset_name=name, image_folder=folder)
+        return found
+
+    def other_source(self, name: str) -> DataArguments:
+        """The arguments that read eval_dataset_name or test_dataset_name in the place of dataset_name."""
+        return replace(self, dataset_name=name, image_folder=next(iter(_as_list(self.image_folder)), None))
+
     def unread(self) -> dict[str, str]:
-        names = (self.dataset_name, self.eval_dataset_name, self.test_dataset_name)
+        names = (*_as_list(self.dataset_name), self.eval_dataset_name, self.test_dataset_name)
         of_hub = any(name not in (None, "demo") and not Path(name).expanduser().exists() for name in names)
         to_evaluate = (self.eval_split, self.eval_dataset_name, self.eval_questions_file)
         return {
@@ -170,15 +218,14 @@ class DataArguments(Settings):
             )
 
     @property
-    def hub_id(self) -> str | None:
-        """The data set's id on the Hub; None for files and for the demo."""
-        name = self.dataset_name
-        return None if name in (None, "demo") or Path(name).exists() else name
+    def hub_ids(self) -> list[str]:
+        """The ids of the data on the Hub, without files and the demo."""
+        return [name for name in _as_list(self.dataset_name) if name != "demo" and not Path(name).expanduser().exists()]
 
     @property
     def label(self) -> str:
         """A short name for the model card, without the folders of its path."""
-        return Path(self.dataset_name or self.questions_file).name
+        return " + ".join(Path(name).name for name in _as_list(self.dataset_name or self.questions_file))
 
     @property
     def held_out(self) -> str:
@@ -196,3 +243,13 @@ class DataArguments(Settings):
         if self.test_dataset_name:
             return Path(self.test_dataset_name).name + (f", split {self.test_split}" if self.test_split else "")
         return f"split {self.test_split}" if self.test_split else None
+
+
+def _only_one(value: str | list[str] | None) -> str | list[str] | None:
+    """The entry of a list with one entry; a longer list, as a list; other values as they are."""
+    several = _as_list(value)
+    return several if len(several) > 1 else next(iter(several), None)
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())

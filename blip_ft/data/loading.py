@@ -12,11 +12,11 @@ from datasets import Dataset
 
 from blip_ft.arguments import DataArguments
 from blip_ft.data.checks import drop_unreadable_images, find_unreadable_images, report_bad_rows
-from blip_ft.data.schema import CaptionSchema, Part, Schema, VqaSchema
+from blip_ft.data.schema import CaptionSchema, MixedPart, Part, Schema, VqaSchema
 from blip_ft.data.sources import read_source
-from blip_ft.data.splits import get_column_names, hold_out_images, read_splits, select_splits
+from blip_ft.data.splits import SourceRows, get_column_names, hold_out_images, naming, read_splits, select_splits
 from blip_ft.data.streaming import StreamedRows
-from blip_ft.data.tables import CaptionRows, Row, encode_column
+from blip_ft.data.tables import CaptionRows, Row, Table, encode_column
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,8 @@ def load_to_predict(args: DataArguments, kind: Literal["vqa", "images"]) -> tupl
         kind: `vqa` gives one row per question, `images` one row per image.
     Returns: the rows; split, row, image_id and reason of each bad row.
     """
+    if len(args.sources()) > 1:
+        raise ValueError(f"Predictions are for one dataset_name, found {args.label}. Predict for each.")
     tables, folder = read_source(args)
     split = args.eval_split or ("validation" if args.dataset_name == "demo" else None)
     if split is None and len(tables) > 1:
@@ -147,12 +149,12 @@ def _load_parts(
     schema: type[Schema], args: DataArguments, bad_rows_file: Path | None, seed: int
 ) -> tuple[dict[str, Dataset | StreamedRows], dict[str, dict[str, int]]]:
     """The usable rows and the Part.identity of `train`, `eval` and, if it is given, `test`."""
-    sources = {
-        name: (table, schema(args, get_column_names(table), folder, name))
-        for name, (table, folder) in read_splits(args).items()
-    }
-    stream = StreamedRows(*sources.pop("train"), args, bad_rows_file, seed) if args.streaming else None
-    parts = {name: Part(*source) for name, source in sources.items()}
+    sources = {name: _with_schemas(schema, args, name, several) for name, several in read_splits(args).items()}
+    stream = None
+    if args.streaming:  # of one source
+        (source,) = sources.pop("train").values()
+        stream = StreamedRows(*source, args, bad_rows_file, seed)
+    parts = {name: _mix(several) for name, several in sources.items()}
     unreadable = find_unreadable_images(parts.values(), args.check_images)
 
     bad = [row for name, part in parts.items() for row in part.bad_rows(unreadable[name])]
@@ -171,6 +173,27 @@ def _load_parts(
         if not len(part):
             raise ValueError(f"No rows are left to {VERBS[name]} on: {len(bad)} of {total} rows are bad.")
     return rows if stream is None else {"train": stream, **rows}, identity
+
+
+def _with_schemas(
+    schema: type[Schema], args: DataArguments, name: str, sources: list[SourceRows]
+) -> dict[str, tuple[Table, Schema]]:
+    """The table of each source, and the schema that converts it; all give the same columns."""
+    columns = {source.source: get_column_names(source.table) for source in sources}
+    in_any = {column for names in columns.values() for column in names}
+    found = {}
+    for source, table, folder in sources:
+        with naming(source):
+            found[source] = (table, schema(args, columns[source], folder, name, source=source, others_have=in_any))
+    return found
+
+
+def _mix(sources: dict[str, tuple[Table, Schema]]) -> Part:
+    parts = []
+    for source, (table, schema) in sources.items():
+        with naming(source):
+            parts.append(Part(table, schema))
+    return MixedPart(parts) if len(parts) > 1 else parts[0]
 
 
 def _take_first(rows: Dataset | StreamedRows, limit: int | None) -> Dataset | StreamedRows:

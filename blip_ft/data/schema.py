@@ -8,9 +8,9 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,28 @@ VQA_FEATURES = {
 
 
 class Schema:
-    """Converts the rows of a source, whatever its columns are called, to our columns."""
+    """Converts the rows of a source, whatever its columns are called, to our columns.
+
+    Args:
+        name: train, eval or test.
+        source: name of the source if its rows are mixed with others. Ids begin with it: two sources may both number
+            their images from 0.
+        others_have: columns of the sources that it is mixed with; an optional one of them is filled in.
+    """
 
     references: str  # the argument that names the column of what the model should say
 
     def __init__(
-        self, args: DataArguments, columns: list[str], folder: Path | None, name: str, needs_references: bool = True
+        self,
+        args: DataArguments,
+        columns: list[str],
+        folder: Path | None,
+        name: str,
+        needs_references: bool = True,
+        source: str = "",
+        others_have: Collection[str] = (),
     ) -> None:
+        self.source, self.prefix = source, f"{source}:" if source else ""
         self.folder, self.name, self.id_column = folder, name, args.image_id_column
         self.max_eval_samples = args.max_eval_samples
         self.image_column = args.image_column or ("image" if "image" in columns else "file_name")
@@ -55,8 +70,10 @@ class Schema:
         _require_columns(required, columns)
         if self.id_column != "image_id":
             _require_columns({"image_id_column": self.id_column}, columns)
-        self.has_type, self.has_weight = "answer_type" in columns, "weight" in columns
-        self.images: dict[str, int] = {}  # image_id of the source -> hash of the path or content that it stands for
+        self.has_type, self.has_weight = (name in {*columns, *others_have} for name in ("answer_type", "weight"))
+        self.images: dict[
+            str, int
+        ] = {}  # image_id that the source gave -> hash of the path or content that it stands for
         self.in_place = False  # whether the images stay in the table that they came in
         self.features = Features({"image": Image(decode=False), "image_id": Value("string"), **self._text_features()})
         self.needed = {self.image_column, self.id_column, *self.text_columns.values(), *OPTIONAL_COLUMNS}
@@ -76,19 +93,20 @@ class Schema:
         """The row in our columns, and the reason why it cannot be used, if any."""
         image, made_id, reason = _find_image(row.get(self.image_column), self.folder, self.in_place)
         given_id = _as_id(row.get(self.id_column))
+        image_id = self.prefix + (given_id or made_id)
         texts, problem = self._texts(row, position)
         reason = reason or problem
         if given_id and not reason:
             # a batch has one image per image_id, so a second image with the same id would never be seen
             content = hash(image["path"] or made_id)
-            if self.images.setdefault(given_id, content) != content:
+            if self.images.setdefault(image_id, content) != content:
                 reason = f"image is not the one of an earlier row with the same {self.id_column} {given_id}"
-        return {"image": image, "image_id": given_id or made_id, **texts}, reason
+        return {"image": image, "image_id": image_id, **texts}, reason
 
     def identity(self, image_id: str, image: Row) -> int:
         """A number that is equal for equal paths and for equal bytes, even if their image_id differs."""
         # without a path, an image_id that the source did not give is a hash of the bytes
-        return self.images.get(image_id, hash(image["path"] or image_id))
+        return self.images.get(image_id, hash(image["path"] or image_id.removeprefix(self.prefix)))
 
     def to_train(self, rows: list[Row]) -> Iterable[Row]:
         """Turn the converted rows of one image into rows to train on."""
@@ -125,7 +143,7 @@ class VqaSchema(Schema):
         texts = {
             "question": question,
             "answers": answers,
-            "question_id": _as_id(row.get("question_id")) or f"{self.name}-{position}",
+            "question_id": self.prefix + (_as_id(row.get("question_id")) or f"{self.name}-{position}"),
         }
         if self.has_type:
             texts["answer_type"] = _as_id(row.get("answer_type")) or "unknown"
@@ -236,7 +254,27 @@ class Part:
                     "row": position,
                     "image_id": image_id,
                     "reason": reason or unreadable[image_id],
+                    **({"source": self.schema.source} if self.schema.source else {}),
                 }
+
+
+class MixedPart(Part):
+    """The rows of several sources, one source after another."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        self.parts, self.schema, self.name = parts, parts[0].schema, parts[0].name
+        self.rows = concatenate_datasets([part.rows for part in parts])
+        self.reasons = [reason for part in parts for reason in part.reasons]
+        self.first, self.identity = {}, {}  # ids begin with the name of their source
+        start = 0
+        for part in parts:
+            self.first |= {image_id: start + position for image_id, position in part.first.items()}
+            self.identity |= part.identity
+            start += len(part)
+
+    def bad_rows(self, unreadable: dict[str, str]) -> Iterator[Row]:
+        """As of Part; rows are counted in their own source, which is named."""
+        return chain.from_iterable(part.bad_rows(unreadable) for part in self.parts)
 
 
 def _require_columns(needed: dict[str, str], found: list[str]) -> None:

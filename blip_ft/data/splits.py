@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -19,31 +21,64 @@ from blip_ft.data.tables import RowsOfFile, Table, encode_column
 logger = logging.getLogger(__name__)
 
 
-def read_splits(args: DataArguments) -> dict[str, tuple[Table, Path | None]]:
-    """The raw rows of `train` and, if they are given, of `eval` and `test`.
+class SourceRows(NamedTuple):
+    """The raw rows of one source.
 
-    Each table comes with the folder that its image paths are relative to.
+    Args:
+        source: its name among several, "" if it is the only one.
+        folder: that its image paths are relative to.
     """
+
+    source: str
+    table: Table
+    folder: Path | None
+
+
+def read_splits(args: DataArguments) -> dict[str, list[SourceRows]]:
+    """The raw rows of `train` and, if they are given, of `eval` and `test`, from each source that they are in."""
     _require_separate_rows(args)
-    tables, folder = read_source(args)
-    test = {}
-    if args.test_dataset_name or args.test_split:
-        sources = (tables, folder)
-        if args.test_dataset_name:
-            sources = read_source(replace(args, dataset_name=args.test_dataset_name))
-        chosen = replace(args, train_split=args.test_split or "train", eval_split=None, streaming=False)
-        table, _ = select_splits(sources[0], chosen)
-        test = {"test": (table, sources[1])}
+    parts: dict[str, list[SourceRows]] = {}
+    for source, own in args.sources().items():
+        with naming(source):
+            tables, folder = read_source(own)
+            for part, table in _select_parts(tables, own).items():
+                parts.setdefault(part, []).append(SourceRows(source, table, folder))
+    others = {"eval": (args.eval_dataset_name, args.eval_split), "test": (args.test_dataset_name, args.test_split)}
+    for part, (name, split) in others.items():
+        if name:
+            other = args.other_source(name)
+            tables, folder = read_source(other)
+            # all rows of the other source, unless it has splits
+            chosen = replace(other, train_split=split or "train", eval_split=None, streaming=False)
+            parts[part] = [SourceRows("", select_splits(tables, chosen)[0], folder)]
+    return parts
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Put the name of the source before the message of a ValueError, unless it is ""."""
+    try:
+        yield
+    except ValueError as error:
+        if not source:
+            raise
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _select_parts(tables: dict[str, Table], args: DataArguments) -> dict[str, Table]:
+    """The tables of `train` and, if they are in this source, of `eval` and `test`."""
+    parts = {}
+    if args.test_split and not args.test_dataset_name:
+        chosen = replace(args, train_split=args.test_split, eval_split=None, streaming=False)
+        parts["test"], _ = select_splits(tables, chosen)
     if args.eval_dataset_name:
-        other, other_folder = read_source(replace(args, dataset_name=args.eval_dataset_name))
-        train, _ = select_splits(tables, replace(args, eval_split=None))
-        # all rows of the other source, unless it has splits
-        evaluation, _ = select_splits(other, replace(args, train_split=args.eval_split or "train", eval_split=None))
-        return {"train": (train, folder), "eval": (evaluation, other_folder), **test}
-    train, evaluation = select_splits(tables, args)
+        parts["train"], _ = select_splits(tables, replace(args, eval_split=None))
+        return parts
+    parts["train"], evaluation = select_splits(tables, args)
     if evaluation is None:
         _warn_of_unused_splits(tables, args)
-    return {"train": (train, folder), **({} if evaluation is None else {"eval": (evaluation, folder)}), **test}
+        return parts
+    return {**parts, "eval": evaluation}
 
 
 def select_splits(tables: dict[str, Table], args: DataArguments) -> tuple[Table, Table | None]:
@@ -74,8 +109,13 @@ def hold_out_images(rows: Dataset, fraction: float, seed: int, identity: dict[st
 
 
 def read_column_names(args: DataArguments) -> list[str]:
-    """The columns of the rows to train on, as the source names them."""
-    return get_column_names(select_splits(read_source(args)[0], replace(args, eval_split=None))[0])
+    """The columns of the rows to train on, as their sources name them."""
+    columns: dict[str, None] = {}
+    for source, own in args.sources().items():
+        with naming(source):
+            table, _ = select_splits(read_source(own)[0], replace(own, eval_split=None))
+            columns |= dict.fromkeys(get_column_names(table))
+    return list(columns)
 
 
 def get_column_names(table: Table) -> list[str]:
@@ -85,27 +125,29 @@ def get_column_names(table: Table) -> list[str]:
 
 def _require_separate_rows(args: DataArguments) -> None:
     """Raises: ValueError if the same rows are for two of training, evaluation and test, without allow_image_overlap."""
-    source = args.dataset_name or args.questions_file
+    sources = [own.dataset_name or own.questions_file for own in args.sources().values()]
     default_split = "validation" if args.dataset_name == "demo" else None
-    # verb -> source and split
-    uses = {"train": (source, args.train_split)}
+    # verb -> sources and split
+    uses = {"train": (sources, args.train_split)}
     if args.eval_dataset_name:
-        uses["evaluate"] = (args.eval_dataset_name, args.eval_split or "train")
+        uses["evaluate"] = ([args.eval_dataset_name], args.eval_split or "train")
     elif args.eval_questions_file and args.eval_split != args.train_split:
-        uses["evaluate"] = (args.eval_questions_file, args.train_split)  # a VQA v2 file has no splits
+        uses["evaluate"] = ([args.eval_questions_file], args.train_split)  # a VQA v2 file has no splits
     elif args.eval_split or default_split:
-        uses["evaluate"] = (source, args.eval_split or default_split)
+        uses["evaluate"] = (sources, args.eval_split or default_split)
     if args.test_dataset_name or args.test_split:
-        uses["test"] = (args.test_dataset_name or source, args.test_split or "train")
+        uses["test"] = ([args.test_dataset_name] if args.test_dataset_name else sources, args.test_split or "train")
     for one, other in combinations(uses, 2):
-        (name, split), (other_name, other_split) = uses[one], uses[other]
-        if split == other_split and _is_same_file(name, other_name) and not args.allow_image_overlap:
+        (names, split), (other_names, other_split) = uses[one], uses[other]
+        same = [name for name, other_name in product(names, other_names) if _is_same_file(name, other_name)]
+        if split == other_split and same and not args.allow_image_overlap:
             flags = "--test_split or --test_dataset_name"
             if other == "evaluate":
                 flags = "--eval_split, --eval_dataset_name or --eval_questions_file (none: some images are held out)"
             raise ValueError(
-                f"The same rows are used to {one} and to {other}: {name}, split {split}. The scores would say nothing "
-                f"about new images. Choose other rows with {flags}. To use the same rows, set --allow_image_overlap."
+                f"The same rows are used to {one} and to {other}: {same[0]}, split {split}. The scores would say "
+                f"nothing about new images. Choose other rows with {flags}. To use the same rows, set "
+                "--allow_image_overlap."
             )
 
 

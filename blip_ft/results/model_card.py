@@ -54,7 +54,7 @@ def build_model_card(
     base_model: str | None,
     revision: str,
     dataset: str,
-    dataset_id: str | None,
+    dataset_ids: list[str],
     held_out: str,
     scores: dict[str, float],
     notes: dict[str, Any],
@@ -73,7 +73,7 @@ def build_model_card(
     Args:
         repository: id on the Hub, or a local name.
         task: a key of TASKS. family: name of the model's family. model_type: as in config.json.
-        base_model, dataset_id: Hub ids; None for local or new ones, which the Hub would reject.
+        base_model, dataset_ids: Hub ids; None, or none, for local or new ones, which the Hub would reject.
         held_out: name of the evaluation data. tested_on: name of the test data of the final model, if any.
         scores: name -> value in percent, CIDEr-D x 100; eval_... on held_out, test_... on tested_on. The Hub shows
             the test scores if there are any. baselines: scores of a guess, for some of the names.
@@ -86,7 +86,7 @@ def build_model_card(
     license, commit = _read_base(base_model, revision) if base_model else (None, None)
     template = files(__package__).joinpath("model_card.md").read_text(encoding="utf-8")
     return ModelCard.from_template(
-        _metadata(repository, task, model_type, is_adapter, base_model, license, dataset, dataset_id, scores),
+        _metadata(repository, task, model_type, is_adapter, base_model, license, dataset, dataset_ids, scores),
         template_str=template + "\n",  # jinja2 removes the last newline
         repository=repository,
         task=task,
@@ -123,7 +123,7 @@ def _metadata(
     base_model: str | None,
     license: str | list[str] | None,
     dataset: str,
-    dataset_id: str | None,
+    dataset_ids: list[str],
     scores: dict[str, float],
 ) -> ModelCardData:
     """The YAML at the top of the card, which the Hub reads."""
@@ -133,7 +133,7 @@ def _metadata(
     results = [
         EvalResult(
             task_type=tag,
-            dataset_type=dataset_id or "custom",
+            dataset_type=dataset_ids[0] if len(dataset_ids) == 1 else "custom",
             dataset_name=dataset,
             metric_type=official_name(name)[0],
             metric_name=official_name(name)[1],
@@ -147,7 +147,7 @@ def _metadata(
         pipeline_tag=pipeline_tag,
         base_model=base_model,
         base_model_relation=("adapter" if is_adapter else "finetune") if base_model else None,
-        datasets=[dataset_id] if dataset_id else None,
+        datasets=dataset_ids or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)),
         tags=[model_type, "blip_ft", *([] if pipeline_tag else [tag]), *(["lora"] if is_adapter else [])],
         model_name=Path(repository).name,

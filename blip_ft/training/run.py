@@ -278,7 +278,7 @@ class _Finish:
             base_model=model_args.hub_id,
             revision=model_args.model_revision,
             dataset=data_args.label,
-            dataset_id=data_args.hub_id,
+            dataset_ids=data_args.hub_ids,
             held_out=data_args.held_out,
             overlap=overlaps["eval"],
             tested_on=data_args.tested_on,

@@ -149,23 +149,6 @@ def test_rows_of_blip2_count_by_their_weight_also_where_all_have_the_same(golden
     assert model.loss_items(light).tolist() == items.tolist() == model.loss_items(none).tolist()
 
 
-def write_original(folder, tmp_path):
-    """The original's three files, and the folders vqa and vg of their images."""
-    for name, source, place in (("a", "vqa", "train2014"), ("b", "vqa", "val2014"), ("c", "vg", "image")):
-        (tmp_path / source / place).mkdir(parents=True)
-        (folder / f"{name}.png").rename(tmp_path / source / place / f"{name}.png")
-    ten = ["red"] * 7 + ["blue"] * 3
-    files = {
-        "vqa_train": {"question_id": 1, "question": "What?", "answer": ten, "image": "train2014/a.png"},
-        "vqa_val": {"question_id": 2, "question": "How?", "answer": ten, "image": "val2014/b.png"},
-        "vg_qa": {"question_id": 1, "question": "Who?", "answer": "a man", "image": "image/c.png"},
-    }
-    for name, row in files.items():
-        rows = [{**row, "dataset": name.split("_")[0]}]
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    return [str(tmp_path / f"{name}.json") for name in files]
-
-
 def test_file_of_the_original_without_answers_is_read_to_predict(folder, tmp_path):
     row = {"question_id": 5, "question": "What?", "image": "images/a.png", "dataset": "vqa"}
     (tmp_path / "vqa_test.json").write_text(json.dumps([row]))
@@ -174,12 +157,11 @@ def test_file_of_the_original_without_answers_is_read_to_predict(folder, tmp_pat
 
 
 def test_rows_of_visual_genome_have_weight_a_fifth(folder, tmp_path):
-    *_, genome = write_original(folder, tmp_path)
-    rows = json.loads((tmp_path / "vg_qa.json").read_text())
-    (tmp_path / "vqa" / "image").mkdir()
-    (folder.parent / "vg" / "image" / "d.png").write_bytes((folder.parent / "vqa/val2014/b.png").read_bytes())
-    rows += [{**rows[0], "image": "image/d.png", "question_id": 2}]
-    (tmp_path / "vg_qa.json").write_text(json.dumps(rows))
-    train, held_out = load_vqa(DataArguments(dataset_name=genome, image_folder=str(tmp_path / "vg")))
-    assert [row["weight"] for row in (*train, *held_out)] == [0.2, 0.2]
-    assert train[0]["answers"] == ["a man"]
+    asked = {"question": "Who?", "answer": "a man", "dataset": "vg"}
+    (tmp_path / "vg_qa.json").write_text(json.dumps([{**asked, "image": f"images/{name}.png"} for name in "ab"]))
+    train, held_out = load_vqa(DataArguments(dataset_name=str(tmp_path / "vg_qa.json")))
+    assert [(row["weight"], row["answers"]) for row in (*train, *held_out)] == [(0.2, ["a man"])] * 2
+    # another file with a column of this name is read as it is
+    rows = [{**asked, "image": f"images/{name}.png", "dataset": "mine"} for name in "ab"]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    assert "weight" not in load_vqa(DataArguments(dataset_name=str(tmp_path / "mine.json")))[0].column_names

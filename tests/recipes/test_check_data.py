@@ -100,3 +100,17 @@ def test_batch_size_is_that_of_the_recipe(check, image_folder, caplog):
         with pytest.raises(SystemExit):
             check("--dataset_name", image_folder, "--eval_split", "test", "--task", task)
         assert f"One optimizer step uses {size} rows" in caplog.messages[-1]
+
+
+def test_sources_of_a_mixture_and_weights_of_rows_are_counted(check, image_folder, tmp_path):
+    rows = [{**json.loads(line), "weight": 0.2} for line in (image_folder / "metadata.jsonl").open()]
+    (tmp_path / "light.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row["split"] == "train"))
+    data = ["--dataset_name", image_folder, "light.jsonl", "--image_folder", image_folder, "--eval_fraction", "0.25"]
+    lines = check(*data, "--per_device_train_batch_size", "6")
+    assert f"recipes/vqa.py would read these rows of {image_folder.name} + light.jsonl:" in lines
+    assert f"sources to train on: {image_folder.name} 50.0%, light.jsonl 50.0%" in lines
+    assert "weights of rows: 1.0 50.0%, 0.2 50.0%" in lines
+    data[1] = tmp_path / "images"
+    (tmp_path / "images").symlink_to(image_folder)
+    lines = check(*data, "--task", "captioning", "--per_device_train_batch_size", "6")
+    assert "sources to train on: images 50.0%, light.jsonl 50.0%" in lines

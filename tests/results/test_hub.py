@@ -227,7 +227,7 @@ def card_of(**changes) -> ModelCard:
         "base_model": None,
         "revision": "main",
         "dataset": "dogs",
-        "dataset_id": None,
+        "dataset_ids": [],
         "held_out": "split test",
         "scores": {"eval_vqa_accuracy": 50.0},
         "notes": {"scoring_rule": "official, ten answers"},
@@ -238,7 +238,7 @@ def card_of(**changes) -> ModelCard:
 
 
 def test_card_of_a_data_set_on_the_hub_names_it_and_no_base_for_a_local_checkpoint():
-    card = card_of(dataset_id="owner/dogs")
+    card = card_of(dataset_ids=["owner/dogs"])
     assert card.data.datasets == ["owner/dogs"] and card.data.base_model is None and card.data.license is None
     assert card.data.metrics == ["accuracy"]
     assert card.data.eval_results[0].dataset_type == "owner/dogs"
