@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import LogitsProcessorList
 
 from blip_ft.arguments.families import BLIP
 from blip_ft.data.text_formats import texts_of
@@ -12,11 +13,15 @@ from blip_ft.modeling.blip.captioning import BlipForConditionalGeneration
 from blip_ft.modeling.blip.retrieval import BlipForImageTextRetrieval
 from blip_ft.modeling.blip.vqa import BlipForQuestionAnswering
 from blip_ft.modeling.inference import (
+    SeededChoice,
     caption,
+    caption_several,
     embed_texts,
     encode_questions,
+    match_texts,
     rank_pairs,
     rank_texts,
+    sampling,
 )
 
 OWNER = np.array([0, 0, 1, 2, 2, 2, 3])  # the image of each of seven texts
@@ -139,3 +144,59 @@ def test_questions_are_encoded_as_by_the_model_from_images_or_their_states(golde
         for images in ({"pixel_values": pixels}, {"image_states": image_states}):
             states, mask = encode_questions(model, {**images, **tokens})
             assert torch.equal(states, wanted) and mask is tokens["attention_mask"]
+
+
+def test_drawn_captions_depend_on_seed_image_and_number_alone(golden, processor):
+    model = BlipForConditionalGeneration.from_pretrained(golden / "captioning").eval()
+    texts = texts_of(processor, BLIP, "conditional_generation")
+    pixels = torch.randn(3, 3, 32, 32)
+
+    def draw(rows, number, seed=0):
+        ids = [f"{row}.png" for row in rows]
+        draws = sampling(seed, ids, number, 20, model.device)
+        generation = texts.generation(20, 1, min_length=5, repetition_penalty=1.1, logits_processor=draws)
+        with torch.no_grad():
+            return caption_several(model, texts, pixels[rows], generation, number)
+
+    together = draw([0, 1, 2], 3)
+    assert [len(set(own)) for own in together] == [3, 3, 3]
+    assert draw([2, 0], 2) == [together[2][:2], together[0][:2]]
+    assert draw([0, 1, 2], 3, seed=1) != together
+
+
+def test_drawn_tokens_have_their_probabilities_among_the_most_probable():
+    """The share of each token in 4,000 rows with the same scores, against the definition of top_p."""
+    probabilities = torch.tensor([0.02, 0.4, 0.03, 0.3, 0.05, 0.2])  # 0.4 + 0.3 + 0.2 reach 0.9
+    draws = sampling(0, [str(number) for number in range(4000)], 1, 1, torch.device("cpu"))
+    scores = draws(torch.zeros(4000, 0, dtype=torch.long), probabilities.log().expand(4000, -1))
+    assert (scores.isfinite().sum(1) == 1).all()
+    shares = scores.isfinite().float().mean(0)
+    wanted = torch.tensor([0, 0.4, 0, 0.3, 0, 0.2]) / 0.9
+    # three standard deviations of a share are at most 0.024
+    torch.testing.assert_close(shares, wanted, atol=0.024, rtol=0)
+    assert (shares[wanted == 0] == 0).all()
+    # only the 50 most probable of 100 tokens: top_p alone would leave 90 of them
+    draws = sampling(0, [str(number) for number in range(4000)], 1, 1, torch.device("cpu"))
+    chosen = draws(torch.zeros(4000, 0, dtype=torch.long), torch.linspace(0, 0.01, 100).expand(4000, -1)).argmax(1)
+    assert chosen.min() >= 50 and chosen.unique().numel() > 40
+
+
+def test_draws_come_after_the_penalty_and_the_minimum_length(golden, processor):
+    """A draw of 0 always takes the most probable token: the texts are those of greedy search with both settings."""
+    model = BlipForConditionalGeneration.from_pretrained(golden / "captioning").eval()
+    texts = texts_of(processor, BLIP, "conditional_generation")
+    pixels = torch.randn(4, 3, 32, 32)
+    for settings in ({"min_length": 15, "repetition_penalty": 3.0}, {"min_length": 5, "repetition_penalty": 1.0}):
+        greedy = texts.generation(20, 1, **settings)
+        first = LogitsProcessorList([SeededChoice(torch.zeros(4, 20))])
+        with torch.no_grad():
+            wanted = caption_several(model, texts, pixels, greedy, 1)
+            assert caption_several(model, texts, pixels, greedy | {"logits_processor": first}, 1) == wanted
+
+
+def test_match_of_many_texts_equals_scoring_every_pair(ranked):
+    model, pixels, ids, mask, _ = ranked
+    with torch.no_grad():
+        wanted = model(pixels[OWNER], ids, mask).itm_score.softmax(-1)[:, 1].tolist()
+        found = match_texts(model, pixels, ids, mask, torch.from_numpy(OWNER), texts_at_once=3)
+    assert found == pytest.approx(wanted, rel=1e-4)
