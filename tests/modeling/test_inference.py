@@ -149,7 +149,7 @@ def test_questions_are_encoded_as_by_the_model_from_images_or_their_states(golde
 def test_drawn_captions_depend_on_seed_image_and_number_alone(golden, processor):
     model = BlipForConditionalGeneration.from_pretrained(golden / "captioning").eval()
     texts = texts_of(processor, BLIP, "conditional_generation")
-    pixels = torch.randn(3, 3, 32, 32)
+    pixels = torch.randn(3, 32, 32).repeat(3, 1, 1, 1)
 
     def draw(rows, number, seed=0):
         ids = [f"{row}.png" for row in rows]
@@ -159,7 +159,7 @@ def test_drawn_captions_depend_on_seed_image_and_number_alone(golden, processor)
             return caption_several(model, texts, pixels[rows], generation, number)
 
     together = draw([0, 1, 2], 3)
-    assert [len(set(own)) for own in together] == [3, 3, 3]
+    assert len({text for own in together for text in own}) == 9
     assert draw([2, 0], 2) == [together[2][:2], together[0][:2]]
     assert draw([0, 1, 2], 3, seed=1) != together
 
