@@ -145,7 +145,12 @@ def write_images(rows: Dataset, positions: Iterable[int], folder: Path) -> dict[
 
 
 def text_files(names: dict[int, str], folder: Path, extension: str) -> dict[int, Path]:
-    """Position -> the text file beside an image. Raises: ValueError if two images have the same."""
+    """Position -> the text file beside an image.
+
+    Raises: ValueError if two images have the same, or if the extension is one of images.
+    """
+    if extension.lower() in Image.registered_extensions():
+        raise ValueError(f"caption_extension {extension} is one of images, and a text could replace an image.")
     files = {position: (folder / name).with_suffix(extension) for position, name in names.items()}
     owner: dict[Path, int] = {}
     for position, file in files.items():

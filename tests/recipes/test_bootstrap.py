@@ -220,6 +220,7 @@ MISTAKES = {
         ["--write_txt", "--caption_extension", "txt"],
         "caption_extension must be like .txt, found 'txt'",
     ),
+    "images": ({}, ["--write_txt", "--caption_extension", ".PNG"], "a text could replace an image"),
     "one name": ({}, ["--write_txt"], "0.jpg and 0.png would have the same text file, 0.txt"),
 }
 
