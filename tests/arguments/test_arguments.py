@@ -136,14 +136,13 @@ NO_WORDS = {
 }
 
 
-@pytest.mark.parametrize("name", ["vqa", "retrieval", "predict", "bootstrap"])
+@pytest.mark.parametrize("name", ["vqa", "retrieval", "predict"])
 def test_each_setting_without_effect_is_refused_and_not_in_help(name, tmp_path, capsys):
     classes = recipe_classes(name)
     with pytest.raises(SystemExit):
         parse(*classes, argv=["--help"])
     shown = capsys.readouterr().out.split()
-    model = "--filter" if name == "bootstrap" else "--model_name_or_path"
-    needed = [model, "x", "--dataset_name", "x", "--eval_split", "test"]
+    needed = ["--model_name_or_path", "x", "--dataset_name", "x", "--eval_split", "test"]
     hidden = {setting: part for part in classes for setting in part.without_effect}
     assert hidden
     for setting, part in hidden.items():
