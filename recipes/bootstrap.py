@@ -10,8 +10,8 @@
         filters the data's own texts and three new ones, and keeps the best 70 %
 
 Writes metadata.jsonl, which recipes/captioning.py and retrieval.py train on, scores.jsonl with every text, report.html,
-and bad_rows.jsonl if an image cannot be read. To resume a run that was stopped, start the same command again. The
-result is the same for any number of processes.
+and bad_rows.jsonl if an image cannot be read. To resume a run that was stopped, or to apply another threshold, start
+the same command again with its output_dir. The result is the same for any number of processes.
 """
 
 import logging

@@ -16,6 +16,7 @@ captions (all texts that are kept), and text (the one with the highest score).
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from blip_ft.results.parts import Line, Output
 from blip_ft.results.report import write_page
 from blip_ft.results.samples import Sample
 
-OUTPUT = Output("bootstrap", "scores.jsonl")
+# texts and their scores stay, for another threshold
+OUTPUT = Output("bootstrap", "scores.jsonl", keeps_parts=True)
 
 OF_TEXTS = ("own", "generated")
 
@@ -132,7 +134,8 @@ def relative_names(rows: Dataset, folder: Path) -> dict[int, str] | None:
 
 def write_images(rows: Dataset, positions: Iterable[int], folder: Path) -> dict[int, str]:
     """Write encoded images, as they are, to images/ in folder. Returns: position -> path relative to folder."""
-    (folder / IMAGES).mkdir(exist_ok=True)
+    shutil.rmtree(folder / IMAGES, ignore_errors=True)  # of an earlier threshold
+    (folder / IMAGES).mkdir()
     names = {}
     for position in positions:
         image = rows[position]["image"]

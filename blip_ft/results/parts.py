@@ -42,10 +42,12 @@ class Output:
     Args:
         program: its default folder is outputs/<program>, or the next free one of outputs/<program>-2, -3, ...
         file: what a finished run has written, e.g. predictions.jsonl.
+        keeps_parts: keep the lines of all rows beside it, so that the same command can write it again in another way.
     """
 
     program: str
     file: str
+    keeps_parts: bool = False
 
     @property
     def settings_file(self) -> str:
@@ -91,11 +93,12 @@ class Output:
     def _what_is_in_the_way(self, folder: Path, settings: Line) -> str | None:
         if is_free(folder):
             return None
-        if not (folder / self.settings_file).is_file() or (folder / self.file).exists():
+        is_finished = (folder / self.file).exists() and not self.keeps_parts
+        if not (folder / self.settings_file).is_file() or is_finished:
             return "other files"
         earlier = json.loads((folder / self.settings_file).read_text(encoding="utf-8"))
         other = [name for name in settings if earlier.get(name) != settings[name]]
-        return f"an unfinished run with different settings: {', '.join(other)}" if other else None
+        return f"a run with different settings: {', '.join(other)}" if other else None
 
     def append_part(self, folder: Path, batches: Iterable[dict[int, Line]]) -> None:
         """Write the lines of this process, with the positions of their rows, after each batch."""
@@ -121,7 +124,7 @@ class Output:
     def finish(self, folder: Path, lines: Iterable[Line]) -> None:
         """Write the file of a finished run, and remove those that only an unfinished one needs."""
         write_lines(folder / self.file, lines)
-        for path in (*folder.glob(self.part("*")), folder / self.settings_file):
+        for path in () if self.keeps_parts else (*folder.glob(self.part("*")), folder / self.settings_file):
             path.unlink()
 
 

@@ -24,6 +24,7 @@ from blip_ft.models import load_model
 from blip_ft.results.bootstrap import decide, different_texts
 
 RESULT = ("metadata.jsonl", "scores.jsonl")
+FOR_ANOTHER_THRESHOLD = ("bootstrap_settings.json", "scores.part0.jsonl")
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_texts_are_written_scored_and_kept_in_a_file_that_recipes_train_on(
 ):
     caplog.set_level("INFO")
     out = bootstrap("--images", images, "--num_captions", "3", "--keep_share", "0.5")
-    assert {path.name for path in out.iterdir()} == {*RESULT, "bad_rows.jsonl", "report.html"}
+    assert {path.name for path in out.iterdir()} == {*RESULT, *FOR_ANOTHER_THRESHOLD, "bad_rows.jsonl", "report.html"}
     scores, metadata = lines_of(out / "scores.jsonl"), lines_of(out / "metadata.jsonl")
     assert 6 < len(scores) <= 12 and {line["source"] for line in scores} == {"generated"}
     assert list(dict.fromkeys(line["image_id"] for line in scores)) == ["0.png", "1.png", "2.png", "3.png"]
@@ -118,6 +119,18 @@ def test_result_is_the_same_for_two_processes_and_after_a_kill(bootstrap, images
         assert code == 0, errors[-3000:]
     for name in RESULT:
         assert (resumed / name).read_bytes() == (whole / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_another_threshold_is_applied_without_writing_or_scoring_again(bootstrap, image_folder, monkeypatch):
+    data = ["--dataset_name", str(image_folder), "--eval_split", "test"]
+    all_texts = lines_of(bootstrap(*data, "--keep_share", "1") / "scores.jsonl")
+    monkeypatch.setattr(inference, "match_texts", None)
+    monkeypatch.setattr(inference, "caption_several", None)
+    half = lines_of(bootstrap(*data, "--keep_share", "0.5") / "scores.jsonl")
+    assert [line["score"] for line in half] == [line["score"] for line in all_texts]
+    assert sum(line["kept"] for line in all_texts) == len(half) and sum(line["kept"] for line in half) == len(half) / 2
+    with pytest.raises(SystemExit):
+        bootstrap(*data, "--num_captions", "2")
 
 
 def test_own_texts_are_filtered_without_a_captioner_and_beside_new_ones(bootstrap, images, checkpoints):

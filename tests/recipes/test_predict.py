@@ -207,7 +207,7 @@ def test_run_with_other_settings_does_not_go_on(predict, image_folder, monkeypat
         predict("vqa", *flags)
     with pytest.raises(SystemExit):
         predict("vqa", *flags, "--generation_num_beams", "1", "--image_folder", str(image_folder))
-    assert "contains an unfinished run with different settings: image_folder, generation_num_beams" in caplog.text
+    assert "contains a run with different settings: image_folder, generation_num_beams" in caplog.text
     predict("vqa", *flags)
     with pytest.raises(SystemExit):
         predict("vqa", *flags)
