@@ -58,8 +58,8 @@ class DataPipeline:
     Batches have pixel_values (rows, 3, height, width), input_ids and attention_mask (rows, question_length), and labels
     (rows, answer_length) of the most frequent answer, with -100 on padding; for InstructBLIP also qformer_input_ids and
     qformer_attention_mask. Questions of BLIP-2 and InstructBLIP stand in their prompt. With `group_questions: true`,
-    they are the batches of VqaCollator, with each image only once. With `augment: true`, each pass over the training
-    loader has other views of the images.
+    they are the batches of VqaCollator, with each image only once; only these have the weights of answers and rows.
+    With `augment: true`, each pass over the training loader has other views of the images.
 
     Args:
         config: path of the YAML file, or its content.
