@@ -66,7 +66,7 @@ def test_code_of_the_card_gives_with_transformers_alone_what_the_model_says_here
 
 def test_card_of_blip_names_no_language_model():
     card = build_model_card(
-        *("tester/dogs", "vqa", "BLIP", "blip", "BlipForQuestionAnswering", False, None, "main", "dogs", None, "test"),
+        *("tester/dogs", "vqa", "BLIP", "blip", "BlipForQuestionAnswering", False, None, "main", "dogs", [], "test"),
         scores={"eval_vqa_accuracy": 1.0}, notes={}, facts={}, arguments={}, prompt="{}",
     )  # fmt: skip
     assert "language model" not in card.text and 'processor(image, "what is it?", return' in card.text

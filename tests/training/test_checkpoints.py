@@ -107,7 +107,7 @@ def kill_and_go_on(recipe, flags_of, tmp_path, kind: str, kills: int) -> None:
     assert not (cut / "_saving").exists()
 
 
-@pytest.mark.parametrize("kind", ["augment", "lora, accumulation"])
+@pytest.mark.parametrize("kind", ["augment", pytest.param("lora, accumulation", marks=pytest.mark.slow)])
 def test_killed_twice_at_random_moments_it_ends_as_the_unbroken_run(recipe, flags_of, tmp_path, kind):
     kill_and_go_on(recipe, flags_of, tmp_path, kind, kills=2)
 

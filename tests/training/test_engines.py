@@ -291,6 +291,7 @@ def test_killed_process_ends_the_others_and_leaves_the_last_checkpoint_complete(
     assert checkpoints and not any(map(what_is_missing, checkpoints))
 
 
+@pytest.mark.slow
 def test_two_machines_without_a_shared_disk_train_and_resume_where_each_has_the_checkpoint(
     data_of, reference, tmp_path
 ):
