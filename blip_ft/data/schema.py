@@ -71,9 +71,7 @@ class Schema:
         if self.id_column != "image_id":
             _require_columns({"image_id_column": self.id_column}, columns)
         self.has_type, self.has_weight = (name in {*columns, *others_have} for name in ("answer_type", "weight"))
-        self.images: dict[
-            str, int
-        ] = {}  # image_id that the source gave -> hash of the path or content that it stands for
+        self.images: dict[str, int] = {}  # image_id that the source gave -> hash of its path or content
         self.in_place = False  # whether the images stay in the table that they came in
         self.features = Features({"image": Image(decode=False), "image_id": Value("string"), **self._text_features()})
         self.needed = {self.image_column, self.id_column, *self.text_columns.values(), *OPTIONAL_COLUMNS}
