@@ -189,12 +189,13 @@ def main() -> None:
     if not args.captioner and not any(rows["captions"][:]):
         raise ValueError("The data has no texts to filter. Give --captioner to write some, or check --caption_column.")
     files = text_files(args, names, folder)
-    state = PartialState(cpu=args.use_cpu)
+    state, draws = PartialState(cpu=args.use_cpu), args.generation_num_beams is None
     writer, write = load_captioner(args, state.device) if args.captioner else (None, None)
     matcher, match = load_filter(args, state.device) if args.filter else (None, None)
 
     checkpoints = [name for name in (args.captioner, args.filter) if name]
     settings = settings_of((data_args, args), FREE, checkpoints, [rows[name][:] for name in ("image_id", "captions")])
+    settings["texts are drawn"] = draws  # load_captioner has set the number of beams
     output, done = bootstrap.OUTPUT.settle_folder(args.output_dir, settings)
     batches = share_of_batches(len(rows), args.per_device_eval_batch_size, done)
     with torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16), torch.no_grad():
@@ -215,7 +216,7 @@ def folder_of(args: Data) -> Path:
     """The folder that the paths in metadata.jsonl are relative to."""
     if args.images:
         folders = [path if path.is_dir() else path.parent for path in map(Path, args.images)]
-        return Path(os.path.commonpath([folder.resolve() for folder in folders]))
+        return Path(os.path.commonpath(map(os.path.abspath, folders)))  # links stay: texts stand beside them
     path = Path(args.image_folder or args.dataset_name).expanduser()
     return (path.parent if path.is_file() else path).resolve()
 
@@ -223,7 +224,7 @@ def folder_of(args: Data) -> Path:
 def read_rows(args: Data, folder: Path) -> tuple[Dataset, dict[int, str] | None, list[Line]]:
     """A row for each image, the images' paths relative to folder, if they are files, and the rows that are bad."""
     if not args.images:
-        rows, bad_rows = load_to_predict(args, "images")
+        rows, bad_rows = load_to_predict(args, "images", needs_split=True)
         return rows, bootstrap.relative_names(rows, folder), bad_rows
     rows = list_images(args.images)
     names = bootstrap.relative_names(rows, folder)
@@ -342,8 +343,8 @@ def write_results(
         names, train_on = bootstrap.write_images(rows, kept, output), shlex.quote(str(output))
         files = bootstrap.text_files(names, output, args.caption_extension)
     if args.write_txt:
-        written, left = bootstrap.write_texts(files, kept, args.overwrite)
-        logger.info("%d text files written, %d left as they were.", written, left)
+        written, left = bootstrap.write_texts(files, scores, kept, args.overwrite)
+        logger.info("%d text files written, %d left as they were (--overwrite replaces them).", written, left)
     write_lines(output / bootstrap.METADATA_FILE, bootstrap.build_metadata(rows, names, kept))
     bootstrap.write_report(
         output / "report.html",

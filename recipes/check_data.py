@@ -99,7 +99,7 @@ def main() -> None:
 
     print(f"\nrecipes/{task}.py would read these rows of {data_args.label}:\n")
     print_counts({"train": train, "evaluate": held_out})
-    if len(data_args.sources()) > 1:
+    if task == "vqa" and len(data_args.sources()) > 1:  # captions of an image are merged
         print_sources(train, data_args.sources())
     print_questions(train) if task == "vqa" else print_captions(train)
     print_first_rows(train)
@@ -145,13 +145,11 @@ def print_counts(parts: dict[str, Dataset | CaptionRows]) -> None:
         print(f"{name:12}{len(rows):10}{len(np.unique(number_images(rows))):10}")
 
 
-def print_sources(rows: Dataset | CaptionRows, sources: Iterable[str]) -> None:
-    """The share of each source in the rows to train on; image ids begin with its name."""
-    ids = rows.images["image_id"][:] if isinstance(rows, CaptionRows) else rows["image_id"][:]
-    ids = [ids[image] for image in rows.image_index] if isinstance(rows, CaptionRows) else ids
-    print_shares(
-        "\nsources to train on", Counter({name: sum(i.startswith(f"{name}:") for i in ids) for name in sources})
-    )
+def print_sources(rows: Dataset, sources: Iterable[str]) -> None:
+    """The share of each source in the rows to train on; question ids begin with its name."""
+    ids = rows["question_id"][:]
+    counts = Counter({name: sum(one.startswith(f"{name}:") for one in ids) for name in sources})
+    print_shares("\nsources to train on", counts)
 
 
 def print_questions(rows: Dataset) -> None:

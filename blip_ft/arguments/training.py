@@ -384,7 +384,8 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
         # its newer name, activation_checkpointing, does not exist in transformers 5.17; the Trainer sets both
         of_checkpointing = () if self.gradient_checkpointing else ("activation_checkpointing_kwargs",)
         of_trackio = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
-        of_schedule = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps") if self.cosine_per_epoch else ()
+        of_schedule = ("lr_scheduler_type", "lr_scheduler_kwargs") if self.cosine_per_epoch else ()
+        of_schedule += ("warmup_steps",) if self.cosine_per_epoch and self.warmup_steps else ()
         hub = () if self.push_to_hub else ("hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision")
         by_step = {
             f"{what}_steps": f"without --{what}_strategy steps"

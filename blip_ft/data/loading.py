@@ -116,23 +116,26 @@ def load_splits(
     return Splits(train, evaluation, test)
 
 
-def load_to_predict(args: DataArguments, kind: Literal["vqa", "images"]) -> tuple[Dataset, list[Row]]:
+def load_to_predict(
+    args: DataArguments, kind: Literal["vqa", "images"], needs_split: bool = False
+) -> tuple[Dataset, list[Row]]:
     """Load the rows of eval_split, or of the only split of a source, and a list of the rows that cannot be used.
 
     The columns are those of evaluation rows. Answers and captions are empty if the source has none.
 
     Args:
         kind: `vqa` gives one row per question, `images` one row per image.
+        needs_split: refuse rows of several splits, which the result would mix.
     Returns: the rows; split, row, image_id and reason of each bad row.
     """
-    if len(args.sources()) > 1:
-        raise ValueError(f"Predictions are for one dataset_name, found {args.label}. Predict for each.")
     tables, folder = read_source(args)
     split = args.eval_split or ("validation" if args.dataset_name == "demo" else None)
     if split is None and len(tables) > 1:
         raise ValueError(f"The data has the splits {', '.join(tables)}. Choose one: --eval_split {list(tables)[-1]}")
     if split is None:
         (table,) = tables.values()
+        if "split" in table.column_names and needs_split:
+            raise ValueError("The data has a column `split`. Choose the rows to use, e.g. --eval_split train.")
         if "split" in table.column_names:
             logger.warning("The rows of all splits are used, including training rows. Choose one with --eval_split.")
     else:

@@ -149,7 +149,7 @@ class VqaSchema(Schema):
             weight = _as_weight(row.get("weight"))
             texts["weight"] = 1.0 if weight is None else weight
             if weight is None and not reason:
-                reason = "weight is not a finite number of at least 0"
+                reason = "weight is not a finite number of at least 0 (rename the column if it means something else)"
         return texts, reason
 
 
@@ -257,22 +257,35 @@ class Part:
 
 
 class MixedPart(Part):
-    """The rows of several sources, one source after another."""
+    """The rows of several sources, one source after another.
+
+    Image ids begin with the name of their source. A file that is in several sources has the id of the first one: in a
+    batch it is one image, and its captions are not negatives of each other.
+    """
 
     def __init__(self, parts: list[Part]) -> None:
         self.parts, self.schema, self.name = parts, parts[0].schema, parts[0].name
-        self.rows = concatenate_datasets([part.rows for part in parts])
         self.reasons = [reason for part in parts for reason in part.reasons]
-        self.first, self.identity = {}, {}  # ids begin with the name of their source
+        self.first, self.identity = {}, {}
+        self.new_ids: dict[str, str] = {}  # image_id of a part -> that of the rows, for all usable images
+        id_of: dict[int, str] = {}  # identity -> image_id
         start = 0
         for part in parts:
-            self.first |= {image_id: start + position for image_id, position in part.first.items()}
-            self.identity |= part.identity
+            for image_id, position in part.first.items():
+                new_id = id_of.setdefault(part.identity[image_id], image_id)
+                self.new_ids[image_id] = new_id
+                self.first.setdefault(new_id, start + position)
+                self.identity[new_id] = part.identity[image_id]
             start += len(part)
+        rows = concatenate_datasets([part.rows for part in parts])
+        ids = ({"image_id": self.new_ids.get(image_id, image_id)} for image_id in rows["image_id"][:])
+        ids = store_on_disk(ids, Features({"image_id": Value("string")}))
+        self.rows = concatenate_datasets([rows.remove_columns("image_id"), ids], axis=1)
 
     def bad_rows(self, unreadable: dict[str, str]) -> Iterator[Row]:
         """As of Part; rows are counted in their own source, which is named."""
-        return chain.from_iterable(part.bad_rows(unreadable) for part in self.parts)
+        of_parts = {old: unreadable[new] for old, new in self.new_ids.items() if new in unreadable}
+        return chain.from_iterable(part.bad_rows(of_parts) for part in self.parts)
 
 
 def _require_columns(needed: dict[str, str], found: list[str]) -> None:

@@ -70,8 +70,11 @@ def list_images(paths: Iterable[str]) -> Dataset:
         if not found:
             raise ValueError(f"The folder {path} has no images (.jpg, .png, ...).")
         files += map(str, found)
+    first: dict[str, str] = {}  # of several names of one file, the first
+    for file in files:
+        first.setdefault(os.path.abspath(file), file)
     features = Features({"image": Image(decode=False), "image_id": Value("string")})
-    rows = ({"image": {"bytes": None, "path": file}, "image_id": file} for file in dict.fromkeys(files))
+    rows = ({"image": {"bytes": None, "path": file}, "image_id": file} for file in first.values())
     return store_on_disk(rows, features)
 
 
@@ -148,7 +151,7 @@ def _read_json(path: Path) -> list[Row]:
             f'{path} must be a list of objects, {{"data": [...]}} with such a list, COCO captions or Karpathy\'s '
             "splits."
         )
-    if all(row.get("dataset") in ORIGINAL_WEIGHTS and "question" in row for row in rows):
+    if all(str(row.get("dataset")) in ORIGINAL_WEIGHTS and "question" in row for row in rows):
         for row in rows:  # in place: there are a million
             row.setdefault("weight", ORIGINAL_WEIGHTS[row["dataset"]])
     return rows

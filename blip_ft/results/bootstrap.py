@@ -16,7 +16,6 @@ captions (all texts that are kept), and text (the one with the highest score).
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from blip_ft.data.images import open_encoded
+from blip_ft.data.images import IMAGE_FORMATS, open_encoded
 from blip_ft.data.tables import contains_bytes
 from blip_ft.data.texts import clean_caption
 from blip_ft.results.parts import Line, Output
@@ -126,7 +125,7 @@ def relative_names(rows: Dataset, folder: Path) -> dict[int, str] | None:
     """Position -> path relative to folder; None if an image is not a file in folder, e.g. if the data has its bytes."""
     if contains_bytes(rows, "image"):
         return None
-    paths = [Path(path).resolve() for path in rows.flatten()["image.path"][:]]
+    paths = [Path(os.path.abspath(path)) for path in rows.flatten()["image.path"][:]]
     if not all(path.is_relative_to(folder) for path in paths):
         return None
     return {position: path.relative_to(folder).as_posix() for position, path in enumerate(paths)}
@@ -134,8 +133,10 @@ def relative_names(rows: Dataset, folder: Path) -> dict[int, str] | None:
 
 def write_images(rows: Dataset, positions: Iterable[int], folder: Path) -> dict[int, str]:
     """Write encoded images, as they are, to images/ in folder. Returns: position -> path relative to folder."""
-    shutil.rmtree(folder / IMAGES, ignore_errors=True)  # of an earlier threshold
-    (folder / IMAGES).mkdir()
+    (folder / IMAGES).mkdir(exist_ok=True)
+    for old in (folder / IMAGES).iterdir():  # of an earlier threshold; other files stay
+        if old.suffix[1:] in {SUFFIXES.get(name, name.lower()) for name in IMAGE_FORMATS}:
+            old.unlink()
     names = {}
     for position in positions:
         image = rows[position]["image"]
@@ -165,9 +166,29 @@ def text_files(names: dict[int, str], folder: Path, extension: str) -> dict[int,
     return files
 
 
-def write_texts(files: dict[int, Path], kept: dict[int, list[Line]], overwrite: bool) -> tuple[int, int]:
-    """Write the best text of each image to its file. Returns: the numbers of files written, and left as they were."""
+def write_texts(
+    files: dict[int, Path], scores: Iterable[Line], kept: dict[int, list[Line]], overwrite: bool
+) -> tuple[int, int]:
+    """Write the best text of each image to its file, and remove a file with a text of an image that keeps none.
+
+    Args:
+        files: position of an image -> its text file.
+        scores: lines of scores.jsonl with their positions.
+        kept: from kept_by_image.
+        overwrite: without it, files that exist stay.
+    Returns: the numbers of files written, and left as they were.
+    """
     left = 0
+    dropped: dict[int, set[str]] = {}
+    for line in scores:
+        if line["position"] not in kept:
+            dropped.setdefault(line["position"], set()).add(best_text([line]))
+    for position, texts in dropped.items():  # written for an earlier threshold
+        file = files.get(position)
+        if file and file.is_file() and file.read_text(encoding="utf-8", errors="replace").strip() in texts:
+            if overwrite:
+                file.unlink()
+            left += not overwrite
     for position, lines in kept.items():
         file = files[position]
         if file.exists() and not overwrite:

@@ -42,7 +42,8 @@ class Output:
     Args:
         program: its default folder is outputs/<program>, or the next free one of outputs/<program>-2, -3, ...
         file: what a finished run has written, e.g. predictions.jsonl.
-        keeps_parts: keep the lines of all rows beside it, so that the same command can write it again in another way.
+        keeps_parts: keep the lines of all rows beside it, so that the same command can write it again in another way,
+            if it names the folder.
     """
 
     program: str
@@ -80,7 +81,7 @@ class Output:
     def _choose_folder(self, given: str | None, settings: Line) -> Path:
         if given:
             require_claim(Path(given))
-            if found := self._what_is_in_the_way(Path(given), settings):
+            if found := self._what_is_in_the_way(Path(given), settings, may_be_finished=self.keeps_parts):
                 raise ValueError(f"output_dir {given} contains {found}. Choose another --output_dir, or remove it.")
             return Path(given)
         for folder in numbered_folders(self.program):
@@ -90,11 +91,10 @@ class Output:
             if not self._what_is_in_the_way(folder, settings):
                 return folder
 
-    def _what_is_in_the_way(self, folder: Path, settings: Line) -> str | None:
+    def _what_is_in_the_way(self, folder: Path, settings: Line, may_be_finished: bool = False) -> str | None:
         if is_free(folder):
             return None
-        is_finished = (folder / self.file).exists() and not self.keeps_parts
-        if not (folder / self.settings_file).is_file() or is_finished:
+        if not (folder / self.settings_file).is_file() or ((folder / self.file).exists() and not may_be_finished):
             return "other files"
         earlier = json.loads((folder / self.settings_file).read_text(encoding="utf-8"))
         other = [name for name in settings if earlier.get(name) != settings[name]]

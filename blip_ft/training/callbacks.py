@@ -117,8 +117,8 @@ class StopEarlyCallback(TrainerCallback):
     def on_train_end(self, args: BlipTrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step < state.max_steps and state.is_world_process_zero:
             logger.info(
-                "Stopped early at step %d of %d: %d evaluations in a row without a better %s.",
-                *(state.global_step, state.max_steps, args.early_stopping_patience, args.metric_for_best_model),
+                "Stopped early at step %d of %d. Evaluations in a row without a better %s: %d.",
+                *(state.global_step, state.max_steps, args.metric_for_best_model, args.early_stopping_patience),
             )
 
 

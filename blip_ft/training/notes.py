@@ -44,7 +44,7 @@ def describe_choice(trainer: BlipTrainer, best_step: int | None, data_args: Data
         return f"the last, step {last}; not chosen by a score"
     chosen = f"step {best_step} of {last}, the best by {trainer.best_metric} on {data_args.held_out}"
     if patience and last < planned:
-        chosen += f"; stopped early at step {last} of {planned}, after {patience} evaluations without a better score"
+        chosen += f"; stopped early at step {last} of {planned} (early_stopping_patience {patience})"
     return chosen
 
 

@@ -10,9 +10,11 @@ from PIL import Image
 from three_images import CAPTION_ROWS, ROWS, write_metadata
 
 from blip_ft.arguments import BlipTrainingArguments, DataArguments
+from blip_ft.arguments.images import ImageArguments
 from blip_ft.cli import parse
+from blip_ft.data.collators import RetrievalCollator
 from blip_ft.data.images import open_image
-from blip_ft.data.loading import load_captions, load_splits, load_to_predict, load_vqa
+from blip_ft.data.loading import load_captions, load_splits, load_vqa
 from blip_ft.data.splits import read_column_names
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -56,6 +58,22 @@ def test_given_ids_that_repeat_are_two_images(two):
     rows = all_rows(*two)
     assert {row["image_id"]: color_of(row) for row in rows}["dogs:a"] == (200, 0, 0)
     assert {row["question_id"] for row in rows} == {"cats:7", "dogs:7"}
+
+
+def test_file_in_two_sources_is_one_image_whose_captions_are_no_negatives(two, tmp_path, processor):
+    (tmp_path / "cats" / "a.png").write_bytes(b"broken")
+    for name, caption in (("x.jsonl", "a cat"), ("y.jsonl", "a dog")):
+        write_metadata(tmp_path, [{"file_name": f"cats/{file}.png", "caption": caption} for file in "abc"], name)
+    files = [str(tmp_path / name) for name in ("x.jsonl", "y.jsonl")]
+    args = DataArguments(dataset_name=files, max_bad_fraction=0.5, eval_fraction=0.4)
+    train, held_out = load_captions(args, tmp_path / "bad_rows.jsonl")
+    bad = [json.loads(line) for line in (tmp_path / "bad_rows.jsonl").read_text().splitlines()]
+    assert [(row["source"], row["row"]) for row in bad] == [("x.jsonl", 0), ("y.jsonl", 0)]
+    rows = [train[position] for position in range(len(train))]
+    assert {row["caption"] for row in rows} == {"a cat", "a dog"} and held_out["captions"][0] == ["a cat", "a dog"]
+    batch = RetrievalCollator(processor)(rows)
+    images = len({row["image_id"] for row in rows})
+    assert len(batch["image_ids"]) == len(batch["pixel_values"]) == images and len(batch["input_ids"]) == 2 * images
 
 
 @pytest.mark.parametrize("check", ["full", "header"])
@@ -176,8 +194,8 @@ def test_sources_that_cannot_be_mixed_are_refused(settings, message):
 
 
 def test_one_source_is_predicted_on(two):
-    with pytest.raises(ValueError, match=r"Predictions are for one dataset_name, found cats \+ dogs"):
-        load_to_predict(DataArguments(dataset_name=two), "vqa")
+    with pytest.raises(ValueError, match=r"Predictions are for one dataset_name, found .*cats, .*dogs"):
+        ImageArguments(dataset_name=two)
 
 
 def test_list_of_sources_comes_from_flags_and_yaml(tmp_path):

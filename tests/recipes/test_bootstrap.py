@@ -21,7 +21,8 @@ from blip_ft.data.loading import load_captions
 from blip_ft.data.texts import clean_caption, encode_texts
 from blip_ft.modeling import inference
 from blip_ft.models import load_model
-from blip_ft.results.bootstrap import decide, different_texts
+from blip_ft.results.bootstrap import OUTPUT, decide, different_texts
+from blip_ft.results.files import release_folders
 
 RESULT = ("metadata.jsonl", "scores.jsonl")
 FOR_ANOTHER_THRESHOLD = ("bootstrap_settings.json", "scores.part0.jsonl")
@@ -131,6 +132,41 @@ def test_another_threshold_is_applied_without_writing_or_scoring_again(bootstrap
     assert sum(line["kept"] for line in all_texts) == len(half) and sum(line["kept"] for line in half) == len(half) / 2
     with pytest.raises(SystemExit):
         bootstrap(*data, "--num_captions", "2")
+
+
+def test_default_folder_is_not_that_of_a_finished_result(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    folder, done = OUTPUT.settle_folder(None, {"seed": 42})
+    assert (str(folder), done) == ("outputs/bootstrap", set())
+    OUTPUT.append_part(folder, [{0: {"texts": []}}])
+    OUTPUT.finish(folder, [])
+    release_folders()
+    assert OUTPUT.settle_folder(str(folder), {"seed": 42}) == (folder, {0})
+    release_folders()
+    assert str(OUTPUT.settle_folder(None, {"seed": 42})[0]) == "outputs/bootstrap-2"
+    release_folders()
+
+
+def test_text_files_follow_another_threshold_and_draws_are_no_beams(bootstrap, images, tmp_path):
+    flags = ["--images", images, "--write_txt"]
+    for share in ("1", "0.25"):
+        bootstrap(*flags, "--keep_share", share, "--output_dir", tmp_path / "named", "--overwrite")
+    (kept,) = lines_of(tmp_path / "named" / "metadata.jsonl")
+    assert [file.stem for file in images.glob("*.txt")] == [Path(kept["file_name"]).stem]
+    with pytest.raises(SystemExit):  # other texts, although one beam draws none
+        bootstrap(*flags, "--output_dir", tmp_path / "named", "--generation_num_beams", "1")
+
+
+def test_links_are_images_of_the_folder_that_they_stand_in(bootstrap, images, tmp_path):
+    (tmp_path / "links").mkdir()
+    for file in images.glob("[0-9].png"):
+        (tmp_path / "links" / file.name).symlink_to(file)
+    (tmp_path / "links" / "4.png").symlink_to(tmp_path / "links" / "0.png")
+    folders = ["--images", tmp_path / "links", images.parent / "links" / ".." / "links" / "0.png"]
+    out = bootstrap(*folders, "--keep_share", "1", "--write_txt")
+    names = [line["file_name"] for line in lines_of(out / "metadata.jsonl")]
+    assert names == [f"{number}.png" for number in range(5)]
+    assert len(list((tmp_path / "links").glob("*.txt"))) == 5 and not list(images.glob("*.txt"))
 
 
 def test_own_texts_are_filtered_without_a_captioner_and_beside_new_ones(bootstrap, images, checkpoints):

@@ -67,10 +67,10 @@ def test_it_stops_and_ends_with_the_best_checkpoint(recipe, data_of, scored, ste
     folder = recipe(*data_of(task), *FLAGS, task=task)
     assert steps == [1, 2, 3, 4, 5] and last_step(folder) == 5
     assert_same_weights(folder, folder / "checkpoint-3")
-    assert "Stopped early at step 5 of 8: 2 evaluations in a row without a better " + METRICS[task] in caplog.text
+    assert f"Stopped early at step 5 of 8. Evaluations in a row without a better {METRICS[task]}: 2." in caplog.text
     note = results_of(folder)["checkpoint"]
     assert note.startswith("step 3 of 5, the best by ")
-    assert note.endswith("; stopped early at step 5 of 8, after 2 evaluations without a better score")
+    assert note.endswith("; stopped early at step 5 of 8 (early_stopping_patience 2)")
     assert "stopped early at step 5 of 8" in (folder / "README.md").read_text()
     assert "stopped early at step 5 of 8" in (folder / "report.html").read_text()
 
