@@ -184,6 +184,8 @@ def _with_schemas(
     """The table of each source, and the schema that converts it; all give the same columns."""
     columns = {source.source: get_column_names(source.table) for source in sources}
     in_any = {column for names in columns.values() for column in names}
+    if name == "train" and schema is VqaSchema and "weight" in in_any:
+        logger.info("The column `weight` multiplies the loss of each row. Rename it if it means something else.")
     found = {}
     for source, table, folder in sources:
         with naming(source):

@@ -68,7 +68,7 @@ def test_clean_questions_of_a_config_must_be_true_or_false(copied, processor):
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
-def test_weight_of_a_row_is_read_and_an_empty_cell_is_one(folder, name):
+def test_weight_of_a_row_is_read_and_an_empty_cell_is_one(folder, caplog, name):
     given = [0.2, "", 3, "0.5"]
     rows = [{**row, "answers": row["answers"][0], "weight": weight} for row, weight in zip(ROWS, given, strict=True)]
     if name.endswith("csv"):
@@ -76,7 +76,9 @@ def test_weight_of_a_row_is_read_and_an_empty_cell_is_one(folder, name):
         (folder / name).write_text("\n".join([",".join(rows[0]), *lines]) + "\n")
     else:
         write_metadata(folder, rows)
+    caplog.set_level("INFO")
     assert [row["weight"] for row in load_all(dataset_name=str(folder))] == [0.2, 1, 3, 0.5]
+    assert "The column `weight` multiplies the loss of each row." in caplog.text
 
 
 @pytest.mark.parametrize("weight", [-1, "heavy", [1], True, 10**400, "nan", "inf"])
