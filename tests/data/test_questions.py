@@ -164,6 +164,7 @@ def test_rows_of_visual_genome_have_weight_a_fifth(folder, tmp_path):
     train, held_out = load_vqa(DataArguments(dataset_name=str(tmp_path / "vg_qa.json")))
     assert [(row["weight"], row["answers"]) for row in (*train, *held_out)] == [(0.2, ["a man"])] * 2
     # another file with a column of this name is read as it is
-    rows = [{**asked, "image": f"images/{name}.png", "dataset": "mine"} for name in "ab"]
-    (tmp_path / "mine.json").write_text(json.dumps(rows))
-    assert "weight" not in load_vqa(DataArguments(dataset_name=str(tmp_path / "mine.json")))[0].column_names
+    for value in ("mine", ["vg"]):
+        rows = [{**asked, "image": f"images/{name}.png", "dataset": value} for name in "ab"]
+        (tmp_path / "mine.json").write_text(json.dumps(rows))
+        assert "weight" not in load_vqa(DataArguments(dataset_name=str(tmp_path / "mine.json")))[0].column_names

@@ -253,6 +253,18 @@ def test_images_that_the_data_contains_are_written_with_their_texts(bootstrap, i
     # as diffusers does
     folder = load_dataset("imagefolder", data_dir=str(out), split="train")
     assert sorted(folder["text"]) == sorted(line["text"] for line in metadata)
+    # another threshold replaces the images, and no text file that a user wrote
+    (out / "images" / "00000000.txt").write_text("by hand")
+    flags = ["--dataset_name", tmp_path / "rows.parquet", "--write_txt"]
+    bootstrap(*flags, "--keep_share", "1", captioner=None)
+    assert len(list((out / "images").glob("*.png"))) == 4
+    assert (out / "images" / "00000000.txt").read_text() == "by hand"
+
+
+def test_rows_of_several_splits_are_refused(bootstrap, image_folder, caplog):
+    with pytest.raises(SystemExit):
+        bootstrap("--dataset_name", image_folder, captioner=None)
+    assert "Choose the rows to use, e.g. --eval_split train" in caplog.text
 
 
 MISTAKES = {
