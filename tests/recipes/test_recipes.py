@@ -326,7 +326,7 @@ def test_ranking_answers_only_from_the_list(recipe, data, tmp_path):
     assert {json.loads(line)["prediction"] for line in lines} <= {"red", "green", "two"}
 
 
-@pytest.mark.parametrize("task", [*TASKS, "retrieval --augment"])
+@pytest.mark.parametrize("task", [*TASKS, "vqa --augment"])
 def test_resumed_run_equals_unbroken_run(recipe, data_of, tmp_path, task):
     task, *augment = task.split()
     common = [*data_of(task), *augment, "--num_train_epochs", "4", "--per_device_train_batch_size", "4"]

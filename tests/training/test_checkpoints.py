@@ -170,13 +170,13 @@ def test_worker_ends_by_its_parent_only(recipe, flags_of, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["full", "augment"])
 def test_stopped_run_goes_on_to_the_end_of_the_unbroken_one(recipe, flags_of, tmp_path, monkeypatch, kind):
-    """Stopped in this process after its third step, in the middle of an epoch, where nothing was to be saved."""
+    """Stopped in this process after its sixth step, in the middle of the second epoch; nothing was to be saved."""
     task, flags = flags_of(kind)
     flags = [*flags, "--save_steps", "5", "--eval_strategy", "steps", "--eval_steps", "3"]
     whole = recipe(*flags, output_dir=tmp_path / "whole", task=task)
 
     def step(self, *args, run=Trainer.training_step, **kwargs):
-        if self.state.global_step == 2:
+        if self.state.global_step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return run(self, *args, **kwargs)
 
@@ -184,7 +184,7 @@ def test_stopped_run_goes_on_to_the_end_of_the_unbroken_one(recipe, flags_of, tm
         patch.setattr(Trainer, "training_step", step)
         with pytest.raises(SystemExit) as stopped:
             recipe(*flags, output_dir=tmp_path / "cut", task=task)
-    assert stopped.value.code == 143 and last_step(tmp_path / "cut") == 3
+    assert stopped.value.code == 143 and last_step(tmp_path / "cut") == 6
     cut = recipe(*flags, "--resume_from_checkpoint", "last", output_dir=tmp_path / "cut", task=task)
     assert_same_end(whole, cut)
 
