@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,28 +28,24 @@ from blip_ft.models import ModelLoader
 __all__ = ["DataPipeline", "load_captions", "load_vqa"]
 
 
-class _NextEpochSampler(GroupedSampler):
-    """Starts the next epoch with each pass, for training loops that do not call set_epoch."""
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(super().__iter__())
-        self.epoch += 1
-        return iter(order)
-
-
 class _CountedPasses(Sampler[int]):
-    """The order of another sampler. Each pass over it starts the next epoch of the augmentation."""
+    """The order of another sampler. Each pass starts the next epoch, for training loops that do not call set_epoch.
 
-    def __init__(self, sampler: Sampler[int], augmentation: Augmentation) -> None:
-        self.sampler, self.augmentation, self.passes = sampler, augmentation, 0
+    Args:
+        followers: what the epoch is set of.
+    """
+
+    def __init__(self, sampler: Sampler[int], followers: Sequence[GroupedSampler | Augmentation]) -> None:
+        self.sampler, self.followers, self.passes = sampler, followers, 0
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
-        self.augmentation.set_epoch(self.passes)
+        for follower in self.followers:
+            follower.set_epoch(self.passes)
         self.passes += 1
-        return iter(self.sampler)
+        return iter(list(self.sampler))  # now, before another pass begins
 
 
 class DataPipeline:
@@ -96,13 +92,14 @@ class DataPipeline:
         self.texts = texts_of_checkpoint(self.processor, config, "vqa", *given)
         self.texts.require_room_for_questions(self.task_args.max_question_tokens, self.task_args.max_answer_tokens)
         self._shuffle = torch.Generator().manual_seed(args.seed)
-        self._sampler = RandomSampler(self.train_rows, generator=self._shuffle)
-        if self.data_args.group_questions:
-            images = number_images(self.train_rows)
-            self._sampler = _NextEpochSampler(images, args.per_device_train_batch_size, args.seed)
         self._augmentation = build_augmentation(self.data_args, args)
-        if self._augmentation:
-            self._sampler = _CountedPasses(self._sampler, self._augmentation)
+        followers = [self._augmentation] if self._augmentation else []
+        if self.data_args.group_questions:
+            sampler = GroupedSampler(number_images(self.train_rows), args.per_device_train_batch_size, args.seed)
+            followers.append(sampler)
+        else:
+            sampler = RandomSampler(self.train_rows, generator=self._shuffle)
+        self._sampler = _CountedPasses(sampler, followers)
 
     def get_train_dataloader(self) -> DataLoader:
         """All training rows, in a new random order each epoch. With grouping, only whole batches."""
