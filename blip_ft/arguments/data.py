@@ -94,7 +94,6 @@ class DataArguments(Settings):
         default=None,
         help="Keep all texts of an image in one batch. By default true for vqa and captioning, false otherwise.",
     )
-
     augment: bool = HfArg(
         default=False,
         help="Train on a random view of each image, as the original. It is cropped, flipped, changed by RandAugment. "
@@ -194,7 +193,7 @@ class DataArguments(Settings):
     def check_streaming(self, training_args: BlipTrainingArguments) -> None:
         """Apply to both what depends on both: steps instead of epochs for a stream, and whether rows may overlap.
 
-        Raises: ValueError if rows are streamed and training_args do not allow it.
+        Raises: ValueError if rows are streamed or augmented and training_args do not allow it.
         """
         # without training, the training rows are not used
         self.allow_image_overlap |= not training_args.do_train

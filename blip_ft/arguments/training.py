@@ -356,6 +356,11 @@ class BlipTrainingArguments(Seq2SeqTrainingArguments, Settings):
                 "--load_best_model_at_end false to end with the last weights."
             )
 
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of rows and of the views of their images."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def go_by_steps(self) -> None:
         """For a stream, which is one epoch: evaluate and save ten times if load_best_model_at_end is on."""
         if self.load_best_model_at_end and not self.strategy_was_given:

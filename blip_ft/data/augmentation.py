@@ -162,7 +162,4 @@ def draw_box(generator: np.random.Generator, width: int, height: int) -> Box:
 
 def build_augmentation(data_args: DataArguments, training_args: BlipTrainingArguments) -> Augmentation | None:
     """The augmentation of --augment, for training collators; None without it."""
-    if not data_args.augment:
-        return None
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    return Augmentation(seed, data_args.flip)
+    return Augmentation(training_args.order_seed, data_args.flip) if data_args.augment else None

@@ -173,9 +173,10 @@ def encode_row_images(
             logger.warning("image %s cannot be read and is replaced by a gray image: %s", image_id, error)
             image = Image.new("RGB", (1, 1), (128, 128, 128))
             unreadable.add(image_id)
-        if augmentation and image_id not in unreadable:
-            view = augmentation.draw(image_id, image.size, row.get("epoch"))
-            image = view.apply(image, size, image_processor.resample)
+        else:
+            if augmentation:
+                view = augmentation.draw(image_id, image.size, row.get("epoch"))
+                image = view.apply(image, size, image_processor.resample)
         images.append(image)
     return {
         "pixel_values": resize_to_uint8(images, image_processor),

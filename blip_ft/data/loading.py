@@ -134,9 +134,9 @@ def load_to_predict(
         raise ValueError(f"The data has the splits {', '.join(tables)}. Choose one: --eval_split {list(tables)[-1]}")
     if split is None:
         (table,) = tables.values()
-        if "split" in table.column_names and needs_split:
-            raise ValueError("The data has a column `split`. Choose the rows to use, e.g. --eval_split train.")
         if "split" in table.column_names:
+            if needs_split:
+                raise ValueError("The data has a column `split`. Choose the rows to use, e.g. --eval_split train.")
             logger.warning("The rows of all splits are used, including training rows. Choose one with --eval_split.")
     else:
         table, _ = select_splits(tables, replace(args, train_split=split, eval_split=None))

@@ -72,9 +72,17 @@ def caption(
         pixel_values: (num_images, 3, height, width).
         generation: from texts.generation.
     """
-    prompts = texts.encode_caption_prompts(len(pixel_values))
-    prompts = {name: tensor.to(pixel_values.device) for name, tensor in prompts.items()}
-    return answer(model, texts, encode_questions(model, {"pixel_values": pixel_values, **prompts}), generation)
+    return answer(model, texts, _encode_caption_prompts(model, texts, "pixel_values", pixel_values), generation)
+
+
+def _encode_caption_prompts(model: torch.nn.Module, texts: Texts, name: str, images: torch.Tensor) -> Any:
+    """What answer() reads to write a caption for each image.
+
+    Args:
+        name: of the images in a batch, as in READ.
+    """
+    prompts = texts.encode_caption_prompts(len(images))
+    return encode_questions(model, {name: images, **{key: ids.to(images.device) for key, ids in prompts.items()}})
 
 
 class SeededChoice(LogitsProcessor):
@@ -126,9 +134,7 @@ def caption_several(
         generation: from texts.generation.
     """
     image_states = model.encode_images(pixel_values).last_hidden_state.repeat_interleave(number, 0)
-    prompts = texts.encode_caption_prompts(len(image_states))
-    prompts = {name: tensor.to(pixel_values.device) for name, tensor in prompts.items()}
-    read = encode_questions(model, {"image_states": image_states, **prompts})
+    read = _encode_caption_prompts(model, texts, "image_states", image_states)
     captions = texts.decode(model.generate_answers(read, **generation))
     return [captions[start : start + number] for start in range(0, len(captions), number)]
 

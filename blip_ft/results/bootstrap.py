@@ -134,8 +134,9 @@ def relative_names(rows: Dataset, folder: Path) -> dict[int, str] | None:
 def write_images(rows: Dataset, positions: Iterable[int], folder: Path) -> dict[int, str]:
     """Write encoded images, as they are, to images/ in folder. Returns: position -> path relative to folder."""
     (folder / IMAGES).mkdir(exist_ok=True)
+    suffixes = {SUFFIXES.get(name, name.lower()) for name in IMAGE_FORMATS}
     for old in (folder / IMAGES).iterdir():  # of an earlier threshold; other files stay
-        if old.suffix[1:] in {SUFFIXES.get(name, name.lower()) for name in IMAGE_FORMATS}:
+        if old.suffix[1:] in suffixes:
             old.unlink()
     names = {}
     for position in positions:

@@ -194,8 +194,7 @@ class BlipTrainer(OptimizingTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupedSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.sampler = GroupedSampler(number_images(rows), self.rows_a_step, seed, self.group)
+        self.sampler = GroupedSampler(number_images(rows), self.rows_a_step, self.args.order_seed, self.group)
         return self.sampler
 
     @property
